@@ -1,0 +1,21 @@
+"""alter: turn a pretrained diffusion model into temporal experts (ALTER, NeurIPS 2025)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import load_config as load_config
+    from .errors import InputError as InputError
+    from .experts import TemporalExperts as TemporalExperts
+    from .run import train as train
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "TemporalExperts", "load_config", "train"]
+_HOME = {"InputError": ".errors", "TemporalExperts": ".experts", "load_config": ".config", "train": ".run"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use, so that a configuration is checked without waiting for torch.
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,84 @@
+"""Multiply-accumulate operations (MACs) and parameters of every site and of the whole backbone.
+
+Convention: one MAC is one multiplication with its addition, of convolutions, matrix products and attention
+products, for batch 1; norms and activations are not counted. Counted on the meta device, where nothing is
+computed and fused attention kernels cannot hide from the counter.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .sites import Backbone, example_inputs, find_sites
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of one forward with batch 1. `macs` and `parameters` have one entry a site, in its order."""
+
+    sites: tuple[str, ...]
+    macs: tuple[int, ...]
+    parameters: tuple[int, ...]
+    macs_total: int
+    parameters_total: int
+
+    @property
+    def share_L(self) -> np.ndarray:
+        """MACs of every site as a share of the total, float64 [L]."""
+        return np.array(self.macs, dtype=np.float64) / self.macs_total
+
+    @property
+    def prunable_share(self) -> float:
+        return float(self.share_L.sum())
+
+    def table(self) -> str:
+        """One line a site and a total, for the terminal."""
+        width = max(map(len, self.sites))
+        rows = [f"{'site':{width}}  {'GMACs':>9}  {'share':>6}  {'M params':>9}"]
+        for name, macs, parameters in zip(self.sites, self.macs, self.parameters, strict=True):
+            share = macs / self.macs_total
+            rows.append(f"{name:{width}}  {macs / 1e9:9.3f}  {share:6.2%}  {parameters / 1e6:9.2f}")
+        rows.append(
+            f"{'total':{width}}  {self.macs_total / 1e9:9.3f}  {1:6.2%}  {self.parameters_total / 1e6:9.2f}"
+        )
+        return "\n".join(rows)
+
+
+def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
+    """Count the backbone's MACs at latents of `latent_size` × `latent_size`; its weights are not touched.
+
+    Args:
+        backbone: on any device, without gates in force.
+        latent_size: side of the latents, in latent pixels.
+    """
+    with torch.device("meta"):
+        model = type(backbone).from_config(backbone.config)
+    model.eval()
+    sites = find_sites(model)
+    macs = dict.fromkeys((site.name for site in sites), 0)
+    counter = FlopCounterMode(display=False)
+
+    def count(name: str, sign: int):
+        def hook(module: nn.Module, *_: Any) -> None:
+            macs[name] += sign * counter.get_total_flops() // 2
+        return hook
+
+    for site in sites:
+        layer = model.get_submodule(site.name)
+        layer.register_forward_pre_hook(count(site.name, -1))
+        layer.register_forward_hook(count(site.name, +1))
+    with counter, torch.no_grad():
+        model(**example_inputs(model, latent_size))
+
+    def parameters(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    return CostTable(
+        tuple(macs), tuple(macs.values()),
+        tuple(parameters(model.get_submodule(name)) for name in macs),
+        counter.get_total_flops() // 2, parameters(model),
+    )

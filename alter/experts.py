@@ -1,0 +1,186 @@
+"""`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+
+from .cost import CostTable
+from .errors import InputError
+from .simulator import HardRows, Simulator
+from .sites import PIPELINE_COMPONENT, find_sites
+
+FILE_NAME = "experts.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TemporalExperts:
+    """Which sites each expert runs, and which expert serves each training timestep.
+
+    Attributes:
+        sites: module path of every site, [L].
+        mask_EL: bool [E, L]; True runs the site.
+        expert_T: int64 [T], the expert of each training timestep.
+        macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
+        keep_ratio_target: what was asked for, as a share of `budget_over` ("total" or "prunable").
+    """
+
+    sites: tuple[str, ...]
+    mask_EL: np.ndarray
+    expert_T: np.ndarray
+    macs: tuple[int, ...]
+    macs_total: int
+    keep_ratio_target: float
+    budget_over: str
+
+    @property
+    def macs_T(self) -> np.ndarray:
+        """MACs of one forward at each training timestep, float64 [T]."""
+        macs_L = np.array(self.macs, dtype=np.float64)
+        return (self.macs_total - (~self.mask_EL) @ macs_L)[self.expert_T]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the *total* MACs kept, averaged over the training timesteps."""
+        return float(self.macs_T.mean() / self.macs_total)
+
+    @property
+    def used(self) -> list[int]:
+        """The experts that some timestep uses."""
+        return np.unique(self.expert_T).tolist()
+
+    def rows(self, timesteps: Tensor, device: torch.device | str = "cpu") -> HardRows:
+        """The gates' rows for a batch of timesteps: CPU tensor [B] of ints or floats; rounded and clamped."""
+        nearest = timesteps.double().round().clamp(0, len(self.expert_T) - 1).long()
+        return HardRows(torch.from_numpy(self.mask_EL[self.expert_T[nearest.numpy()]]), device)
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{len(self.mask_EL)} experts over {len(self.sites)} sites, {self.keep_ratio:.1%} of all MACs"]
+        for expert, mask_L in enumerate(self.mask_EL):
+            timesteps = np.flatnonzero(self.expert_T == expert)
+            served = f"{len(timesteps)} timesteps in [{timesteps[0]}, {timesteps[-1]}]" if len(timesteps) else "unused"
+            lines.append(f"  expert {expert}: {mask_L.sum()} of {len(mask_L)} sites, {served}")
+        return "\n".join(lines)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `experts.json` into `folder`."""
+        content = {
+            "format": FORMAT,
+            "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
+            "macs_total": self.macs_total,
+            "budget": {"keep_ratio_target": self.keep_ratio_target, "over": self.budget_over,
+                       "keep_ratio_of_total": self.keep_ratio},
+            "masks": self.mask_EL.astype(int).tolist(),
+            "expert_of_timestep": self.expert_T.tolist(),
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / FILE_NAME).write_text(_compact(content), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "TemporalExperts":
+        """Read `experts.json` from a folder or, if there is no such folder, from a hub id.
+
+        Raises:
+            InputError: naming the field that is missing or wrong.
+        """
+        if Path(source).is_dir():
+            file = Path(source) / FILE_NAME
+            if not file.is_file():
+                raise InputError(f"{source}: holds no {FILE_NAME}: name a folder that training has finished")
+        else:
+            file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: not valid JSON ({error})") from None
+        return cls._parse(file, content)
+
+    @classmethod
+    def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
+              budget_over: str) -> "TemporalExperts":
+        """Join deterministic masks and routes with the costs of the sites."""
+        return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
+                   keep_ratio_target, budget_over)
+
+    def apply(self, target: Any) -> None:
+        """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
+
+        The backbone's own `timestep` argument decides, read at most once a forward.
+
+        Raises:
+            InputError: if the sites differ from this artefact's, or experts are already applied.
+        """
+        backbone = _backbone(target)
+        names = tuple(site.name for site in find_sites(backbone))
+        if names != self.sites:
+            raise InputError(f"experts: their {len(self.sites)} sites are not the {len(names)} of this "
+                             f"{type(backbone).__name__}: use the backbone that they were trained on")
+        simulator = Simulator(backbone)
+
+        def choose_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            timesteps = torch.as_tensor(timestep).detach().reshape(-1).cpu()
+            if bool((timesteps == timesteps[0]).all()):
+                timesteps = timesteps[:1]
+            simulator.set(self.rows(timesteps, backbone.device))
+
+        hook = backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
+        backbone._alter_applied = (simulator, hook)
+
+    def remove(self, target: Any) -> None:
+        """Undo `apply`; the backbone is dense again."""
+        backbone = _backbone(target)
+        if not hasattr(backbone, "_alter_applied"):
+            raise InputError("experts: none are applied to this backbone: call apply first")
+        simulator, hook = backbone._alter_applied
+        hook.remove()
+        simulator.remove()
+        del backbone._alter_applied
+
+    @classmethod
+    def _parse(cls, file: Path, content: Any) -> "TemporalExperts":
+        def refuse(field: str, problem: str) -> InputError:
+            return InputError(f"{file}: {field}: {problem}")
+
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else content
+            raise refuse("format", f"found {found!r}, this version of alter reads {FORMAT}")
+        try:
+            sites, macs = [tuple(site[name] for site in content["sites"]) for name in ("name", "macs")]
+            masks, routes = content["masks"], content["expert_of_timestep"]
+            total, budget = int(content["macs_total"]), content["budget"]
+            target, over = float(budget["keep_ratio_target"]), str(budget["over"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise refuse(str(error).strip("'"), "missing or of the wrong type") from None
+        if not masks or any(len(row) != len(sites) for row in masks):
+            raise refuse("masks", f"every expert needs {len(sites)} values, one a site")
+        if any(value not in (0, 1) for row in masks for value in row):
+            raise refuse("masks", "values must be 0 or 1")
+        if not routes or any(not isinstance(e, int) or not 0 <= e < len(masks) for e in routes):
+            raise refuse("expert_of_timestep", f"every timestep needs one of the experts 0 to {len(masks) - 1}")
+        return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over)
+
+
+def _backbone(target: Any) -> Any:
+    if isinstance(target, nn.Module):
+        return target
+    for component in PIPELINE_COMPONENT.values():
+        if isinstance(getattr(target, component, None), nn.Module):
+            return getattr(target, component)
+    raise InputError(f"experts: a {type(target).__name__} has no unet or transformer to apply them to")
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """JSON with one line a key, a mask or a site, so that files can be read and compared."""
+    def value(item: Any) -> str:
+        if isinstance(item, list) and item and isinstance(item[0], (list, dict)):
+            return "[\n    " + ",\n    ".join(json.dumps(part) for part in item) + "\n  ]"
+        return json.dumps(item)
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {value(item)}" for name, item in content.items()) + "\n}\n"

@@ -1,0 +1,104 @@
+"""The hypernetwork H_Φ: experts' mask logits and the router's logits over timesteps.
+
+Axes: E experts, L sites, T training timesteps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .relaxation import gumbel_sigmoid, gumbel_softmax
+
+_Z_WIDTH = 64
+
+
+class Logits(NamedTuple):
+    """mask_EL: log-odds of keeping a site, offset b included. router_TE: unnormalised log-probabilities."""
+
+    mask_EL: Tensor
+    router_TE: Tensor
+
+
+class ExpertGenerator(nn.Module):
+    """Frozen orthogonal codes Z [E, L, 64] → one logit for each expert and site [E, L]."""
+
+    def __init__(self, experts: int, sites: int) -> None:
+        super().__init__()
+        codes = nn.init.orthogonal_(torch.empty(experts * sites, _Z_WIDTH))
+        self.register_buffer("Z_ELK", codes.view(experts, sites, _Z_WIDTH))
+        self.net = nn.Sequential(
+            nn.LayerNorm(_Z_WIDTH), nn.Linear(_Z_WIDTH, 256), nn.LayerNorm(256), nn.ReLU(),
+            nn.Linear(256, 1, bias=False),
+        )
+
+    def forward(self) -> Tensor:
+        return self.net(self.Z_ELK).squeeze(-1)
+
+
+class TemporalRouter(nn.Module):
+    """The backbone's sinusoid of every timestep [T, D] → logits of its experts [T, E]."""
+
+    def __init__(self, experts: int, num_timesteps: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("features_TD", torch.zeros(num_timesteps, width))
+        self.net = nn.Sequential(
+            nn.Linear(width, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, experts, bias=False)
+        )
+
+    def forward(self) -> Tensor:
+        return self.net(self.features_TD)
+
+
+class UniformRouter(nn.Module):
+    """Equal fixed intervals: expert ⌊t·E/T⌋ with certainty (the paper's ablation `Manual`)."""
+
+    logits_TE: Tensor
+
+    def __init__(self, experts: int, num_timesteps: int) -> None:
+        super().__init__()
+        expert_T = torch.arange(num_timesteps) * experts // num_timesteps
+        certain = nn.functional.one_hot(expert_T, experts).bool()
+        self.register_buffer("logits_TE", torch.where(certain, 0.0, -torch.inf))
+
+    def forward(self) -> Tensor:
+        return self.logits_TE
+
+
+class HyperNetwork(ModelMixin, ConfigMixin):
+    """Emits the experts' masks and the route of every timestep (ALTER, arXiv 2505.21817, Sec. 3).
+
+    Args:
+        experts: E >= 1.
+        sites: L >= 1.
+        num_timesteps: T, length of the training schedule.
+        timestep_width: D, width of the backbone's sinusoidal timestep embedding.
+        router: "learned" or "uniform".
+        tau: temperature of both relaxations, > 0.
+        offset: b, added to every mask logit.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, experts: int, sites: int, num_timesteps: int, timestep_width: int,
+                 router: str = "learned", tau: float = 0.4, offset: float = 4.0) -> None:
+        super().__init__()
+        self.generator = ExpertGenerator(experts, sites)
+        self.router: nn.Module = (
+            TemporalRouter(experts, num_timesteps, timestep_width)
+            if router == "learned" else UniformRouter(experts, num_timesteps)
+        )
+
+    def forward(self) -> Logits:
+        """The logits, float32: mask_EL [E, L], router_TE [T, E]."""
+        return Logits(self.generator() + self.config.offset, self.router())
+
+    def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E]."""
+        return (
+            gumbel_sigmoid(logits.mask_EL, self.config.tau, noise),
+            gumbel_softmax(logits.router_TE, self.config.tau, noise),
+        )

@@ -1,0 +1,58 @@
+"""The terms of ALTER's objective, as pure functions (METHOD: docs/method.md, "Losses").
+
+Reconstruction terms return one value a sample, [B], so that their mean over a batch is the same however the
+batch is split into micro-batches and processes. All are computed in fp32 or better.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample: [B, ...] and [B, ...] → [B]. Serves L_denoise and L_outKD."""
+    return (_at_least_fp32(prediction) - _at_least_fp32(target)).square().flatten(1).mean(1)
+
+
+def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], outliers: float | None = None) -> Tensor:
+    """L_featKD: the mean over feature points of the MSE between the activations, [B].
+
+    Args:
+        student, teacher: one activation [B, ...] a feature point, in the same order.
+        outliers: leave out the positions where the teacher's activation lies more than this many standard
+            deviations from its mean over the sample (massive activations; TinyFusion, arXiv 2412.01199,
+            Sec. 3.4); None keeps all.
+    """
+    total = torch.stack([_masked_mse(s, t, outliers) for s, t in zip(student, teacher, strict=True)])
+    return total.mean(0)
+
+
+def log_ratio(keep_ratio: Tensor, target: float) -> Tensor:
+    """L_ratio = log(max(S, p) / min(S, p)) = |log S - log p| for S in (0, 1], in fp32 or better."""
+    return (_at_least_fp32(keep_ratio).log() - torch.tensor(target, dtype=torch.float64).log()).abs()
+
+
+def load_balance(logits_TE: Tensor) -> Tensor:
+    """L_balance = E · Σ_i F_i·P_i (Switch Transformer, arXiv 2101.03961, eq. 4), over all timesteps.
+
+    F_i is the share of timesteps whose most probable expert is i, P_i the mean probability of expert i.
+    """
+    probability_TE = logits_TE.softmax(dim=-1)
+    experts = logits_TE.shape[-1]
+    share_E = torch.bincount(logits_TE.argmax(dim=-1), minlength=experts) / len(logits_TE)
+    return experts * (share_E * probability_TE.mean(0)).sum()
+
+
+def _masked_mse(student: Tensor, teacher: Tensor, outliers: float | None) -> Tensor:
+    if outliers is None:
+        return mse_per_sample(student, teacher)
+    student, teacher = _at_least_fp32(student).flatten(1), _at_least_fp32(teacher).flatten(1)
+    deviation = (teacher - teacher.mean(1, keepdim=True)).abs()
+    kept = deviation <= outliers * teacher.std(1, keepdim=True)
+    squared = (student - teacher).square() * kept
+    return squared.sum(1) / kept.sum(1).clamp(min=1)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,82 @@
+"""What a run achieved: Fréchet distance, class accuracy, and error against the teacher."""
+
+import numpy as np
+import torch
+from scipy.linalg import eigvalsh
+from torch import Tensor, nn
+
+from .diffusion import draw, generator
+from .sites import Backbone
+
+
+def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
+    """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2·(Σ1Σ2)^½) between Gaussians fitted to both (Heusel et al., arXiv 1706.08500).
+
+    Args:
+        features, reference: [N, D] and [M, D]; computed in float64.
+    """
+    a, b = features.astype(np.float64), reference.astype(np.float64)
+    sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    # tr (Σ1Σ2)^½ is the sum of the roots of the eigenvalues of the symmetric Σ1^½ Σ2 Σ1^½.
+    values, vectors = np.linalg.eigh(sigma_a)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(eigvalsh(root @ sigma_b @ root).clip(min=0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * cross)
+
+
+class SmallClassifier(nn.Module):
+    """A convolutional classifier of small images; `features` [N, 64] feed the Fréchet distance."""
+
+    def __init__(self, channels: int, size: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * ((size + 1) // 2) ** 2, 64), nn.ReLU(),
+        )
+        self.head = nn.Linear(64, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int, steps: int = 600) -> SmallClassifier:
+    """Fit the classifier to real images [N, C, S, S] in [-1, 1], with a little noise added."""
+    torch.manual_seed(seed)
+    model = SmallClassifier(images.shape[1], images.shape[-1], classes)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(steps):
+        index = torch.randint(len(images), (128,))
+        noisy = images[index] + 0.1 * torch.randn_like(images[index])
+        loss = nn.functional.cross_entropy(model(noisy), labels[index])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def output_error(student: Backbone, teacher: Backbone, scheduler, latents: Tensor,
+                 conditioning: dict[str, Tensor], seed: int, bins: int = 20) -> float:
+    """Mean squared error of the student's output against the teacher's, averaged over timesteps.
+
+    Every sample of `latents` [N, C, h, w] is noised at one timestep from the middle of each of `bins` equal
+    intervals; one batch has one timestep.
+
+    Args:
+        student: with its experts applied.
+        conditioning: arguments of both models for these samples.
+    """
+    total = scheduler.config.num_train_timesteps
+    errors = []
+    for i in range(bins):
+        timestep = torch.tensor([(2 * i + 1) * total // (2 * bins)])
+        noise = draw(len(latents), tuple(latents.shape[1:]), total, 0.0, generator(seed, i, 4)).noise.to(latents)
+        timesteps = timestep.expand(len(latents)).to(latents.device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        ours = student(noisy, timesteps, **conditioning).sample
+        errors.append((ours - teacher(noisy, timesteps, **conditioning).sample).float().square().mean())
+    return float(torch.stack(errors).mean())

@@ -1,0 +1,168 @@
+"""One run, from its configuration to its summary: `train(load_config(...))`."""
+
+import json
+import os
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from torch import Tensor
+
+from .build import Parts, build, check
+from .checkpoint import export, find_run
+from .config import Config, save_config
+from .data import Digits, split
+from .demo import make_teacher
+from .errors import InputError
+from .experts import TemporalExperts
+from .metrics import frechet_distance, output_error, train_classifier
+from .report import plot_experts, plot_samples, summary_table
+from .sampling import sample_classes
+from .trainer import Trainer
+
+
+def train(config: Config) -> Path:
+    """Train temporal experts and return the run directory, with final/, summary.json and pictures in it.
+
+    Raises:
+        InputError: for bad input, before anything is written.
+        NonFiniteLoss, Interrupted: see `Trainer.run`.
+    """
+    started = time.perf_counter()
+    accelerator = _accelerator(config)
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise InputError(f"accelerate's distributed_type={accelerator.distributed_type.value} is not supported: "
+                         "use plain data parallelism (accelerate launch --multi_gpu)")
+    check(config, accelerator.num_processes)
+    run_dir, resume_from = _run_dir(config, accelerator)
+    set_seed(config.seed)
+    if config.demo.model and accelerator.is_main_process:
+        make_teacher(config, accelerator.device)
+    accelerator.wait_for_everyone()
+    parts = build(config, accelerator.num_processes, accelerator.device)
+    _open(config, accelerator, run_dir, resume_from)
+
+    trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
+    experts = trainer.run()
+    if accelerator.is_main_process:
+        _finish(config, parts, experts, trainer.weights(), run_dir, started)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return run_dir
+
+
+def _accelerator(config: Config) -> Accelerator:
+    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    tracker = config.log.tracker
+    return Accelerator(
+        mixed_precision=config.train.mixed_precision, step_scheduler_with_optimizer=False,
+        log_with=None if tracker == "none" else tracker,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        project_config=ProjectConfiguration(logging_dir="."),  # the run directory, once it is known
+    )
+
+
+def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """The run directory, the same on every process, and the checkpoint to go on from."""
+    if config.resume:
+        return find_run(config.resume, config.output_dir, config.name)
+    if config.output_dir:
+        run_dir = Path(config.output_dir)
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or set resume=latest")
+        return run_dir, None
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    stamp = broadcast_object_list([stamp])[0]
+    return Path("outputs") / config.name / stamp, None
+
+
+def _open(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: Path | None) -> None:
+    """Write the resolved configuration before the first step, and start the tracker."""
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+        if resume_from is None and config.output_dir is None:
+            _link(run_dir.parent / "latest", run_dir.name)
+        if resume_from is not None:
+            _forget_after(run_dir / "metrics.jsonl", int(resume_from.name.rpartition("-")[2]))
+    accelerator.wait_for_everyone()
+    accelerator.project_configuration.logging_dir = str(run_dir)
+    accelerator.init_trackers(config.name if config.log.tracker == "wandb" else "tensorboard")
+
+
+def _link(link: Path, target: str) -> None:
+    fresh = link.with_name(f".latest-{os.getpid()}")
+    fresh.symlink_to(target, target_is_directory=True)
+    fresh.replace(link)
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again."""
+    if file.is_file():
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _finish(config: Config, parts: Parts, experts: TemporalExperts, weights: list[Tensor], run_dir: Path,
+            started: float) -> None:
+    """Export final/, measure it, and write summary.json, samples.png and experts.png."""
+    final = run_dir / "final"
+    export(final, parts.folder, parts.backbone, weights)
+    experts.save_pretrained(final)
+    parts.simulator.remove()
+    with torch.no_grad():
+        for parameter, value in zip(parts.backbone.parameters(), weights, strict=True):
+            parameter.copy_(value)
+    parts.backbone.eval()
+
+    summary: dict[str, Any] = {
+        "keep_ratio_target": config.budget.keep_ratio, "budget_over": config.budget.over,
+        "keep_ratio": experts.keep_ratio, "prunable_share": parts.cost.prunable_share,
+        "macs_dense": experts.macs_total, "macs_experts": round(float(experts.macs_T.mean())),
+        "experts_count": len(experts.mask_EL), "experts_used": len(experts.used),
+        "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used],
+    }
+    experts.apply(parts.backbone)
+    summary["output_error"] = _held_out_error(config, parts)
+    if isinstance(parts.source, Digits):
+        summary |= _sample_quality(config, parts, parts.source, run_dir)
+    summary["seconds_total"] = time.perf_counter() - started
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    plot_experts(experts, run_dir / "experts.png")
+    print(summary_table(summary))
+    print(f"run directory: {run_dir}")
+
+
+def _held_out_error(config: Config, parts: Parts, most: int = 256) -> float:
+    """`output_error` on held-out samples."""
+    _, held_out = split(parts.source, config.data.holdout, config.seed)
+    batch = torch.utils.data.default_collate([parts.source[0, int(i)] for i in held_out[:most]])
+    device = next(parts.backbone.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    latents = parts.latents(batch, torch.zeros(len(held_out[:most]), *parts.latent_shape))
+    conditioning = parts.conditioning(batch, torch.zeros(len(latents), dtype=torch.bool))
+    return output_error(parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed)
+
+
+def _sample_quality(config: Config, parts: Parts, digits: Digits, run_dir: Path) -> dict[str, Any]:
+    """Fréchet distances and class accuracies, dense and experts, from the same seeds and labels."""
+    evaluate = config.evaluate
+    classifier = train_classifier(digits.images, digits.labels, digits.num_classes, config.seed)
+    labels = torch.arange(evaluate.samples) % digits.num_classes
+    reference = classifier.features(digits.images).numpy()
+    steps = evaluate.sampling_steps
+    summary: dict[str, Any] = {"sampling_steps": steps, "samples": evaluate.samples}
+    pictures = {}
+    for name, model, count in (("dense", parts.teacher, steps), ("experts", parts.backbone, steps),
+                               ("dense_50", parts.teacher, 50)):
+        images = sample_classes(model, parts.scheduler, labels, count, config.seed, evaluate.guidance_scale)
+        summary[f"fd_{name}"] = frechet_distance(classifier.features(images).numpy(), reference)
+        summary[f"accuracy_{name}"] = float((classifier(images).argmax(1) == labels).float().mean())
+        pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:20]
+    plot_samples(pictures, [str(int(label)) for label in labels[:20]], run_dir / "samples.png")
+    return summary

@@ -1,0 +1,201 @@
+"""Gates at the sites of an unmodified diffusers model: x_out = (1 - m)·x_in + m·f(x_in), per sample.
+
+Attaching sets each site's `__class__` to a parameter-free subclass of the same name whose `__call__` consults
+the gate before it calls the layer. State-dict keys, `deepcopy`, hooks and `block.compile()` keep working, and
+the branch stays outside compiled code. `remove()` restores the model.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .errors import InputError
+from .sites import Site, find_sites
+
+
+@dataclass(frozen=True)
+class SoftRows:
+    """Dense compute, blended by the mask: gradients reach mask_BL, float [B, L]."""
+
+    mask_BL: Tensor
+
+    def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
+        output = layer(hidden_states, *args, **kwargs)
+        bypass = site.bypass(hidden_states)
+        dtype = torch.promote_types(bypass.dtype, output.dtype)
+        mask = self.mask_BL[:, index].view(-1, *[1] * (output.dim() - 1)).to(dtype)
+        return torch.lerp(bypass.to(dtype), output.to(dtype), mask)
+
+
+class HardRows:
+    """The layer runs only on the samples that keep it; known on the host, so nothing waits for the device.
+
+    Args:
+        mask_BL: bool [B, L] on the CPU; one row serves a batch of any size with one expert.
+        device: where the backbone runs.
+    """
+
+    def __init__(self, mask_BL: Tensor, device: torch.device | str = "cpu") -> None:
+        counts = mask_BL.sum(0).tolist()
+        order_LB = mask_BL.T.int().argsort(dim=1, descending=True, stable=True).to(device, non_blocking=True)
+        # None: every sample keeps the site. Otherwise the indices of those that do.
+        self.kept: list[Tensor | None] = [
+            None if count == len(mask_BL) else order_LB[site, :count] for site, count in enumerate(counts)
+        ]
+
+    def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
+        kept = self.kept[index]
+        if kept is None:
+            return layer(hidden_states, *args, **kwargs)
+        bypass = site.bypass(hidden_states)
+        if len(kept) == 0:
+            return bypass
+        batch = len(hidden_states)
+
+        def select(value: Any) -> Any:
+            is_batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+            return value.index_select(0, kept) if is_batched else value
+
+        output = layer(
+            select(hidden_states), *map(select, args), **{name: select(value) for name, value in kwargs.items()}
+        )
+        dtype = torch.promote_types(bypass.dtype, output.dtype)
+        return bypass.to(dtype).index_copy(0, kept, output.to(dtype))
+
+
+Rows = SoftRows | HardRows
+
+
+class _State:
+    """What the gates of one model share: the rows in force (None: dense)."""
+
+    rows: Rows | None = None
+
+
+@dataclass
+class _Gate:
+    index: int
+    site: Site
+    state: _State
+    observer: Callable[[Tensor], None] | None = None
+
+
+class Simulator:
+    """Gates on every site of `backbone`, dense until `rows` are set.
+
+    Args:
+        backbone: a UNet2DConditionModel or DiTTransformer2DModel, changed in place until `remove()`.
+
+    Raises:
+        InputError: if the backbone has no sites, or already has gates.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+        self.sites = find_sites(backbone)
+        self._state = _State()
+        self._layers: list[Any] = [backbone.get_submodule(site.name) for site in self.sites]
+        if any(hasattr(layer, "_alter_gate") for layer in self._layers):
+            raise InputError("backbone: it already has gates: remove them first")
+        for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
+            layer._alter_gate = _Gate(index, site, self._state)
+            layer.__class__ = _gated(type(layer))
+
+    @contextmanager
+    def use(self, rows: Rows | None) -> Iterator[None]:
+        """Put `rows` in force for the forwards inside."""
+        with _using(self._state, rows):
+            yield
+
+    def set(self, rows: Rows | None) -> None:
+        """Put `rows` in force until changed."""
+        self._state.rows = rows
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward, with the rows that were in force in *that* forward."""
+        state = self._state
+
+        def with_rows(function: Callable, *args: Any) -> Any:
+            rows = state.rows
+
+            def run(*inputs: Any) -> Any:
+                with _using(state, rows):
+                    return function(*inputs)
+
+            return checkpoint(run, *args, use_reentrant=False)
+
+        self.backbone.enable_gradient_checkpointing(gradient_checkpointing_func=with_rows)
+
+    def remove(self) -> None:
+        """Restore the model to what it was."""
+        for layer in self._layers:
+            layer.__class__ = type(layer).__mro__[1]
+            del layer._alter_gate
+        self._layers = []
+
+
+class FeatureTap:
+    """Keeps the outputs of chosen modules, after their gate when they have one.
+
+    A forward hook on a gated layer would fire before the gate, or not at all when the layer is skipped.
+    """
+
+    def __init__(self, backbone: Any, names: Sequence[str]) -> None:
+        self._kept: dict[int, Tensor] = {}
+        self._armed = False
+        for index, name in enumerate(names):
+            module = backbone.get_submodule(name)
+            keep = functools.partial(self._keep, index)
+            if hasattr(module, "_alter_gate"):
+                module._alter_gate.observer = keep
+            else:
+                module.register_forward_hook(lambda module, inputs, output, keep=keep: keep(output))
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Tensor]]:
+        """Yields a list that holds the features, in the order of the names, once the block is left."""
+        features: list[Tensor] = []
+        self._armed = True
+        try:
+            yield features
+            features.extend(self._kept[index] for index in sorted(self._kept))
+        finally:
+            # Disarmed, so that gradient checkpointing's second forward of a block is not kept.
+            self._armed = False
+            self._kept = {}
+
+    def _keep(self, index: int, output: Any) -> None:
+        if self._armed:
+            self._kept[index] = output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _using(state: _State, rows: Rows | None) -> Iterator[None]:
+    before, state.rows = state.rows, rows
+    try:
+        yield
+    finally:
+        state.rows = before
+
+
+@functools.cache
+def _gated(cls: Any) -> Any:
+    def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = super(gated, self).__call__
+        gate: _Gate = self._alter_gate
+        if gate.state.rows is None:
+            output = layer(hidden_states, *args, **kwargs)
+        else:
+            output = gate.state.rows.gate(gate.index, gate.site, layer, hidden_states, args, kwargs)
+        if gate.observer is not None:
+            gate.observer(output)
+        return output
+
+    gated: Any = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return gated

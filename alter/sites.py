@@ -1,0 +1,120 @@
+"""The prunable layers ("sites") of a diffusers backbone; the only file that knows diffusers' block classes.
+
+DiT: every transformer block. UNet: every transformer block, and every resnet whose *hidden* input has as many
+channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
+concatenation of the hidden state and a skip feature, hidden state first, so its bypass is the first channels
+of its input and skipping it drops the skip feature, as ALTER's paper says.
+"""
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from .errors import InputError
+
+Backbone: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
+PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "transformer"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable layer: its module path, and how many leading channels of its input bypass it.
+
+    channels: None for a token layer [B, N, D], whose whole input bypasses it; else the C of [B, C, H, W].
+    """
+
+    name: str
+    channels: int | None
+
+    def bypass(self, hidden_states: Tensor) -> Tensor:
+        """The layer's output when it is skipped, x_in."""
+        return hidden_states if self.channels is None else hidden_states[:, : self.channels]
+
+
+def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
+    """The sites of `backbone`, in the order of its named modules.
+
+    Raises:
+        InputError: if the model is of another class or has no prunable layer.
+    """
+    if not isinstance(backbone, tuple(PIPELINE_COMPONENT)):
+        known = " or ".join(cls.__name__ for cls in PIPELINE_COMPONENT)
+        raise InputError(
+            f"backbone.pretrained: a {type(backbone).__name__} has no sites known to alter: use a {known}"
+        )
+    hidden_channels = _hidden_channels(backbone) if isinstance(backbone, UNet2DConditionModel) else {}
+    sites = []
+    for name, module in backbone.named_modules():
+        if isinstance(module, BasicTransformerBlock):
+            sites.append(Site(name, None))
+        elif isinstance(module, ResnetBlock2D) and hidden_channels.get(name) == module.out_channels:
+            sites.append(Site(name, module.out_channels))
+    if not sites:
+        raise InputError(f"backbone.pretrained: this {type(backbone).__name__} has no prunable layer")
+    return tuple(sites)
+
+
+def feature_points(backbone: Backbone) -> tuple[str, ...]:
+    """Modules whose outputs L_featKD compares. UNet: each down, mid and up block. DiT: the middle block."""
+    if isinstance(backbone, DiTTransformer2DModel):
+        return (f"transformer_blocks.{len(backbone.transformer_blocks) // 2}",)
+    down = [f"down_blocks.{i}" for i in range(len(backbone.down_blocks))]
+    up = [f"up_blocks.{i}" for i in range(len(backbone.up_blocks))]
+    return (*down, "mid_block", *up)
+
+
+def timestep_features(backbone: Backbone, num_timesteps: int) -> Tensor:
+    """The backbone's own sinusoidal embedding of every training timestep 0..T-1: float32 [T, D]."""
+    timesteps = torch.arange(num_timesteps)
+    if isinstance(backbone, DiTTransformer2DModel):
+        return backbone.transformer_blocks[0].norm1.emb.time_proj(timesteps).float()
+    return backbone.time_proj(timesteps).float()
+
+
+def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77) -> dict[str, Any]:
+    """Keyword arguments of one forward with batch 1, on the backbone's device and in its dtype."""
+    like = {"device": backbone.device, "dtype": backbone.dtype}
+    sample = torch.zeros(1, backbone.config.in_channels, latent_size, latent_size, **like)
+    timestep = torch.zeros(1, dtype=torch.long, device=backbone.device)
+    if isinstance(backbone, DiTTransformer2DModel):
+        return {"hidden_states": sample, "timestep": timestep, "class_labels": torch.zeros_like(timestep)}
+    text = torch.zeros(1, text_tokens, backbone.config.cross_attention_dim, **like)
+    return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+
+
+def null_class(backbone: DiTTransformer2DModel) -> int:
+    """The row of the label table that stands for "no label"."""
+    return backbone.config.num_embeds_ada_norm
+
+
+def tie_embedders(backbone: Backbone) -> None:
+    """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is left as it is.
+
+    diffusers gives every DiT block its own copy of what is one module in the original model. One shared
+    module keeps the copies equal while training and costs one optimizer state. Its built-in label dropout,
+    which would draw separately in every block, is switched off: labels are dropped once, in the trainer.
+    """
+    if isinstance(backbone, DiTTransformer2DModel):
+        shared = backbone.transformer_blocks[0].norm1.emb
+        shared.class_embedder.dropout_prob = 0.0
+        for block in backbone.transformer_blocks:
+            block.norm1.emb = shared
+
+
+def _hidden_channels(unet: UNet2DConditionModel) -> dict[str, int]:
+    """Channels of the hidden state that enters each resnet, without concatenated skip features."""
+    hidden = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, ResnetBlock2D) and not name.startswith("up_blocks."):
+            hidden[name] = module.in_channels
+    channels = unet.mid_block.resnets[-1].out_channels
+    for i, block in enumerate(unet.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            hidden[f"up_blocks.{i}.resnets.{j}"] = channels
+            channels = resnet.out_channels
+    return hidden

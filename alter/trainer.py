@@ -1,0 +1,361 @@
+"""Algorithm 1: hypernetwork and backbone are updated in turn on the same mini-batch, until T_end; then the masks
+are frozen and the backbone alone is tuned. One trainer for every backbone."""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checkpoint, losses
+from .build import Parts
+from .config import Config
+from .data import GlobalBatches, make_loader, split
+from .diffusion import Draw, draw, generator, training_target
+from .experts import TemporalExperts
+from .simulator import HardRows, Rows, SoftRows
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss was NaN or infinite; no optimizer step was taken with it."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a complete step and its checkpoint."""
+
+    def __init__(self, signum: int, saved: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with resume={saved}")
+        self.signum = signum
+
+
+@dataclass
+class Batch:
+    """One micro-batch, and the teacher's answer to it. `timesteps` stay on the CPU, where rows are chosen."""
+
+    noisy_latents: Tensor
+    timesteps: Tensor
+    conditioning: dict[str, Tensor]
+    target: Tensor
+    teacher_pred: Tensor
+    teacher_features: list[Tensor]
+
+
+class Trainer:
+    """Trains `parts` in `run_dir`; `run()` returns the finished experts.
+
+    Args:
+        config: the run's configuration.
+        parts: from `build`, on the accelerator's device.
+        accelerator: one of any number of processes.
+        run_dir: exists; the same on all processes.
+        resume_from: a checkpoint's folder, or None.
+    """
+
+    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path,
+                 resume_from: Path | None = None) -> None:
+        self.config, self.parts, self.accelerator, self.run_dir = config, parts, accelerator, run_dir
+        optim, train = config.optim, config.train
+        self.backbone = parts.backbone.train()
+        if config.backbone.gradient_checkpointing:
+            parts.simulator.enable_gradient_checkpointing()
+        self.parameters = list(self.backbone.parameters())
+        self.dtype = self.parameters[0].dtype
+        self.ema = EMAModel(self.parameters, decay=train.ema_decay, foreach=True) if train.ema_decay else None
+        self.train_indices, _ = split(parts.source, config.data.holdout, config.seed)
+
+        def optimizer(parameters: Any, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+            made = torch.optim.AdamW(parameters, lr, betas=optim.betas, weight_decay=optim.weight_decay)
+            name = "constant_with_warmup" if optim.lr_schedule == "constant" else optim.lr_schedule
+            return made, get_scheduler(
+                name, made, num_warmup_steps=optim.warmup_steps, num_training_steps=max(steps, 1)
+            )
+
+        tuned = train.steps - (train.search_steps if train.schedule == "two_stage" else 0)
+        self.backbone_optim, self.backbone_lr = optimizer(self.parameters, optim.backbone_lr, tuned)
+        self.hyper_optim, self.hyper_lr = optimizer(
+            parts.hypernetwork.parameters(), optim.hypernetwork_lr, train.search_steps
+        )
+        self.wrapped = accelerator.prepare_model(self.backbone)
+
+        self.step = 0
+        self.experts: TemporalExperts | None = None
+        if resume_from is not None:
+            self._restore(resume_from)
+        self._stop_signal = 0
+
+    def run(self) -> TemporalExperts:
+        """Train to the end.
+
+        Raises:
+            NonFiniteLoss: naming the step; the last checkpoint stays.
+            Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
+        """
+        config, train = self.config, self.config.train
+        batches = GlobalBatches(
+            self.train_indices, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
+            self.accelerator.num_processes, config.seed, self.step, train.steps,
+        )
+        micro_batches = iter(make_loader(self.parts.source, batches, config.data.workers))
+        bar = tqdm(total=train.steps, initial=self.step, desc=config.name, unit="step", dynamic_ncols=True,
+                   disable=not self.accelerator.is_main_process)
+        with self._signals(), bar:
+            while self.step < train.steps:
+                started = time.perf_counter()
+                metrics = self._iteration(micro_batches)
+                self.step += 1
+                bar.update()
+                if self.step % config.log.every == 0 or self.step == train.steps:
+                    self._log(metrics, time.perf_counter() - started, bar)
+                if self.step % config.checkpoint.every == 0 or self.step == train.steps or self._stop_signal:
+                    saved = self._save()
+                    if self._stop_signal and self.step < train.steps:
+                        raise Interrupted(self._stop_signal, saved)
+        assert self.experts is not None
+        return self.experts
+
+    def weights(self) -> list[Tensor]:
+        """The backbone's weights to sample from: the average where there is one."""
+        return list(self.ema.shadow_params) if self.ema else [p.detach() for p in self.parameters]
+
+    def _iteration(self, micro_batches: Any) -> dict[str, float]:
+        """One iteration of Algorithm 1, on one global batch."""
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
+        searching = self.step < self.config.train.search_steps
+        batches = self._prepare(micro_batches)
+        metrics: dict[str, float] = {}
+        if searching:
+            metrics |= self.update_hypernetwork(batches)
+        masks = self.current_masks()
+        if self.step + 1 == self.config.train.search_steps:
+            masks = self._freeze()
+        if not searching or self.config.train.schedule == "joint":
+            metrics |= self.update_backbone(batches, *masks)
+        metrics["keep_ratio"] = self.parts.budget.measured(*masks)
+        metrics["experts_used"] = len(np.unique(masks[1]))
+        return metrics
+
+    def _prepare(self, micro_batches: Any) -> list[Batch]:
+        """Noise the iteration's micro-batches and ask the teacher, once for both updates."""
+        config, parts = self.config, self.parts
+        count, processes = config.train.gradient_accumulation, self.accelerator.num_processes
+        size = config.train.batch_size // (count * processes)
+        whole = draw(config.train.batch_size, parts.latent_shape, parts.scheduler.config.num_train_timesteps,
+                     config.data.label_dropout, generator(config.seed, self.step))
+        first = self.accelerator.process_index * count * size
+        return [
+            self.prepare_batch(next(micro_batches), whole[slice(first + k * size, first + (k + 1) * size)])
+            for k in range(count)
+        ]
+
+    def prepare_batch(self, raw: dict[str, Tensor], noise: Draw) -> Batch:
+        """One micro-batch from raw samples and their noise."""
+        parts, device = self.parts, self.accelerator.device
+        raw = {name: value.to(device, non_blocking=True) for name, value in raw.items()}
+        latents = parts.latents(raw, noise.posterior).to(self.dtype)
+        timesteps = noise.timesteps.to(device, non_blocking=True)
+        added = noise.noise.to(device, self.dtype, non_blocking=True)
+        noisy = parts.scheduler.add_noise(latents, added, timesteps)
+        conditioning = {
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in parts.conditioning(raw, noise.dropped).items()
+        }
+        with torch.no_grad(), self.accelerator.autocast(), parts.teacher_tap.capture() as features:
+            teacher_pred = parts.teacher(noisy, timesteps, **conditioning).sample
+        target = training_target(parts.scheduler, latents, added, timesteps)
+        return Batch(noisy, noise.timesteps, conditioning, target, teacher_pred, features)
+
+    def update_hypernetwork(self, batches: list[Batch]) -> dict[str, float]:
+        """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
+        parts, loss = self.parts, self.config.loss
+        logits = parts.hypernetwork()
+        mask_EL, router_TE = parts.hypernetwork.sample(logits, generator(self.config.seed, self.step, 1))
+        # Micro-batches send their gradients to these leaves, so that Φ itself is differentiated once, and
+        # processes exchange nothing larger than the masks. Weights of the backbone get no gradient here.
+        leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]
+        totals, gradients = [], [torch.zeros_like(leaf) for leaf in leaves]
+        for batch in batches:
+            mask_BL = leaves[1][batch.timesteps.to(mask_EL.device)] @ leaves[0]
+            terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
+            perf = self._perf(terms)
+            for total, gradient in zip(gradients, torch.autograd.grad(perf, leaves), strict=True):
+                total += gradient / len(batches)
+            totals.append({**terms, "perf": perf})
+        gradients = [self.accelerator.reduce(gradient, "mean") for gradient in gradients]
+
+        expected = parts.budget.expected(logits)
+        ratio = losses.log_ratio(expected, self.config.budget.keep_ratio)
+        balance = losses.load_balance(logits.router_TE)
+        metrics = self._read("search", totals, ratio=ratio, balance=balance, expected_keep_ratio=expected)
+        sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
+                   if out.requires_grad]
+        outputs = [out for out, _ in sampled] + [loss.ratio * ratio + loss.balance * balance]
+        torch.autograd.backward(outputs, [grad for _, grad in sampled] + [None])
+        self._step(self.hyper_optim, self.hyper_lr, list(parts.hypernetwork.parameters()))
+        return metrics
+
+    def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, float]:
+        """One step of θ on L_perf under deterministic masks, paying only for the layers that they keep."""
+        mask_TL = torch.from_numpy(mask_EL[expert_T])
+        totals = []
+        for k, batch in enumerate(batches):
+            rows = HardRows(mask_TL[batch.timesteps], self.accelerator.device)
+            last = k + 1 == len(batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                terms = self._terms(self.wrapped, batch, rows)
+                perf = self._perf(terms)
+                self.accelerator.backward(perf / len(batches))
+            totals.append({**terms, "perf": perf})
+        metrics = self._read("train", totals)
+        for parameter in self.parameters:
+            if parameter.grad is None:  # a layer that no sample used: as in the dense simulation
+                parameter.grad = torch.zeros_like(parameter)
+        self._step(self.backbone_optim, self.backbone_lr, self.parameters)
+        if self.ema:
+            self.ema.step(self.parameters)
+        return metrics
+
+    def current_masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Deterministic masks and routes: the frozen ones, or those of Φ now at its expected keep ratio."""
+        if self.experts is not None:
+            return self.experts.mask_EL, self.experts.expert_T
+        with torch.no_grad():
+            logits = self.parts.hypernetwork()
+            return self._agreed(self.parts.budget.masks(logits, float(self.parts.budget.expected(logits))))
+
+    def _freeze(self) -> tuple[np.ndarray, np.ndarray]:
+        """T_end: the most probable masks at the target itself."""
+        budget = self.config.budget
+        with torch.no_grad():
+            masks = self._agreed(self.parts.budget.masks(self.parts.hypernetwork(), budget.keep_ratio))
+        self.experts = TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over)
+        if self.accelerator.is_main_process:
+            missed = self.parts.budget.measured(*masks) - budget.keep_ratio
+            if abs(missed) > 0.005:
+                tqdm.write(f"keep ratio misses its target by {missed:+.4f}: the sites allow nothing nearer")
+            tqdm.write(self.experts.summary())
+        return masks
+
+    def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Process 0's masks, on every process."""
+        if self.accelerator.num_processes == 1:
+            return masks
+        mask_EL, expert_T = masks
+        flat = torch.from_numpy(np.concatenate([mask_EL.ravel().astype(np.int64), expert_T]))
+        flat = broadcast(flat.to(self.accelerator.device)).cpu().numpy()
+        return flat[: mask_EL.size].reshape(mask_EL.shape).astype(bool), flat[mask_EL.size:]
+
+    def _terms(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> dict[str, Tensor]:
+        """The reconstruction losses of one forward, scalars."""
+        timesteps = batch.timesteps.to(batch.noisy_latents.device, non_blocking=True)
+        with self.parts.simulator.use(rows), self.accelerator.autocast(), \
+                self.parts.student_tap.capture() as features:
+            pred = model(batch.noisy_latents, timesteps, **batch.conditioning).sample
+        noise_pred = pred[:, : batch.target.shape[1]]
+        outliers = self.config.loss.feature_kd_outliers
+        return {
+            "denoise": losses.mse_per_sample(noise_pred, batch.target).mean(),
+            "output_kd": losses.mse_per_sample(pred, batch.teacher_pred).mean(),
+            "feature_kd": losses.feature_kd(features, batch.teacher_features, outliers).mean(),
+        }
+
+    def _perf(self, terms: dict[str, Tensor]) -> Tensor:
+        """L_perf = λ_denoise·L_denoise + λ_outKD·L_outKD + λ_featKD·L_featKD."""
+        loss = self.config.loss
+        weights = {"denoise": loss.denoise, "output_kd": loss.output_kd, "feature_kd": loss.feature_kd}
+        return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
+
+    def _read(self, phase: str, totals: list[dict[str, Tensor]], **extra: Tensor) -> dict[str, float]:
+        """Means over micro-batches and processes, and whether to stop: the update's one host read."""
+        names = [*totals[0], *extra]
+        means = [torch.stack([t[name].detach().float() for t in totals]).mean() for name in totals[0]]
+        values = torch.stack([*means, *(value.detach().float().to(means[0].device) for value in extra.values()),
+                              torch.tensor(float(self._stop_signal), device=means[0].device)])
+        *numbers, stop = self.accelerator.reduce(values, "mean").tolist()
+        if stop and not self._stop_signal:
+            self._stop_signal = signal.SIGTERM
+        metrics = {f"{phase}/{name}": number for name, number in zip(names, numbers, strict=True)}
+        for name, number in metrics.items():
+            if not math.isfinite(number):
+                raise NonFiniteLoss(f"loss {name} is {number} at step {self.step + 1}: stopped before the optimizer "
+                                    "step; lower optim.backbone_lr or use train.mixed_precision=no, and resume")
+        return metrics
+
+    def _step(self, optimizer: torch.optim.Optimizer, schedule: Any, parameters: list[Tensor]) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
+        metrics = {**metrics, "seconds_per_step": seconds,
+                   "backbone_lr": self.backbone_lr.get_last_lr()[0], "hypernetwork_lr": self.hyper_lr.get_last_lr()[0]}
+        self.accelerator.log(metrics, step=self.step)
+        if self.accelerator.is_main_process:
+            with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+            perf = metrics.get("train/perf", metrics.get("search/perf", math.nan))
+            bar.set_postfix(loss=f"{perf:.4f}", keep=f"{metrics['keep_ratio']:.3f}",
+                            experts=f"{metrics['experts_used']:.0f}")
+
+    def _save(self) -> Path:
+        folder = self.run_dir / "checkpoints"
+        path = folder / f"step-{self.step:06d}"
+        if self.accelerator.is_main_process:
+            tensors = {"backbone": dict(checkpoint.unique_parameters(self.backbone)),
+                       "hypernetwork": self.parts.hypernetwork.state_dict()}
+            if self.ema:
+                tensors["ema"] = dict(zip(tensors["backbone"], self.ema.shadow_params, strict=True))
+            optimizers = {name: getattr(self, name).state_dict()
+                          for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr")}
+            state = {"frozen": self.experts is not None, "ema_step": self.ema.optimization_step if self.ema else 0}
+            saved = checkpoint.save_checkpoint(folder, self.step, self.config.checkpoint.keep, tensors,
+                                               optimizers, state, self.experts)
+            assert saved == path
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _restore(self, folder: Path) -> None:
+        tensors, optimizers, state = checkpoint.load_checkpoint(folder)
+        checkpoint.load_parameters(self.backbone, tensors["backbone"])
+        self.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
+        for name, value in optimizers.items():
+            getattr(self, name).load_state_dict(value)
+        if self.ema:
+            for name, shadow in zip(checkpoint.unique_parameters(self.backbone), self.ema.shadow_params, strict=True):
+                shadow.copy_(tensors["ema"][name])
+            self.ema.optimization_step = state["ema_step"]
+        if state["frozen"]:
+            self.experts = TemporalExperts.from_pretrained(folder)
+        self.step = state["step"]
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Finish the step and save at the first signal; the second has its usual effect."""
+        def note(signum: int, frame: Any) -> None:
+            self._stop_signal = signum
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+        try:
+            before = {name: signal.signal(name, note) for name in _STOPS}
+        except ValueError:  # not the main thread, which alone receives signals
+            before = {}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)

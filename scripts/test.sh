@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Set up like the launchers, then lint, type-check and test.
+#   bash scripts/test.sh [--slow] [pytest arguments]      --slow adds the tests that take minutes
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/setup_env.sh
+source "$root/scripts/setup_env.sh"
+cd "$root"
+export HF_HUB_OFFLINE=1
+chosen="not slow and not gpu"
+if [ "${1:-}" = --slow ]; then
+  chosen="not gpu"
+  shift
+fi
+code=0
+"$python" -m ruff check alter scripts tests || code=1
+"$python" -m mypy || code=1
+"$python" -m pytest -m "$chosen" "$@" || code=$?
+exit "$code"
