@@ -64,7 +64,7 @@ class Budget:
         return self.fixed + float((mask_EL @ self.share_L)[expert_T].mean()) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-        """The most probable masks (log-likelihood within 1%) with this keep ratio, and each timestep's likeliest expert.
+        """The most probable masks (log-likelihood within 1%) with this keep ratio, and each timestep's best expert.
 
         Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within
         TOLERANCE and to at least one site in every expert that has a timestep. Where the sites are too

@@ -108,7 +108,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         config.experts.router, config.experts.tau, config.experts.offset,
     )
     if config.experts.router == "learned":
-        hypernetwork.router.features_TD.copy_(features_TD)
+        hypernetwork.temporal_router.features_TD.copy_(features_TD)
     return Parts(folder, backbone.to(device), teacher, scheduler, vae, hypernetwork.to(device), cost, budget,
                  source, shape)
 

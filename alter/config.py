@@ -304,7 +304,7 @@ def _fill(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             filled[name] = _check(path, value, hints[name], known[name].metadata)
     for name, hint in hints.items():
         if name not in filled and dataclasses.is_dataclass(hint):
-            filled[name] = _fill(hint, {}, f"{prefix}{name}.")
+            filled[name] = _fill(typing.cast(type, hint), {}, f"{prefix}{name}.")
     return cls(**filled)
 
 

@@ -86,15 +86,15 @@ class HyperNetwork(ModelMixin, ConfigMixin):
     def __init__(self, experts: int, sites: int, num_timesteps: int, timestep_width: int,
                  router: str = "learned", tau: float = 0.4, offset: float = 4.0) -> None:
         super().__init__()
-        self.generator = ExpertGenerator(experts, sites)
-        self.router: nn.Module = (
+        self.expert_generator = ExpertGenerator(experts, sites)
+        self.temporal_router: nn.Module = (
             TemporalRouter(experts, num_timesteps, timestep_width)
             if router == "learned" else UniformRouter(experts, num_timesteps)
         )
 
     def forward(self) -> Logits:
         """The logits, float32: mask_EL [E, L], router_TE [T, E]."""
-        return Logits(self.generator() + self.config.offset, self.router())
+        return Logits(self.expert_generator() + self.config.offset, self.temporal_router())
 
     def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E]."""

@@ -105,7 +105,7 @@ class Simulator:
             raise InputError("backbone: it already has gates: remove them first")
         for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
             layer._alter_gate = _Gate(index, site, self._state)
-            layer.__class__ = _gated(type(layer))
+            layer.__class__ = _gated(layer.__class__)
 
     @contextmanager
     def use(self, rows: Rows | None) -> Iterator[None]:

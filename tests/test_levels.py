@@ -1,0 +1,29 @@
+"""Imports point down only: a module imports modules of lower levels."""
+
+import ast
+from pathlib import Path
+
+import alter
+
+LEVELS = [
+    {"errors"},
+    {"config", "relaxation", "losses", "diffusion", "sites"},
+    {"hypernetwork", "simulator", "cost", "data"},
+    {"budget", "experts", "sampling", "metrics"},
+    {"build", "checkpoint", "report"},
+    {"trainer", "demo", "dry_run"},
+    {"run"},
+]
+
+
+def test_imports_point_down():
+    level = {name: depth for depth, names in enumerate(LEVELS) for name in names}
+    folder = Path(alter.__file__).parent
+    files = {file.stem: file for file in folder.glob("*.py") if file.stem != "__init__"}
+    assert files.keys() == level.keys()
+    for name, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                imported = [node.module] if node.module else [alias.name for alias in node.names]
+                for other in imported:
+                    assert level[other] < level[name], f"{name} imports {other}"

@@ -1,0 +1,243 @@
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from alter.build import build
+from alter.checkpoint import checkpoints, load_checkpoint
+from alter.config import save_config
+from alter.errors import InputError
+from alter.run import train
+from alter.trainer import NonFiniteLoss, Trainer
+
+
+def make_trainer(config, tmp_path):
+    parts = build(config)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return Trainer(config, parts, Accelerator(cpu=True), tmp_path / "run")
+
+
+def prepared(trainer):
+    from alter.data import GlobalBatches, make_loader
+
+    train_config = trainer.config.train
+    batches = GlobalBatches(trainer.train_indices, train_config.batch_size, train_config.gradient_accumulation,
+                            0, 1, 0, 0, 1)
+    return trainer._prepare(iter(make_loader(trainer.parts.source, batches, 0)))
+
+
+def snapshot(module):
+    return copy.deepcopy(module.state_dict())
+
+
+def changed(module, before):
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_each_update_changes_only_its_own_parameters(small_config, tmp_path, kind):
+    trainer = make_trainer(small_config(kind), tmp_path)
+    parts, batches = trainer.parts, prepared(trainer)
+    hyper, backbone, teacher = map(snapshot, (parts.hypernetwork, parts.backbone, parts.teacher))
+    trainer.update_hypernetwork(batches)
+    assert changed(parts.hypernetwork, hyper) and not changed(parts.backbone, backbone)
+    assert all(parameter.grad is None for parameter in parts.backbone.parameters())
+    hyper = snapshot(parts.hypernetwork)
+    trainer.update_backbone(batches, *trainer.current_masks())
+    assert changed(parts.backbone, backbone) and not changed(parts.hypernetwork, hyper)
+    assert not changed(parts.teacher, teacher)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_the_teacher_is_the_pretrained_model_without_gates(small_config, tmp_path, kind):
+    trainer = make_trainer(small_config(kind), tmp_path)
+    before = prepared(trainer)[0]
+    trainer.run()
+    after = prepared(trainer)[0]
+    assert not trainer.parts.teacher.training
+    assert torch.equal(before.teacher_pred, after.teacher_pred)
+    assert all(torch.equal(a, b) for a, b in zip(before.teacher_features, after.teacher_features, strict=True))
+
+
+def test_the_student_starts_as_the_teacher(small_config, tmp_path):
+    """With all sites on, every distillation loss is zero: same inputs, features, conditioning and weights."""
+    trainer = make_trainer(small_config("unet"), tmp_path)
+    sites = len(trainer.parts.cost.sites)
+    metrics = trainer.update_backbone(prepared(trainer), np.ones((1, sites), bool), np.zeros(1000, np.int64))
+    assert metrics["train/output_kd"] == 0 and metrics["train/feature_kd"] == 0
+    assert metrics["train/denoise"] > 0
+
+
+def test_micro_batches_give_the_same_update(small_config, tmp_path):
+    results = []
+    for accumulation in (1, 4):
+        config = small_config("dit", train={"gradient_accumulation": accumulation})
+        trainer = make_trainer(config, tmp_path)
+        for module in (trainer.parts.backbone, trainer.parts.teacher, trainer.parts.hypernetwork):
+            module.double()
+        trainer.dtype = torch.float64
+        batches = prepared(trainer)
+        assert len(batches) == accumulation
+        trainer.update_hypernetwork(batches)
+        trainer.update_backbone(batches, *trainer.current_masks())
+        results.append([p.detach() for m in (trainer.parts.backbone, trainer.parts.hypernetwork)
+                        for p in m.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_unused_layers_get_zero_gradients_so_that_weight_decay_acts_on_all(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit", optim={"weight_decay": 0.5}), tmp_path)
+    mask = np.ones((1, 4), bool)
+    mask[0, 2] = False
+    weight = trainer.parts.backbone.transformer_blocks[2].ff.net[0].proj.weight
+    before = weight.detach().clone()
+    trainer.update_backbone(prepared(trainer), mask, np.zeros(1000, np.int64))
+    assert torch.allclose(weight, before * (1 - 1e-3 * 0.5))
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.65, 0.9])
+def test_the_frozen_masks_meet_the_budget(small_config, tmp_path, keep):
+    config = small_config("unet", budget={"keep_ratio": keep, "over": "prunable"}, experts={"count": 4},
+                          train={"steps": 3})
+    trainer = make_trainer(config, tmp_path)
+    experts = trainer.run()
+    prunable = sum(experts.macs) / experts.macs_total
+    assert abs((experts.keep_ratio - 1 + prunable) / prunable - keep) <= 0.005
+    assert all(experts.mask_EL[e].any() for e in experts.used)
+
+
+@pytest.mark.parametrize("changes", [
+    {"experts": {"count": 1}}, {"experts": {"router": "uniform"}}, {"train": {"schedule": "two_stage"}},
+    {"loss": {"denoise": 0.0}}, {"loss": {"output_kd": 0.0}}, {"loss": {"feature_kd": 0.0}},
+    {"loss": {"feature_kd_outliers": 3.0}}, {"loss": {"ratio": 0.0, "balance": 0.0}},
+    {"train": {"mixed_precision": "bf16"}}, {"backbone": {"gradient_checkpointing": True}},
+    {"optim": {"lr_schedule": "cosine"}}, {"optim": {"lr_schedule": "polynomial"}},
+], ids=str)
+def test_every_switch_trains(small_config, tmp_path, changes):
+    trainer = make_trainer(small_config("dit", **changes), tmp_path)
+    backbone = snapshot(trainer.parts.backbone)
+    experts = trainer.run()
+    assert changed(trainer.parts.backbone, backbone)
+    if changes == {"experts": {"router": "uniform"}}:
+        assert np.array_equal(experts.expert_T, np.arange(1000) * 3 // 1000)
+
+
+def test_two_stage_leaves_the_backbone_alone_while_it_searches(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit", train={"schedule": "two_stage", "steps": 3}), tmp_path)
+    backbone = snapshot(trainer.parts.backbone)
+    trainer.run()
+    assert not changed(trainer.parts.backbone, backbone)
+
+
+def test_masks_do_not_change_after_the_search(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit"), tmp_path)
+    frozen = []
+    original = trainer.update_backbone
+    trainer.update_backbone = lambda batches, *masks: (frozen.append(masks), original(batches, *masks))[1]
+    trainer.run()
+    assert all(np.array_equal(m, frozen[3][0]) and np.array_equal(e, frozen[3][1]) for m, e in frozen[2:])
+
+
+def test_a_run_repeats_bit_for_bit(small_config):
+    runs = [train(small_config("dit", output_dir=None, name=f"a{i}")) for i in range(2)]
+    a, b = [(run / "final/transformer/diffusion_pytorch_model.safetensors").read_bytes() for run in runs]
+    assert a == b
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 4], ids=["search", "T_end", "tuning"])
+def test_an_interrupted_run_resumed_equals_the_uninterrupted_one(small_config, tmp_path, stop_after):
+    changes = {"train": {"ema_decay": 0.9}, "checkpoint": {"every": stop_after}}
+    whole = train(small_config("dit", output_dir="whole", **changes))
+    part = small_config("dit", output_dir="part", **changes)
+    run = train(part)
+    for folder in checkpoints(run / "checkpoints"):
+        if load_checkpoint(folder)[2]["step"] > stop_after:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    for leftover in ("summary.json", "experts.png", "samples.png"):
+        (run / leftover).unlink()
+    resumed = train(small_config("dit", output_dir="part", resume="latest", **changes))
+    assert resumed == run.resolve()
+    for name in ("final/transformer/diffusion_pytorch_model.safetensors", "final/experts.json"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, resumed)]
+    for a, b in zip(*lines, strict=True):
+        a.pop("seconds_per_step"), b.pop("seconds_per_step")
+        assert a == b
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit", checkpoint={"every": 1}), tmp_path)
+    prepare = trainer._prepare
+
+    def poisoned(micro_batches):
+        batches = prepare(micro_batches)
+        if trainer.step == 4:
+            batches[0].target[:] = torch.nan
+        return batches
+
+    trainer._prepare = poisoned
+    with pytest.raises(NonFiniteLoss, match="step 5"):
+        trainer.run()
+    assert checkpoints(tmp_path / "run/checkpoints")[-1].name == "step-000004"
+    assert all(parameter.isfinite().all() for parameter in trainer.parts.backbone.parameters())
+
+
+def test_only_the_newest_checkpoints_are_kept(small_config, tmp_path):
+    make_trainer(small_config("dit", checkpoint={"every": 1, "keep": 2}), tmp_path).run()
+    assert [path.name for path in checkpoints(tmp_path / "run/checkpoints")] == ["step-000005", "step-000006"]
+
+
+def test_a_damaged_checkpoint_is_refused(small_config, tmp_path):
+    make_trainer(small_config("dit"), tmp_path).run()
+    (checkpoint,) = checkpoints(tmp_path / "run/checkpoints")
+    (checkpoint / "backbone.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_checkpoint(checkpoint)
+
+
+def run_processes(config_file, output, count):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parent
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(root / "gloo_worker.py"), str(config_file), str(output)],
+            env={**os.environ, "PYTHONPATH": str(root.parent), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                 "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                 "ACCELERATE_USE_CPU": "true"} if count > 1 else {**os.environ, "PYTHONPATH": str(root.parent)},
+        ) for rank in range(count)
+    ]
+    assert [worker.wait(timeout=240) for worker in workers] == [0] * count
+    return [torch.load(f"{output}-{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_two_processes_equal_one_with_the_same_global_batch(small_config, tmp_path, kind):
+    config = small_config(kind, train={"steps": 8, "search_steps": 4, "gradient_accumulation": 2},
+                          data={"label_dropout": 0.5})
+    save_config(config, tmp_path / "config.yaml")
+    (single,) = run_processes(tmp_path / "config.yaml", tmp_path / "one", 1)
+    pair = run_processes(tmp_path / "config.yaml", tmp_path / "two", 2)
+    for result in pair:
+        assert torch.equal(result["mask_EL"], single["mask_EL"])
+        assert torch.equal(result["expert_T"], single["expert_T"])
+        for group in ("parameters", "hypernetwork"):
+            for name, value in single[group].items():
+                assert torch.allclose(result[group][name], value, rtol=0, atol=1e-9), name
