@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
         return {file.stem: load_file(file) for file in folder.glob("*.safetensors")}, optimizers, state
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
         raise InputError(f"resume: {folder} cannot be read ({error}): name another checkpoint") from None
 
 

@@ -27,8 +27,9 @@ class ExpertGenerator(nn.Module):
 
     def __init__(self, experts: int, sites: int) -> None:
         super().__init__()
-        codes = nn.init.orthogonal_(torch.empty(experts * sites, _Z_WIDTH))
-        self.register_buffer("Z_ELK", codes.view(experts, sites, _Z_WIDTH))
+        # In float64, so that the rounded codes do not depend on the number of threads.
+        codes = nn.init.orthogonal_(torch.empty(experts * sites, _Z_WIDTH, dtype=torch.float64))
+        self.register_buffer("Z_ELK", codes.float().view(experts, sites, _Z_WIDTH))
         self.net = nn.Sequential(
             nn.LayerNorm(_Z_WIDTH), nn.Linear(_Z_WIDTH, 256), nn.LayerNorm(256), nn.ReLU(),
             nn.Linear(256, 1, bias=False),

@@ -89,6 +89,9 @@ class Trainer:
         self.hyper_optim, self.hyper_lr = optimizer(
             parts.hypernetwork.parameters(), optim.hypernetwork_lr, train.search_steps
         )
+        if accelerator.num_processes > 1:
+            for value in parts.hypernetwork.state_dict().values():
+                value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
 
         self.step = 0

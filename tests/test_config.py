@@ -8,7 +8,7 @@ from alter.config import CONFIGS, reference, save_config
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "my run.yaml"
-    path.write_text("backbone:\n  pretrained: some/folder\noptim:\n  backbone_lr: 1e-4\n")
+    path.write_text("backbone:\n  pretrained: some/folder\ndata:\n  path: x\noptim:\n  backbone_lr: 1e-4\n")
     return path
 
 
@@ -54,7 +54,6 @@ def test_the_saved_configuration_is_the_same(file, tmp_path):
     ("data.path=null", "data.path is not set"),
 ])
 def test_bad_values_are_one_clear_line(file, override, message):
-    file.write_text(file.read_text() + "data:\n  path: x\n")
     with pytest.raises(InputError, match=message) as caught:
         load_config(file, [override])
     assert "\n" not in str(caught.value)

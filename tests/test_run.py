@@ -1,0 +1,164 @@
+"""Whole runs: the demo in a shortened form, the run directory, and bad input through the script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit, save_latents, save_pipeline
+from diffusers import DiTTransformer2DModel
+from PIL import Image
+
+from alter import InputError, TemporalExperts, load_config, train
+from alter.config import CONFIGS, load_config as reload_config
+
+ROOT = CONFIGS.parent
+SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
+         "evaluate.samples=100", "evaluate.sampling_steps=2", "checkpoint.every=5", "log.every=2"]
+KEYS = {
+    "keep_ratio_target", "keep_ratio", "macs_dense", "macs_experts", "experts_count", "experts_used", "sampling_steps",
+    "fd_dense", "fd_experts", "fd_dense_50", "accuracy_dense", "accuracy_experts", "output_error", "seconds_total",
+}
+
+
+def script(*arguments, cwd, **environment):
+    return subprocess.run([sys.executable, str(ROOT / "scripts/train.py"), *arguments], cwd=cwd, text=True,
+                          capture_output=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_demo_in_short(tmp_path):
+    config = load_config("configs/demo_dit.yaml", SHORT)
+    run = train(config)
+    summary = json.loads((run / "summary.json").read_text())
+    assert KEYS <= summary.keys()
+    assert abs(summary["keep_ratio"] - 0.65) <= 0.005
+    assert summary["macs_experts"] == round(summary["keep_ratio"] * summary["macs_dense"])
+    assert (tmp_path / "outputs/demo_dit/latest").resolve() == run.resolve()
+    assert reload_config(run / "config.yaml") == config
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6, 8, 10, 12]
+    assert list(run.glob("**/events.out.tfevents*"))
+    for name in ("samples.png", "experts.png"):
+        assert np.array(Image.open(run / name)).std() > 10
+
+    model = DiTTransformer2DModel.from_pretrained(run / "final" / "transformer")
+    embedders = [block.norm1.emb.state_dict() for block in model.transformer_blocks]
+    assert all(torch.equal(value, embedders[0][name]) for other in embedders for name, value in other.items())
+    TemporalExperts.from_pretrained(run / "final").apply(model)
+
+    teacher = Path("outputs/demo_dit/teacher")
+    written = (teacher / "transformer/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    again = train(config)
+    assert again != run
+    assert (teacher / "transformer/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_final_holds_the_average_when_there_is_one(small_config, tmp_path):
+    from safetensors.torch import load_file
+
+    run = train(small_config("dit", train={"ema_decay": 0.9}))
+    final = load_file(run / "final/transformer/diffusion_pytorch_model.safetensors")
+    saved = {name: load_file(run / f"checkpoints/step-000006/{name}.safetensors") for name in ("ema", "backbone")}
+    name = "transformer_blocks.1.ff.net.2.weight"
+    assert torch.equal(final[name], saved["ema"][name]) and not torch.equal(final[name], saved["backbone"][name])
+
+
+def test_a_unet_run_ends_with_a_summary(small_config):
+    summary = json.loads((train(small_config("unet")) / "summary.json").read_text())
+    assert summary["output_error"] > 0 and abs(summary["keep_ratio"] - 0.65) <= 0.005
+
+
+def test_learned_sigma_denoises_the_first_half_and_distils_all(tmp_path, small_config):
+    save_pipeline(tmp_path / "dit-pretrained", make_dit(learned_sigma=True))
+    train(small_config("dit"))
+
+
+def test_an_output_dir_with_another_run_is_never_overwritten(small_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("x")
+    with pytest.raises(InputError, match="output_dir=.* is not empty"):
+        train(small_config("dit"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"budget": {"keep_ratio": 0.01}}, "budget.keep_ratio=0.01 is below"),
+    ({"backbone": {"pretrained": "./nowhere"}}, "backbone.pretrained='./nowhere': no such folder"),
+    ({"data": {"source": "latents", "path": "./nowhere"}}, "data.path='./nowhere': no such folder"),
+    ({"resume": "latest"}, "resume=latest: no checkpoint"),
+    ({"resume": "./nowhere"}, "resume='./nowhere': not a checkpoint"),
+], ids=str)
+def test_bad_input_writes_nothing(small_config, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(small_config("dit", **changes))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "outputs").exists()
+
+
+def test_data_that_does_not_fit_the_backbone(small_config, tmp_path):
+    save_latents(tmp_path / "wide", (4, 8, 8))
+    with pytest.raises(InputError, match=r"latents of shape \(4, 8, 8\) do not fit .* takes \(1, 8, 8\)"):
+        train(small_config("dit", data={"source": "latents", "path": "wide"}))
+    save_latents(tmp_path / "labelled", (4, 16, 16))
+    with pytest.raises(InputError, match="conditioned on text"):
+        train(small_config("unet", data={"path": "labelled"}))
+    save_latents(tmp_path / "narrow", (4, 16, 16), text=(7, 9))
+    with pytest.raises(InputError, match="text states of width 9 do not fit the backbone's 12"):
+        train(small_config("unet", data={"path": "narrow"}))
+
+
+def test_a_folder_with_another_kind_of_model(small_config, tmp_path):
+    folder = tmp_path / "other/unet"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(InputError, match="a UNet2DModel has no sites"):
+        train(small_config("dit", backbone={"pretrained": str(tmp_path / "other")}))
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("sd21", ["34 sites, 402.1 GMACs", "76.6%", "weights (fp32)", "teacher", "gradients", "optimizer"]),
+    ("dit_xl2", ["28 sites, 118.7 GMACs", "EMA"]),
+    ("demo_dit", ["10 sites", "keep 0.650 of the total MACs"]),
+])
+def test_dry_run(tmp_path, name, expected):
+    result = script("--config", f"configs/{name}.yaml", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert all(text in result.stdout for text in expected), result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, field", [
+    (["--config", "nowhere.yaml"], "--config nowhere.yaml"),
+    (["--config", "configs/demo_dit.yaml", "train.stpes=1"], "train.steps"),
+    (["--config", "configs/demo_dit.yaml", "budget.keep_ratio=0.001"], "budget.keep_ratio=0.001"),
+    (["--config", "configs/dit_xl2.yaml"], "data.path="),
+])
+def test_the_script_exits_2_with_one_line(tmp_path, arguments, field):
+    result = script(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and field in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_refuses_a_batch_that_the_processes_cannot_share(tmp_path):
+    result = script("--config", "configs/demo_dit.yaml", "--check", cwd=tmp_path, ALTER_PROCESSES="3")
+    assert result.returncode == 2 and "cannot be shared by 3 processes" in result.stderr
+    assert script("--config", "configs/demo_dit.yaml", "--check", cwd=tmp_path).stderr == ""
+
+
+def test_help_documents_the_keys(tmp_path):
+    result = script("--help", cwd=tmp_path)
+    assert result.returncode == 0 and "budget.keep_ratio=0.65" in result.stdout
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = script("--config", "configs/demo_dit.yaml", "--debug", "train.steps=0", cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" in result.stderr
