@@ -1,6 +1,7 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
 import copy
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +68,8 @@ class Parts:
             dropped = dropped.to(batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         text = batch["encoder_hidden_states"]
-        empty = self.source.empty_text.to(text)  # type: ignore[attr-defined]
+        assert self.source.empty_text is not None
+        empty = self.source.empty_text.to(text)
         return {"encoder_hidden_states": torch.where(dropped.to(text.device)[:, None, None], empty, text)}
 
 
@@ -136,6 +138,8 @@ def check(config: Config, processes: int) -> None:
         InputError: as `build` would.
     """
     check_batch(config, processes)
+    if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise InputError("log.tracker='wandb': the package wandb is not installed: install it, or use tensorboard")
     source = open_source(config)
     split(source, config.data.holdout, config.seed)
     pretrained = Path(str(config.backbone.pretrained))

@@ -6,6 +6,7 @@ of the epochs' permutations, of which each process and micro-batch takes its sli
 at its step.
 """
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .config import Config, DataConfig
@@ -26,6 +28,7 @@ class Source(Protocol):
 
     num_classes: int  # 0 where the condition is text
     encoded: bool  # True: samples are latents; False: images for the VAE
+    empty_text: Tensor | None  # where the condition is text: that of a dropped prompt
 
     def __len__(self) -> int: ...
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]: ...
@@ -36,6 +39,7 @@ class Digits:
 
     num_classes = 10
     encoded = True
+    empty_text: Tensor | None = None
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -55,6 +59,7 @@ class ImageFolder:
     """Class folders of images: resized so that the short side fits, centre-cropped, mirrored if asked."""
 
     encoded = False
+    empty_text: Tensor | None = None
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         folder = Path(str(config.path))
@@ -113,7 +118,7 @@ class Latents:
         if not self.files:
             raise InputError(f"data.path={config.path!r}: no .npy files in {features[0].name}")
         self.conditions, self.flip, self.seed = conditions[0], config.flip, seed
-        self.empty_text = None
+        self.empty_text: Tensor | None = None
         if texts:
             self.empty_text = torch.from_numpy(_load_npy(folder / "empty_text.npy")).float()
         else:
@@ -191,8 +196,14 @@ class GlobalBatches:
 
 def make_loader(source: Source, batches: Any, workers: int) -> DataLoader:
     """Load the samples that `batches` names, in `workers` processes."""
-    return DataLoader(source, batch_sampler=batches, num_workers=workers,  # type: ignore[arg-type]
-                      pin_memory=torch.cuda.is_available(), persistent_workers=False)
+    dataset: Any = source
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=_leave_interrupts_to_the_trainer)
+
+
+def _leave_interrupts_to_the_trainer(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too; the trainer still needs them to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _coin(seed: int, epoch: int, index: int) -> bool:

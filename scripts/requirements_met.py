@@ -18,12 +18,15 @@ def missing(text: str) -> list[str]:
         if not line:
             continue
         requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
         try:
             installed = version(requirement.name)
-        except PackageNotFoundError:
+        except (PackageNotFoundError, KeyError):
+            installed = None
+        if not installed:  # also without metadata, as an interrupted installation leaves it
             found.append(line)
-            continue
-        if not requirement.specifier.contains(installed, prereleases=True):
+        elif not requirement.specifier.contains(installed, prereleases=True):
             found.append(f"{line} (found {installed})")
     return found
 

@@ -2,7 +2,7 @@
 # Set up like the launchers, then lint, type-check and test.
 #   bash scripts/test.sh [--slow] [pytest arguments]      --slow adds the tests that take minutes
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/setup_env.sh
 source "$root/scripts/setup_env.sh"
 cd "$root"

@@ -29,7 +29,9 @@ def main() -> int:
     except Exception as error:
         if arguments.debug or not _expected(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A loader process hands its error over with a traceback in front; the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix("alter.errors.InputError: ")
+        print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else getattr(error, "signum", -127) + 128
     except KeyboardInterrupt:
         print("error: stopped at once; the last checkpoint stays", file=sys.stderr)

@@ -1,131 +1,335 @@
-"""The bash launchers, around a stand-in for scripts/train.py that records what reaches it."""
+"""The shell launchers, on a stand-in for scripts/train.py, from a clone whose path has spaces."""
 
+import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from fcntl import ioctl
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINER = '''
+
+# Keeps the trainer's side of the contract and leaves a file of JSON for everything that happens to it.
+STAND_IN = '''
 import json, os, signal, sys, time
 from pathlib import Path
 
-record, status = Path(os.environ["RECORD"]), os.environ.get("ALTER_STATUS_DIR")
-with open(record, "a") as file:
-    file.write(json.dumps(sys.argv[1:]) + "\\n")
-if "fail" in sys.argv and "--check" in sys.argv:
-    print("error: refused", file=sys.stderr); sys.exit(2)
-code = 0
-if "--check" not in sys.argv:
-    own = Path(status) / str(os.getpid()) if status else None
-    if own:
-        own.touch()
-    if "wait" in sys.argv:
-        seen = []
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(signum, lambda number, frame: seen.append(number))
-        (record.parent / f"ready-{os.getpid()}").touch()
-        while not seen:
-            time.sleep(0.02)
-        time.sleep(0.5)
-        (record.parent / f"seen-{os.getpid()}").write_text(str(seen))
-        code = 128 + seen[0]
-    for argument in sys.argv:
-        if argument.startswith("exit="):
-            code = int(argument[5:])
-    if own:
-        own.write_text(str(code))
+records = Path(os.environ["RECORDS"])
+kind = "check" if "--check" in sys.argv else "train"
+world = int(os.environ.get("WORLD_SIZE", "1"))
+
+def note(name, value):
+    (records / f"{name}-{time.time_ns()}-{os.getpid()}").write_text(json.dumps(value))
+
+def received(signum, frame):
+    note("signal", signum)
+    got.append(signum)
+
+def meet(name):
+    note(name, os.getpid())
+    while len(list(records.glob(name + "-*"))) < world:
+        time.sleep(0.02)
+
+note(kind, {"arguments": sys.argv[1:], "cwd": os.getcwd(), "script": sys.argv[0], "world": world,
+            "rank": int(os.environ.get("RANK", "0")), "path": os.environ["PYTHONPATH"],
+            "use_cpu": os.environ.get("ACCELERATE_USE_CPU"), "status": os.environ.get("ALTER_STATUS_DIR")})
+if kind == "check":
+    if "CHECK_CODE" in os.environ:
+        print("error: bad input", file=sys.stderr)
+    sys.exit(int(os.environ.get("CHECK_CODE", "0")))
+
+got = []
+if "UNREGISTERED" in os.environ:
+    note("ready", os.getpid())
+    time.sleep(20)
+status = Path(os.environ["ALTER_STATUS_DIR"], str(os.getpid())) if "ALTER_STATUS_DIR" in os.environ else None
+code = int(os.environ.get("CODE", "0"))
+if "WAIT" in os.environ:
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, received)
+    if status:
+        status.touch()
+    note("ready", os.getpid())
+    deadline = time.monotonic() + 20
+    while not got and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)  # long enough for a signal that comes twice
+    meet("stopped")
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)  # accelerate ends the rest when the first is gone
+    code = 128 + got[0] if got else 99
+if status:
+    status.write_text(str(code))
 sys.exit(code)
 '''
 
 
+class Clone:
+    def __init__(self, folder: Path):
+        self.root = folder / "a clone of alter"
+        self.records = folder / "the records"
+        self.temporary = folder / "temporary files"
+        commands = folder / "commands of mine"
+        for path in (self.root / "scripts", self.records, self.temporary, commands):
+            path.mkdir(parents=True)
+        for name in ("launch.sh", "setup_env.sh", "requirements_met.py"):
+            shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
+        for name in ("train_dit.sh", "train_sd21.sh"):
+            shutil.copy(ROOT / name, self.root)
+        (self.root / "scripts" / "train.py").write_text(STAND_IN)
+        (self.root / "requirements.txt").write_text(f"pytest=={version('pytest')}  # the one that runs this\n")
+        # The python on PATH is the one that runs the tests, and there is one GPU.
+        self.command(commands, "python3", f'exec "{sys.executable}" "$@"')
+        self.command(commands, "nvidia-smi", "echo 'GPU 0: of the test (UUID: GPU-0)'")
+        self.commands = commands
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("ALTER_", "ACCELERATE_"))}
+        for name in ("VIRTUAL_ENV", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE"):
+            self.environment.pop(name, None)
+        self.environment |= {"RECORDS": str(self.records), "TMPDIR": str(self.temporary),
+                             "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+
+    @staticmethod
+    def command(folder: Path, name: str, body: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+
+    def start(self, *arguments: str, script="train_dit.sh", cwd=None, terminal=None, **environment: str):
+        def prepare():  # a shell cannot trap what it was started to ignore
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if terminal is not None:
+                ioctl(terminal, termios.TIOCSCTTY, 0)
+
+        return subprocess.Popen(
+            ["bash", str(self.root / script), *arguments], cwd=cwd or self.root, env=self.environment | environment,
+            stdin=subprocess.DEVNULL if terminal is None else terminal, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=prepare,
+        )
+
+    def run(self, *arguments: str, **options):
+        process = self.start(*arguments, **options)
+        try:
+            output, errors = process.communicate(timeout=40)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+    def noted(self, name: str) -> list:
+        return [json.loads(file.read_text()) for file in sorted(self.records.glob(f"{name}-*"))]
+
+    def until(self, name: str, count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(list(self.records.glob(f"{name}-*"))) < count:
+            assert time.monotonic() < deadline, f"{name} was not reached"
+            time.sleep(0.05)
+
+    def finish(self, process) -> int:
+        """Its exit code, once it has ended by itself: not its children's end, as communicate() would have it."""
+        try:
+            process.wait(timeout=30)
+            self.stopped = len(self.noted("stopped"))
+        finally:
+            process.kill()
+            process.communicate()
+        assert list(self.temporary.glob("alter.*")) == []  # accelerate leaves one of its own
+        return process.returncode
+
+
 @pytest.fixture
 def clone(tmp_path):
-    root = tmp_path / "a clone of alter"
-    (root / "scripts").mkdir(parents=True)
-    for name in ("train_dit.sh", "train_sd21.sh", "scripts/launch.sh", "scripts/setup_env.sh",
-                 "scripts/requirements_met.py"):
-        shutil.copy(ROOT / name, root / name)
-    (root / "scripts/train.py").write_text(TRAINER)
-    (root / "requirements.txt").write_text("pyyaml\ntorch>=2.0  # enough\n")
-    return root
+    return Clone(tmp_path)
 
 
-def environment(clone, **extra):
-    venv = Path(sys.executable).parent.parent
-    return {**os.environ, "VIRTUAL_ENV": str(venv), "PATH": f"{venv}/bin:{os.environ['PATH']}",
-            "RECORD": str(clone / "record"), "CUDA_VISIBLE_DEVICES": "", **extra}
+@pytest.mark.parametrize("script, config", [("train_dit.sh", "dit_xl2.yaml"), ("train_sd21.sh", "sd21.yaml")])
+def test_default_config(clone, script, config):
+    assert clone.run("a.b=1", script=script).returncode == 0
+    assert clone.noted("train")[0]["arguments"] == ["--config", f"{clone.root}/configs/{config}", "a.b=1"]
+    assert clone.noted("check") == []
 
 
-def launch(clone, *arguments, name="train_dit.sh", cwd=None, **extra):
-    return subprocess.run(["bash", str(clone / name), *arguments], cwd=cwd, env=environment(clone, **extra),
-                          capture_output=True, text=True, timeout=120)
+def test_arguments_arrive_unchanged_and_a_config_of_the_users_is_the_last(clone):
+    given = ["--config", "my own.yaml", "data.path=a  b", "name=it's \"x\" $HOME *", "text=a --config b", "empty="]
+    assert clone.run(*given).returncode == 0
+    arguments = clone.noted("train")[0]["arguments"]
+    assert arguments[-len(given):] == given
+    assert [argument for argument in arguments[:-len(given)] if argument == "--config"] == ["--config"]
 
 
-def recorded(clone):
-    import json
-
-    return [json.loads(line) for line in (clone / "record").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("name, config", [("train_dit.sh", "dit_xl2.yaml"), ("train_sd21.sh", "sd21.yaml")])
-def test_the_default_configuration_from_any_directory(clone, tmp_path, name, config):
-    assert launch(clone, "train.steps=3", name=name, cwd=tmp_path).returncode == 0
-    assert recorded(clone) == [["--config", str(clone / "configs" / config), "train.steps=3"]]
-    assert not (clone / ".venv").exists()
-
-
-def test_arguments_keep_their_spaces(clone):
-    arguments = ["--config", "my configs/a.yaml", "output_dir=a red circle", "name=--config"]
-    assert launch(clone, *arguments).returncode == 0
-    assert recorded(clone) == [arguments]
+def test_works_from_another_directory_and_again(clone, tmp_path):
+    elsewhere = tmp_path / "another place"
+    (elsewhere / "a clone of alter").mkdir(parents=True)  # a CDPATH must not lead here
+    for _ in range(2):
+        process = subprocess.run(["bash", "a clone of alter/train_dit.sh"], cwd=clone.root.parent,
+                                 env=clone.environment | {"CDPATH": str(elsewhere), "PYTHONPATH": "/of the user"})
+        assert process.returncode == 0
+    for noted in clone.noted("train"):
+        assert noted["cwd"] == str(clone.root.parent)
+        assert noted["script"] == f"{clone.root}/scripts/train.py"
+        assert noted["path"] == f"{clone.root}:/of the user"
+    assert len(clone.noted("train")) == 2
 
 
-@pytest.mark.parametrize("code", [0, 2, 7])
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_the_exit_code_is_the_trainers(clone, code, processes):
-    assert launch(clone, "--config", "x", f"exit={code}", ALTER_PROCESSES=processes).returncode == code
+@pytest.mark.parametrize("code", [0, 1, 2, 143])
+def test_exit_code_of_one_process(clone, code):
+    assert clone.run(CODE=str(code)).returncode == code
 
 
-def test_several_processes_are_checked_first(clone):
-    result = launch(clone, "--config", "x", "fail", ALTER_PROCESSES="2")
-    assert result.returncode == 2 and result.stderr.strip() == "error: refused"
-    assert recorded(clone) == [["--check", "--config", "x", "fail"]]
+@pytest.mark.parametrize("flag", ["--check", "--dry-run", "--help"])
+def test_flags_that_need_one_process(clone, flag):
+    assert clone.run(flag, ALTER_PROCESSES="2").returncode == 0
+    (noted,) = clone.noted("check" if flag == "--check" else "train")
+    assert noted["world"] == 1 and flag in noted["arguments"]
 
 
-def test_a_dry_run_is_one_process(clone):
-    assert launch(clone, "--dry-run", ALTER_PROCESSES="2").returncode == 0
-    assert len(recorded(clone)) == 1
+@pytest.mark.parametrize("visible, listed, processes", [
+    (None, 1, 1), (None, 3, 3), (None, 0, 1), ("", 4, 1), ("-1", 4, 1), ("2", 4, 1), ("0,3", 4, 2), ("0,-1,2", 4, 1),
+])
+def test_processes_are_the_visible_gpus(clone, visible, listed, processes):
+    clone.command(clone.commands, "nvidia-smi", f"for i in $(seq {listed}); do echo \"GPU $i: x\"; done")
+    # With a python that records what it is asked to run, accelerate is not started.
+    clone.command(clone.commands, "python3", f'''case "$*" in
+*accelerate.commands.launch*) printf '%s\\n' "$*" >"$RECORDS/launch-1" ;;
+*) exec "{sys.executable}" "$@" ;;
+esac''')
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert clone.run(**environment).returncode == 0
+    launched = clone.records / "launch-1"
+    if processes == 1:
+        assert not launched.exists() and len(clone.noted("train")) == 1
+    else:
+        assert f"--num_processes {processes} " in launched.read_text()
+        assert "--multi_gpu" in launched.read_text()
+        assert len(clone.noted("check")) == 1
+
+
+def test_bad_number_of_processes(clone):
+    process = clone.run(ALTER_PROCESSES="two")
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == ["error: ALTER_PROCESSES must be a whole number, not 'two'"]
+    assert clone.noted("train") == []
+
+
+def test_bad_input_is_refused_before_several_processes_start(clone):
+    process = clone.run("a=b", ALTER_PROCESSES="2", CHECK_CODE="2")
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == ["error: bad input"]
+    assert clone.noted("check")[0]["arguments"][0] == "--check"
+    assert clone.noted("check")[0]["arguments"][-1] == "a=b"
+    assert clone.noted("train") == []
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_two_processes(clone, code, tmp_path):
+    process = clone.run("data.path=a  b", ALTER_PROCESSES="2", CUDA_VISIBLE_DEVICES="", CODE=str(code), cwd=tmp_path)
+    assert process.returncode == code, process.stderr
+    assert len(clone.noted("check")) == 1
+    noted = clone.noted("train")
+    assert sorted(n["rank"] for n in noted) == [0, 1]
+    for one in noted:
+        assert one["world"] == 2 and one["use_cpu"] == "true" and one["cwd"] == str(tmp_path)
+        assert one["arguments"] == ["--config", f"{clone.root}/configs/dit_xl2.yaml", "data.path=a  b"]
+        assert one["status"].startswith(f"{clone.temporary}/alter.")
+    assert list(clone.temporary.glob("alter.*")) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_signals_reach_every_trainer_once(clone, processes, name):
-    number = getattr(signal, name)
-    process = subprocess.Popen(["bash", str(clone / "train_dit.sh"), "wait"], start_new_session=True,
-                               env=environment(clone, ALTER_PROCESSES=str(processes)))
-    deadline = time.time() + 90
-    while len(list(clone.glob("ready-*"))) < processes and time.time() < deadline:
-        time.sleep(0.1)
-    if name == "SIGINT":  # a terminal sends Ctrl-C to the whole foreground group
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
-    assert [file.read_text() for file in clone.glob("seen-*")] == [f"[{int(number)}]"] * processes
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
+def test_signals_reach_every_trainer_once(clone, signum, processes):
+    process = clone.start(ALTER_PROCESSES=str(processes), CUDA_VISIBLE_DEVICES="", WAIT="1")
+    clone.until("ready", processes)
+    process.send_signal(signum)
+    assert clone.finish(process) == 128 + signum
+    assert clone.noted("signal") == [signum] * processes
+    assert clone.stopped == processes  # when the launcher ended, all of them had
 
 
-@pytest.mark.parametrize("text, code", [
-    ("pyyaml\n# a comment\n\ntorch>=2.0,<99\n", 0), ("no-such-package-at-all\n", 1), ("torch<2.0\n", 1),
-])
-def test_requirements_met(tmp_path, text, code):
-    file = tmp_path / "requirements.txt"
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_reaches_every_trainer_once(clone, processes):
+    keyboard, terminal = pty.openpty()
+    try:
+        process = clone.start(ALTER_PROCESSES=str(processes), CUDA_VISIBLE_DEVICES="", WAIT="1", terminal=terminal)
+        clone.until("ready", processes)
+        os.write(keyboard, b"\x03")
+        assert clone.finish(process) == 130
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+    assert clone.noted("signal") == [signal.SIGINT] * processes
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
+def test_signal_before_the_trainers_have_registered_ends_the_launch(clone, signum):
+    process = clone.start(ALTER_PROCESSES="2", CUDA_VISIBLE_DEVICES="", UNREGISTERED="1")
+    clone.until("ready", 2)
+    process.send_signal(signum)
+    assert clone.finish(process) != 0
+    for trainer in clone.noted("ready"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(trainer, 0)
+
+
+def requirements_met(folder: Path, text: str):
+    file = folder / "some requirements.txt"
     file.write_text(text)
-    result = subprocess.run([sys.executable, str(ROOT / "scripts/requirements_met.py"), str(file)],
-                            capture_output=True, text=True)
-    assert result.returncode == code and bool(result.stderr) == bool(code)
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / "requirements_met.py"), str(file)],
+                          capture_output=True, text=True)
+
+
+def test_requirements_satisfied(tmp_path):
+    process = requirements_met(tmp_path, f"# a comment\n\npytest>=1,<={version('pytest')}  # why\nruff\n"
+                                         "not-of-this-python; python_version < '3'\n")
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("line, named", [
+    ("no-such-package-of-alter>=1", "no-such-package-of-alter>=1"),
+    ("pytest<1", f"pytest<1 (found {version('pytest')})"),
+])
+def test_requirements_not_satisfied(tmp_path, line, named):
+    process = requirements_met(tmp_path, f"ruff\n{line}\n")
+    assert process.returncode == 1
+    assert process.stderr == f"missing: {named}\n"
+
+
+def test_requirements_met_imports_nothing_heavy():
+    process = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / "scripts" / "requirements_met.py"),
+                              str(ROOT / "requirements.txt")], capture_output=True, text=True)
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+
+
+def test_no_python_is_said_in_one_line(clone):
+    (clone.root / "requirements.txt").write_text("no-such-package-of-alter\n")
+    clone.command(clone.commands, "python3", "exit 1")  # older than 3.10, as far as its answers go
+    process = clone.run()
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == ["error: no Python 3.10 or newer on PATH: install one and run again"]
+    assert not (clone.root / ".venv").exists()
+
+
+def test_unsatisfied_environment_gets_a_venv_of_its_own_once(clone):
+    """pip and venv are stand-ins: the made python reports itself satisfied after its installation."""
+    made = 'mkdir -p "$4/bin" && cp "$0" "$4/bin/python"'
+    clone.command(clone.commands, "python3", f'''echo "$*" >>"$RECORDS/asked"
+case "$*" in
+*requirements_met.py*) [ -e "$(dirname "$0")/installed" ] ;;
+"-m venv --clear"*) {made} ;;
+*"pip install"*) [ -z "${{BREAK-}}" ] && touch "$(dirname "$0")/installed" ;;
+*train.py*) exec "{sys.executable}" "$@" ;;
+esac''')
+    assert clone.run(BREAK="1").returncode != 0
+    assert clone.noted("train") == []
+    process = clone.run()  # repairs what was interrupted
+    assert process.returncode == 0
+    assert process.stderr.splitlines() == ["installing requirements.txt into .venv (once; several GB)"]
+    assert clone.run().stderr == ""
+    assert len(clone.noted("train")) == 2
+    asked = (clone.records / "asked").read_text().splitlines()
+    assert sum("pip install" in line for line in asked) == 2
+    assert sum("-m venv" in line for line in asked) == 1

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.config import CONFIGS, load_config as reload_config
+from alter.config import CONFIGS, save_config
 
 ROOT = CONFIGS.parent
 SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
@@ -43,8 +45,9 @@ def test_the_demo_in_short(tmp_path):
     assert abs(summary["keep_ratio"] - 0.65) <= 0.005
     assert summary["macs_experts"] == round(summary["keep_ratio"] * summary["macs_dense"])
     assert (tmp_path / "outputs/demo_dit/latest").resolve() == run.resolve()
-    assert reload_config(run / "config.yaml") == config
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6, 8, 10, 12]
+    assert load_config(run / "config.yaml") == config
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     assert list(run.glob("**/events.out.tfevents*"))
     for name in ("samples.png", "experts.png"):
         assert np.array(Image.open(run / name)).std() > 10
@@ -152,6 +155,39 @@ def test_check_refuses_a_batch_that_the_processes_cannot_share(tmp_path):
     result = script("--config", "configs/demo_dit.yaml", "--check", cwd=tmp_path, ALTER_PROCESSES="3")
     assert result.returncode == 2 and "cannot be shared by 3 processes" in result.stderr
     assert script("--config", "configs/demo_dit.yaml", "--check", cwd=tmp_path).stderr == ""
+
+
+def test_a_broken_file_is_one_line_also_from_a_loader_process(small_config, tmp_path):
+    save_pipeline(tmp_path / "rgb", make_dit(size=16, channels=4))
+    save_latents(tmp_path / "latents", (4, 16, 16))
+    for i in range(1, 24):
+        (tmp_path / f"latents/train_features/{i}.npy").write_bytes(b"junk")
+    result = script("--config", "configs/demo_dit.yaml", "demo.model=null", "backbone.pretrained=rgb",
+                    "data.source=latents", "data.path=latents", "data.resolution=16", "data.workers=1",
+                    "data.holdout=2", "train.batch_size=4", "log.tracker=none", cwd=tmp_path)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: data.path: ") and "cannot be read" in last and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, tmp_path, name):
+    save_config(small_config("dit", train={"steps": 100_000}), tmp_path / "long.yaml")
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts/train.py"), "--config", "long.yaml"],
+                               stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    number = getattr(signal, name)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors.strip().splitlines()[-1].startswith(f"error: stopped by {name}; go on with resume=")
+    (saved,) = (tmp_path / "run/checkpoints").iterdir()
+    step = int(saved.name.rpartition("-")[2])
+    train(small_config("dit", train={"steps": step + 3}, resume="latest"))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 4))
 
 
 def test_help_documents_the_keys(tmp_path):
