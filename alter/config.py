@@ -212,6 +212,9 @@ class Config:
                 f"train.gradient_accumulation={train.gradient_accumulation} equal micro-batches: "
                 "choose a multiple"
             )
+        if self.loss.denoise == self.loss.output_kd == self.loss.feature_kd == 0:
+            raise InputError("loss.denoise, loss.output_kd and loss.feature_kd are all 0: nothing would train the "
+                             "backbone; set one of them above 0")
         if self.data.source != "digits" and self.data.path is None:
             raise InputError(f"data.path is not set: data.source={self.data.source!r} needs a folder")
 

@@ -35,16 +35,21 @@ class CostTable:
     def prunable_share(self) -> float:
         return float(self.share_L.sum())
 
+    @property
+    def unit(self) -> tuple[float, str]:
+        """A readable unit of MACs for this backbone, and its name."""
+        return (1e9, "GMACs") if self.macs_total >= 1e9 else (1e6, "MMACs")
+
     def table(self) -> str:
         """One line a site and a total, for the terminal."""
         width = max(map(len, self.sites))
-        rows = [f"{'site':{width}}  {'GMACs':>9}  {'share':>6}  {'M params':>9}"]
+        scale, unit = self.unit
+        rows = [f"{'site':{width}}  {unit:>9}  {'share':>7}  {'M params':>9}"]
         for name, macs, parameters in zip(self.sites, self.macs, self.parameters, strict=True):
             share = macs / self.macs_total
-            rows.append(f"{name:{width}}  {macs / 1e9:9.3f}  {share:6.2%}  {parameters / 1e6:9.2f}")
-        rows.append(
-            f"{'total':{width}}  {self.macs_total / 1e9:9.3f}  {1:6.2%}  {self.parameters_total / 1e6:9.2f}"
-        )
+            rows.append(f"{name:{width}}  {macs / scale:9.3f}  {share:7.2%}  {parameters / 1e6:9.2f}")
+        total = f"{self.macs_total / scale:9.3f}  {1:7.2%}  {self.parameters_total / 1e6:9.2f}"
+        rows.append(f"{'total':{width}}  {total}")
         return "\n".join(rows)
 
 

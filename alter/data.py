@@ -122,7 +122,8 @@ class Latents:
         if texts:
             self.empty_text = torch.from_numpy(_load_npy(folder / "empty_text.npy")).float()
         else:
-            self.num_classes = 1 + max(int(self._condition(file)) for file in self.files)
+            some = self.files[:: max(1, len(self.files) // 1000)]  # not a million small files
+            self.num_classes = 1 + max(int(self._condition(file)) for file in some)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -13,13 +13,14 @@ def describe_run(config: Config, processes: int = 1) -> str:
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / cost.prunable_share
     total = budget.keep_ratio if budget.over == "total" else 1 - cost.prunable_share * (1 - budget.keep_ratio)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    scale, unit = cost.unit
     memory = {
         "weights (fp32)": 4, "teacher (fp32)": 4, "gradients (fp32)": 4, "optimizer (AdamW)": 8,
         **({"weights' average (EMA)": 4} if config.train.ema_decay else {}),
     }
     lines = [
         cost.table(), "",
-        f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / 1e9:.1f} GMACs a forward "
+        f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / scale:.1f} {unit} a forward "
         "(batch 1; convolutions, matrix and attention products)",
         f"prunable: {cost.prunable_share:.1%} of the MACs",
         f"budget: keep {budget.keep_ratio:.3f} of the {budget.over} MACs, which is {total:.3f} of all MACs and "

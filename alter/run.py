@@ -138,15 +138,20 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, weights: lis
     print(f"run directory: {run_dir}")
 
 
-def _held_out_error(config: Config, parts: Parts, most: int = 256) -> float:
-    """`output_error` on held-out samples."""
+def _held_out_error(config: Config, parts: Parts, most: int = 256, batch_size: int = 32) -> float:
+    """`output_error` on at most `most` held-out samples."""
     _, held_out = split(parts.source, config.data.holdout, config.seed)
-    batch = torch.utils.data.default_collate([parts.source[0, int(i)] for i in held_out[:most]])
-    device = next(parts.backbone.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    latents = parts.latents(batch, torch.zeros(len(held_out[:most]), *parts.latent_shape))
-    conditioning = parts.conditioning(batch, torch.zeros(len(latents), dtype=torch.bool))
-    return output_error(parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed)
+    held_out, total = held_out[:most], 0.0
+    for first in range(0, len(held_out), batch_size):
+        samples = [parts.source[0, int(i)] for i in held_out[first : first + batch_size]]
+        batch = torch.utils.data.default_collate(samples)
+        batch = {name: value.to(parts.backbone.device) for name, value in batch.items()}
+        latents = parts.latents(batch, torch.zeros(len(samples), *parts.latent_shape))
+        conditioning = parts.conditioning(batch, torch.zeros(len(samples), dtype=torch.bool))
+        total += len(samples) * output_error(
+            parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first
+        )
+    return total / len(held_out)
 
 
 def _sample_quality(config: Config, parts: Parts, digits: Digits, run_dir: Path) -> dict[str, Any]:

@@ -190,6 +190,24 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, t
     assert steps == list(range(1, step + 4))
 
 
+def test_two_processes_through_the_launcher(small_config, tmp_path):
+    """accelerate launch, a real run on two CPU processes, and their refusal of a batch they cannot share."""
+    save_config(small_config("dit"), tmp_path / "small.yaml")
+    venv = Path(sys.executable).parent.parent
+    command = ["bash", str(ROOT / "train_dit.sh"), "--config", "small.yaml"]
+    environment = {**os.environ, "VIRTUAL_ENV": str(venv), "ALTER_PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "",
+                   "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, "train.batch_size=7"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "cannot be shared by 2 processes" in result.stderr
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    alone = train(small_config("dit", output_dir=str(tmp_path / "alone")))
+    pair, single = [TemporalExperts.from_pretrained(folder / "final") for folder in (tmp_path / "run", alone)]
+    assert np.array_equal(pair.mask_EL, single.mask_EL) and np.array_equal(pair.expert_T, single.expert_T)
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()] == \
+        list(range(1, 7))
+
+
 def test_help_documents_the_keys(tmp_path):
     result = script("--help", cwd=tmp_path)
     assert result.returncode == 0 and "budget.keep_ratio=0.65" in result.stdout
