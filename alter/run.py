@@ -49,6 +49,7 @@ def train(config: Config) -> Path:
     trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
     experts = trainer.run()
     if accelerator.is_main_process:
+        accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)  # measured without autocast
         _finish(config, parts, experts, trainer.weights(), run_dir, started)
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -98,7 +98,8 @@ class Trainer:
         self.experts: TemporalExperts | None = None
         if resume_from is not None:
             self._restore(resume_from)
-        self._stop_signal = 0
+        self._received = 0  # a signal, by this process alone
+        self._stop = 0  # the signal that all processes have agreed to stop for
 
     def run(self) -> TemporalExperts:
         """Train to the end.
@@ -123,10 +124,10 @@ class Trainer:
                 bar.update()
                 if self.step % config.log.every == 0 or self.step == train.steps:
                     self._log(metrics, time.perf_counter() - started, bar)
-                if self.step % config.checkpoint.every == 0 or self.step == train.steps or self._stop_signal:
+                if self.step % config.checkpoint.every == 0 or self.step == train.steps or self._stop:
                     saved = self._save()
-                    if self._stop_signal and self.step < train.steps:
-                        raise Interrupted(self._stop_signal, saved)
+                    if self._stop and self.step < train.steps:
+                        raise Interrupted(self._stop, saved)
         assert self.experts is not None
         return self.experts
 
@@ -286,10 +287,10 @@ class Trainer:
         names = [*totals[0], *extra]
         means = [torch.stack([t[name].detach().float() for t in totals]).mean() for name in totals[0]]
         values = torch.stack([*means, *(value.detach().float().to(means[0].device) for value in extra.values()),
-                              torch.tensor(float(self._stop_signal), device=means[0].device)])
+                              torch.tensor(float(self._received > 0), device=means[0].device)])
         *numbers, stop = self.accelerator.reduce(values, "mean").tolist()
-        if stop and not self._stop_signal:
-            self._stop_signal = signal.SIGTERM
+        if stop:
+            self._stop = self._received or signal.SIGTERM
         metrics = {f"{phase}/{name}": number for name, number in zip(names, numbers, strict=True)}
         for name, number in metrics.items():
             if not math.isfinite(number):
@@ -349,7 +350,7 @@ class Trainer:
     def _signals(self):
         """Finish the step and save at the first signal; the second has its usual effect."""
         def note(signum: int, frame: Any) -> None:
-            self._stop_signal = signum
+            self._received = signum
             for name, handler in before.items():
                 signal.signal(name, handler)
 
