@@ -42,6 +42,8 @@ def test_budgets_are_met(over, experts, sites, keep):
     mask_EL, expert_T = budget.masks(random_logits(experts, sites), keep)
     kept = mask_EL[expert_T] @ budget.share_L  # counted timestep by timestep
     total = (1 - budget.share_L.sum() + kept).mean()
+    again = budget.masks(random_logits(experts, sites), keep)
+    assert np.array_equal(mask_EL, again[0]) and np.array_equal(expert_T, again[1])
     measured = total if over == "total" else kept.mean() / budget.share_L.sum()
     assert abs(measured - keep) <= 0.005
     assert measured == pytest.approx(budget.measured(mask_EL, expert_T))

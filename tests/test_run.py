@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, save_latents, save_pipeline
-from diffusers import DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from PIL import Image
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.build import build
 from alter.config import CONFIGS, save_config
 
 ROOT = CONFIGS.parent
@@ -30,6 +31,13 @@ KEYS = {
 def script(*arguments, cwd, **environment):
     return subprocess.run([sys.executable, str(ROOT / "scripts/train.py"), *arguments], cwd=cwd, text=True,
                           capture_output=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+
+
+def launcher(*arguments, cwd):
+    venv = Path(sys.executable).parent.parent
+    return subprocess.run(["bash", str(ROOT / "train_dit.sh"), *arguments], cwd=cwd, text=True, capture_output=True,
+                          timeout=300, env={**os.environ, "VIRTUAL_ENV": str(venv), "HF_HUB_OFFLINE": "1",
+                                            "CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +90,39 @@ def test_a_unet_run_ends_with_a_summary(small_config):
 def test_learned_sigma_denoises_the_first_half_and_distils_all(tmp_path, small_config):
     save_pipeline(tmp_path / "dit-pretrained", make_dit(learned_sigma=True))
     train(small_config("dit"))
+
+
+@pytest.fixture
+def image_config(small_config, tmp_path):
+    """A DiT over a VAE's latents, and two class folders of images."""
+    torch.manual_seed(0)
+    folder = save_pipeline(tmp_path / "dit-pretrained", make_dit(channels=4, learned_sigma=True))
+    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+                  scaling_factor=0.5).save_pretrained(folder / "vae")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        (tmp_path / f"images/{i % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/{i % 2}/{i}.png")
+    return lambda **changes: small_config("dit", **{**changes, "data": {
+        "source": "image_folder", "path": str(tmp_path / "images"), "resolution": 16, "flip": True}})
+
+
+def test_images_pass_the_vae(image_config):
+    parts = build(image_config())
+    images = torch.randn(3, 3, 16, 16)
+    posterior = torch.randn(3, 4, 8, 8)
+    with torch.no_grad():
+        mean, logvar = parts.vae._encode(images).chunk(2, dim=1)
+    expected = (mean + (0.5 * logvar).exp() * posterior) * 0.5
+    assert torch.allclose(parts.latents({"images": images}, posterior), expected, atol=1e-6)
+
+
+def test_a_run_on_images_exports_the_whole_pipeline(image_config):
+    run = train(image_config(train={"mixed_precision": "bf16"}))
+    assert json.loads((run / "summary.json").read_text())["output_error"] > 0
+    assert AutoencoderKL.from_pretrained(run / "final/vae").config.scaling_factor == 0.5
 
 
 def test_an_output_dir_with_another_run_is_never_overwritten(small_config, tmp_path):
@@ -142,9 +183,14 @@ def test_dry_run(tmp_path, name, expected):
     (["--config", "configs/demo_dit.yaml", "train.stpes=1"], "train.steps"),
     (["--config", "configs/demo_dit.yaml", "budget.keep_ratio=0.001"], "budget.keep_ratio=0.001"),
     (["--config", "configs/dit_xl2.yaml"], "data.path="),
+    (["--config", "configs/demo_dit.yaml", "demo.model=null"], "backbone.pretrained='outputs/demo_dit/teacher'"),
+    (["--config", "configs/demo_dit.yaml", "train.search_steps=9999"], "train.search_steps=9999"),
+    (["--config", "configs/demo_dit.yaml", "output_dir=/"], "output_dir='/'"),
+    (["--config", "configs/sd21.yaml", "backbone.pretrained=stabilityai/stable-diffusion-2-1"], "sd2-community"),
 ])
-def test_the_script_exits_2_with_one_line(tmp_path, arguments, field):
-    result = script(*arguments, cwd=tmp_path)
+@pytest.mark.parametrize("through", [script, launcher])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, through, arguments, field):
+    result = through(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and field in line
