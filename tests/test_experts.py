@@ -4,6 +4,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_model
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
 
 from alter import InputError, TemporalExperts
 from alter.cost import count_cost
@@ -90,3 +98,29 @@ def test_a_damaged_file_is_refused_with_its_field(tmp_path, field, value):
 def test_a_folder_without_experts_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no experts.json"):
         TemporalExperts.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_a_dit_pipeline_runs_exactly_the_sites_of_each_steps_expert(scheduler, guidance_scale):
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )
+    vae = AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2)
+    pipe = DiTPipeline(transformer, vae, scheduler())
+    pipe.set_progress_bar_config(disable=True)
+    experts = make_experts()
+    experts.apply(pipe)
+    calls = []
+    for i, block in enumerate(transformer.transformer_blocks):
+        block.register_forward_pre_hook(lambda module, args, i=i: calls.append(i))
+    seen = []
+    transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(float(kwargs["timestep"].reshape(-1)[0])), with_kwargs=True)
+    pipe([1, 2], num_inference_steps=7, guidance_scale=guidance_scale, output_type="np")
+    assert len(seen) == 7
+    rows = [experts.mask_EL[experts.expert_T[round(t)]] for t in seen]
+    assert calls == [i for row in rows for i in np.flatnonzero(row)]
+    experts.remove(pipe)
