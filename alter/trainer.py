@@ -312,7 +312,9 @@ class Trainer:
             with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.step, **metrics}) + "\n")
             perf = metrics.get("train/perf", metrics.get("search/perf", math.nan))
-            bar.set_postfix(loss=f"{perf:.4f}", keep=f"{metrics['keep_ratio']:.3f}",
+            searching = {name: f"{metrics[f'search/{name}']:.3f}" for name in ("ratio", "balance")
+                         if f"search/{name}" in metrics}
+            bar.set_postfix(searching, loss=f"{perf:.4f}", keep=f"{metrics['keep_ratio']:.3f}",
                             experts=f"{metrics['experts_used']:.0f}")
 
     def _save(self) -> Path:
