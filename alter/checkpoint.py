@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -52,7 +53,12 @@ def save_checkpoint(folder: Path, step: int, keep: int, tensors: dict[str, dict[
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(folder.glob(f"{_PREFIX}*"), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
@@ -61,8 +67,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         optimizers = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
         return {file.stem: load_file(file) for file in folder.glob("*.safetensors")}, optimizers, state
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        raise InputError(f"resume: {folder} cannot be read ({error}): name another checkpoint") from None
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, SafetensorError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"resume: {folder} cannot be read ({reason}): name another checkpoint") from None
 
 
 def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path]:
@@ -73,7 +80,7 @@ def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path
     """
     if resume != "latest":
         checkpoint = Path(resume)
-        if not (checkpoint / "state.json").is_file():
+        if not (checkpoint / "state.json").is_file() or not checkpoint.name.startswith(_PREFIX):
             raise InputError(f"resume={resume!r}: not a checkpoint: use latest, or a folder step-NNNNNN")
         return checkpoint.parent.parent, checkpoint
     run = Path(output_dir) if output_dir else Path("outputs") / name / "latest"

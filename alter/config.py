@@ -108,8 +108,9 @@ class LossConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = key(32_000, "Optimizer steps in all.", within="[1, inf)")
-    search_steps: int = key(
-        9_374, "Steps in which the hypernetwork is trained; then its masks are frozen.", within="[1, inf)"
+    search_steps: int | None = key(
+        None, "Steps in which the hypernetwork is trained; then its masks are frozen. null: a quarter of `steps`.",
+        within="[1, inf)",
     )
     schedule: str = key(
         "joint",
@@ -125,6 +126,11 @@ class TrainConfig:
     ema_decay: float | None = key(
         None, "Average the backbone's weights with this decay, and export the average.", within="(0, 1)"
     )
+
+    @property
+    def t_end(self) -> int:
+        """T_end: the number of steps after which the masks are frozen."""
+        return self.search_steps or max(1, self.steps // 4)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class Config:
     output_dir: str | None = key(
         None, "Run directory. Unset: outputs/<name>/<UTC time>, with a link outputs/<name>/latest."
     )
-    seed: int = key(0, "Seed of everything random.", within="[0, inf)")
+    seed: int = key(0, "Seed of everything random.", within="[0, 4294967295]")
     resume: str | None = key(
         None, "latest, or a checkpoint's folder: go on from there. latest looks in `output_dir`, or in "
         "outputs/<name>/latest."
@@ -201,7 +207,7 @@ class Config:
         train = self.train
         if self.backbone.pretrained is None:
             raise InputError("backbone.pretrained is not set: give a diffusers folder or a hub id")
-        if train.search_steps > train.steps:
+        if train.t_end > train.steps:
             raise InputError(
                 f"train.search_steps={train.search_steps} is longer than train.steps={train.steps}: "
                 "search at most as long as you train"
@@ -245,6 +251,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain dicts, lists and scalars, as YAML and JSON hold them."""
     return _plain(dataclasses.asdict(config))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every key's dotted path and value, with T_end resolved."""
+    values: dict[str, Any] = {}
+    for path, _, _ in _keys(Config, ""):
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        values[path] = value
+    return values | {"train.search_steps": config.train.t_end}
 
 
 def save_config(config: Config, path: Path) -> None:

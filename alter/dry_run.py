@@ -25,7 +25,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"prunable: {cost.prunable_share:.1%} of the MACs",
         f"budget: keep {budget.keep_ratio:.3f} of the {budget.over} MACs, which is {total:.3f} of all MACs and "
         f"{kept:.3f} of the prunable ones; {config.experts.count} experts",
-        f"updates: {config.train.search_steps} of {config.train.steps} steps search, "
+        f"updates: {config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
         f"memory a process, without activations ({parameters / 1e6:.1f}M trained parameters):",
     ]

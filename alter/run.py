@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from torch import Tensor
 
 from .build import Parts, build, check
-from .checkpoint import export, find_run
-from .config import Config, save_config
+from .checkpoint import checkpoints, export, find_run, step_of
+from .config import Config, flatten, load_config, save_config
 from .data import Digits, split
 from .demo import make_teacher
 from .errors import InputError
@@ -23,6 +24,10 @@ from .metrics import frechet_distance, output_error, train_classifier
 from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_classes
 from .trainer import Trainer
+
+_MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
+               "backbone.gradient_checkpointing", "backbone.pretrained", "data.path", "data.workers", "optim.",
+               "checkpoint.", "log.", "evaluate.", "demo.")
 
 
 def train(config: Config) -> Path:
@@ -60,6 +65,7 @@ def _accelerator(config: Config) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     tracker = config.log.tracker
+    AcceleratorState._reset_state()  # a process may train several runs, of different precision
     return Accelerator(
         mixed_precision=config.train.mixed_precision, step_scheduler_with_optimizer=False,
         log_with=None if tracker == "none" else tracker,
@@ -71,15 +77,28 @@ def _accelerator(config: Config) -> Accelerator:
 def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Path, Path | None]:
     """The run directory, the same on every process, and the checkpoint to go on from."""
     if config.resume:
-        return find_run(config.resume, config.output_dir, config.name)
+        run_dir, resume_from = find_run(config.resume, config.output_dir, config.name)
+        _check_resumable(config, run_dir)
+        return run_dir, resume_from
     if config.output_dir:
         run_dir = Path(config.output_dir)
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or set resume=latest")
         return run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
     return Path("outputs") / config.name / stamp, None
+
+
+def _check_resumable(config: Config, run_dir: Path) -> None:
+    """Refuse a resumed run whose configuration would change the model, the masks or the data."""
+    if config.output_dir and Path(config.output_dir).resolve() != run_dir.resolve():
+        raise InputError(f"output_dir={config.output_dir!r} is not the run of resume={config.resume!r}: unset it")
+    before, now = (flatten(c) for c in (load_config(run_dir / "config.yaml"), config))
+    for name, value in now.items():
+        if not name.startswith(_MAY_CHANGE) and value != before[name]:
+            raise InputError(f"{name}={value!r} differs from {before[name]!r}, with which the run began: "
+                             "resume with that value, or start a new run")
 
 
 def _open(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: Path | None) -> None:
@@ -90,7 +109,11 @@ def _open(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: 
         if resume_from is None and config.output_dir is None:
             _link(run_dir.parent / "latest", run_dir.name)
         if resume_from is not None:
-            _forget_after(run_dir / "metrics.jsonl", int(resume_from.name.rpartition("-")[2]))
+            step = step_of(resume_from)
+            _forget_after(run_dir / "metrics.jsonl", step)
+            for later in checkpoints(run_dir / "checkpoints"):
+                if step_of(later) > step:  # of a branch that is left; kept, but never taken for the latest
+                    later.replace(later.with_name(f"abandoned-{later.name}-{os.getpid()}"))
     accelerator.wait_for_everyone()
     accelerator.project_configuration.logging_dir = str(run_dir)
     accelerator.init_trackers(config.name if config.log.tracker == "wandb" else "tensorboard")

@@ -84,10 +84,10 @@ class Trainer:
                 name, made, num_warmup_steps=optim.warmup_steps, num_training_steps=max(steps, 1)
             )
 
-        tuned = train.steps - (train.search_steps if train.schedule == "two_stage" else 0)
+        tuned = train.steps - (train.t_end if train.schedule == "two_stage" else 0)
         self.backbone_optim, self.backbone_lr = optimizer(self.parameters, optim.backbone_lr, tuned)
         self.hyper_optim, self.hyper_lr = optimizer(
-            parts.hypernetwork.parameters(), optim.hypernetwork_lr, train.search_steps
+            parts.hypernetwork.parameters(), optim.hypernetwork_lr, train.t_end
         )
         if accelerator.num_processes > 1:
             for value in parts.hypernetwork.state_dict().values():
@@ -138,13 +138,13 @@ class Trainer:
     def _iteration(self, micro_batches: Any) -> dict[str, float]:
         """One iteration of Algorithm 1, on one global batch."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
-        searching = self.step < self.config.train.search_steps
+        searching = self.step < self.config.train.t_end
         batches = self._prepare(micro_batches)
         metrics: dict[str, float] = {}
         if searching:
             metrics |= self.update_hypernetwork(batches)
         masks = self.current_masks()
-        if self.step + 1 == self.config.train.search_steps:
+        if self.step + 1 == self.config.train.t_end:
             masks = self._freeze()
         if not searching or self.config.train.schedule == "joint":
             metrics |= self.update_backbone(batches, *masks)
@@ -197,18 +197,19 @@ class Trainer:
             perf = self._perf(terms)
             for total, gradient in zip(gradients, torch.autograd.grad(perf, leaves), strict=True):
                 total += gradient / len(batches)
-            totals.append({**terms, "perf": perf})
+            totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         gradients = [self.accelerator.reduce(gradient, "mean") for gradient in gradients]
 
         expected = parts.budget.expected(logits)
         ratio = losses.log_ratio(expected, self.config.budget.keep_ratio)
         balance = losses.load_balance(logits.router_TE)
-        metrics = self._read("search", totals, ratio=ratio, balance=balance, expected_keep_ratio=expected)
         sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
                    if out.requires_grad]
         outputs = [out for out, _ in sampled] + [loss.ratio * ratio + loss.balance * balance]
         torch.autograd.backward(outputs, [grad for _, grad in sampled] + [None])
-        self._step(self.hyper_optim, self.hyper_lr, list(parts.hypernetwork.parameters()))
+        metrics = self._read("search", totals, ratio=ratio, balance=balance, expected_keep_ratio=expected,
+                             gradient_norm=self._clip(list(parts.hypernetwork.parameters())))
+        self._step(self.hyper_optim, self.hyper_lr)
         return metrics
 
     def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, float]:
@@ -222,12 +223,12 @@ class Trainer:
                 terms = self._terms(self.wrapped, batch, rows)
                 perf = self._perf(terms)
                 self.accelerator.backward(perf / len(batches))
-            totals.append({**terms, "perf": perf})
-        metrics = self._read("train", totals)
+            totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         for parameter in self.parameters:
             if parameter.grad is None:  # a layer that no sample used: as in the dense simulation
                 parameter.grad = torch.zeros_like(parameter)
-        self._step(self.backbone_optim, self.backbone_lr, self.parameters)
+        metrics = self._read("train", totals, gradient_norm=self._clip(self.parameters))
+        self._step(self.backbone_optim, self.backbone_lr)
         if self.ema:
             self.ema.step(self.parameters)
         return metrics
@@ -294,12 +295,15 @@ class Trainer:
         metrics = {f"{phase}/{name}": number for name, number in zip(names, numbers, strict=True)}
         for name, number in metrics.items():
             if not math.isfinite(number):
-                raise NonFiniteLoss(f"loss {name} is {number} at step {self.step + 1}: stopped before the optimizer "
+                raise NonFiniteLoss(f"{name} is {number} at step {self.step + 1}: stopped before the optimizer "
                                     "step; lower optim.backbone_lr or use train.mixed_precision=no, and resume")
         return metrics
 
-    def _step(self, optimizer: torch.optim.Optimizer, schedule: Any, parameters: list[Tensor]) -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
+    def _clip(self, parameters: list[Any]) -> Tensor:
+        """Clip the gradient in place; its norm before, which is not finite if any entry is not."""
+        return torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
+
+    def _step(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
@@ -340,6 +344,13 @@ class Trainer:
         self.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
         for name, value in optimizers.items():
             getattr(self, name).load_state_dict(value)
+        optim = self.config.optim  # a rate or decay changed for the resumed run holds from here on
+        for optimizer, schedule, lr in ((self.backbone_optim, self.backbone_lr, optim.backbone_lr),
+                                        (self.hyper_optim, self.hyper_lr, optim.hypernetwork_lr)):
+            schedule.base_lrs = [lr]
+            for group in optimizer.param_groups:
+                group["lr"] *= lr / group["initial_lr"]
+                group.update(initial_lr=lr, weight_decay=optim.weight_decay, betas=optim.betas)
         if self.ema:
             for name, shadow in zip(checkpoint.unique_parameters(self.backbone), self.ema.shadow_params, strict=True):
                 shadow.copy_(tensors["ema"][name])

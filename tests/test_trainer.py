@@ -9,20 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 
 from alter.build import build
 from alter.checkpoint import checkpoints, load_checkpoint
 from alter.config import save_config
 from alter.errors import InputError
-from alter.run import train
+from alter.run import _accelerator, train
 from alter.trainer import NonFiniteLoss, Trainer
 
 
 def make_trainer(config, tmp_path):
     parts = build(config)
     (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(config, parts, Accelerator(cpu=True), tmp_path / "run")
+    return Trainer(config, parts, _accelerator(config), tmp_path / "run")
 
 
 def prepared(trainer):
@@ -165,15 +164,11 @@ def test_an_interrupted_run_resumed_equals_the_uninterrupted_one(small_config, t
     whole = train(small_config("dit", output_dir="whole", **changes))
     part = small_config("dit", output_dir="part", **changes)
     run = train(part)
-    for folder in checkpoints(run / "checkpoints"):
-        if load_checkpoint(folder)[2]["step"] > stop_after:
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-    for leftover in ("summary.json", "experts.png", "samples.png"):
-        (run / leftover).unlink()
-    resumed = train(small_config("dit", output_dir="part", resume="latest", **changes))
-    assert resumed == run.resolve()
+    first = str(run / f"checkpoints/step-{stop_after:06d}")  # later ones are left there, and set aside
+    resumed = train(small_config("dit", output_dir=None, resume=first, **changes))
+    names = {path.name.partition("-")[0] for path in (run / "checkpoints").iterdir()}
+    assert names == {"step", "abandoned"}
+    assert resumed.resolve() == run.resolve()
     for name in ("final/transformer/diffusion_pytorch_model.safetensors", "final/experts.json"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
     lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, resumed)]
@@ -199,6 +194,28 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_checkpoint(small_
     assert all(parameter.isfinite().all() for parameter in trainer.parts.backbone.parameters())
 
 
+def test_a_non_finite_gradient_of_a_finite_loss_stops_before_the_step(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit"), tmp_path)
+    trainer.parts.backbone.proj_out_2.bias.register_hook(lambda gradient: gradient * torch.inf)
+    before = snapshot(trainer.parts.backbone)
+    with pytest.raises(NonFiniteLoss, match="gradient_norm"):
+        trainer.update_backbone(prepared(trainer), *trainer.current_masks())
+    assert not changed(trainer.parts.backbone, before)
+
+
+def test_a_resumed_run_takes_the_new_rates_and_refuses_another_model(small_config, tmp_path):
+    run = train(small_config("dit", output_dir="run", checkpoint={"every": 4}))
+    changes = {"output_dir": "run", "resume": str(run / "checkpoints/step-000004")}
+    for change, field in (({"experts": {"count": 2}}, "experts.count=2 differs from 3"),
+                          ({"train": {"search_steps": 2}}, "train.search_steps=2 differs from 3"),
+                          ({"output_dir": "elsewhere"}, "output_dir='elsewhere' is not the run")):
+        with pytest.raises(InputError, match=field):
+            train(small_config("dit", **{**changes, **change}))
+    train(small_config("dit", **changes, optim={"backbone_lr": 5e-6}))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and last["backbone_lr"] == pytest.approx(5e-6)
+
+
 def test_only_the_newest_checkpoints_are_kept(small_config, tmp_path):
     make_trainer(small_config("dit", checkpoint={"every": 1, "keep": 2}), tmp_path).run()
     assert [path.name for path in checkpoints(tmp_path / "run/checkpoints")] == ["step-000005", "step-000006"]
@@ -207,9 +224,11 @@ def test_only_the_newest_checkpoints_are_kept(small_config, tmp_path):
 def test_a_damaged_checkpoint_is_refused(small_config, tmp_path):
     make_trainer(small_config("dit"), tmp_path).run()
     (checkpoint,) = checkpoints(tmp_path / "run/checkpoints")
-    (checkpoint / "backbone.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(checkpoint)
+    for file in ("optimizers.pt", "backbone.safetensors"):
+        (checkpoint / file).write_bytes(b"\0" * 20)
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            load_checkpoint(checkpoint)
+        assert "\n" not in str(caught.value)
 
 
 def run_processes(config_file, output, count):
