@@ -197,6 +197,28 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, through, arguments, fie
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("case, code, message", [
+    ("shape", 2, "do not fit the backbone"), ("no sites", 2, "a UNet2DModel has no sites"),
+    ("NaN", 1, "at step 1: stopped before the optimizer step"),
+])
+def test_errors_of_models_and_data_through_the_launcher(small_config, tmp_path, case, code, message):
+    save_latents(tmp_path / "latents", (1, 4, 4) if case == "shape" else (1, 8, 8))
+    changes = {"data": {"source": "latents", "path": "latents"}}
+    if case == "NaN":
+        for file in (tmp_path / "latents/train_features").iterdir():
+            np.save(file, np.full((1, 1, 8, 8), np.nan, dtype=np.float32))
+    if case == "no sites":
+        (tmp_path / "other/unet").mkdir(parents=True)
+        (tmp_path / "other/unet/config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+        changes["backbone"] = {"pretrained": "other"}
+    save_config(small_config("dit", **changes), tmp_path / "bad.yaml")
+    result = launcher("--config", "bad.yaml", cwd=tmp_path)
+    assert result.returncode == code
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and "Traceback" not in result.stderr
+    assert not (tmp_path / "run/final").exists()
+
+
 def test_check_refuses_a_batch_that_the_processes_cannot_share(tmp_path):
     result = script("--config", "configs/demo_dit.yaml", "--check", cwd=tmp_path, ALTER_PROCESSES="3")
     assert result.returncode == 2 and "cannot be shared by 3 processes" in result.stderr
