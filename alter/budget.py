@@ -24,11 +24,13 @@ class Budget:
 
     share_L: cost of every site / total cost, float64 [L]; its sum is the prunable share.
     keep_ratio: p in the unit named by `over`. over: "total" or "prunable".
+    timesteps: those over which the kept share is averaged, int64; None: every training timestep.
     """
 
     share_L: np.ndarray
     keep_ratio: float
     over: str
+    timesteps: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.keep_ratio < self.floor:
@@ -53,15 +55,16 @@ class Budget:
         return self.fixed + float(self.share_L.min()) / self.scale
 
     def expected(self, logits: Logits) -> Tensor:
-        """E[S] = fixed + Σ_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el) / T, differentiable."""
+        """E[S] = fixed + mean_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el), differentiable."""
         share_L = torch.as_tensor(self.share_L, dtype=torch.float32, device=logits.mask_EL.device)
         cost_E = logits.mask_EL.float().sigmoid() @ share_L / self.scale
-        probability_E = logits.router_TE.float().softmax(dim=-1).mean(0)
+        averaged = logits.router_TE if self.timesteps is None else logits.router_TE[self.timesteps]
+        probability_E = averaged.float().softmax(dim=-1).mean(0)
         return self.fixed + probability_E @ cost_E
 
     def measured(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
-        """The keep ratio of deterministic masks, averaged over the timesteps of `expert_T` [T]."""
-        return self.fixed + float((mask_EL @ self.share_L)[expert_T].mean()) / self.scale
+        """The keep ratio of deterministic masks [E, L], with the expert of each training timestep [T]."""
+        return self.fixed + float((mask_EL @ self.share_L)[self._averaged(expert_T)].mean()) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
         """The most probable masks (log-likelihood within 1%) with this keep ratio, and each timestep's best expert.
@@ -75,9 +78,10 @@ class Budget:
         logits_EL = logits.mask_EL.detach().double().cpu().numpy()
         expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
         experts, sites = logits_EL.shape
-        timesteps_E = np.bincount(expert_T, minlength=experts)
-        cost = (timesteps_E[:, None] / len(expert_T) * self.share_L / self.scale).ravel()
-        alive = np.kron(np.eye(experts)[timesteps_E > 0], np.ones(sites))
+        averaged = self._averaged(expert_T)
+        timesteps_E = np.bincount(averaged, minlength=experts)
+        cost = (timesteps_E[:, None] / len(averaged) * self.share_L / self.scale).ravel()
+        alive = np.kron(np.eye(experts)[np.unique(expert_T)], np.ones(sites))
         target = keep_ratio - self.fixed
 
         mask = _most_probable(logits_EL.ravel(), cost, alive, target, TOLERANCE)
@@ -86,6 +90,9 @@ class Budget:
             mask = _most_probable(logits_EL.ravel(), cost, alive, target, nearest + 1e-6)
         assert mask is not None, "at least one site an expert is always feasible"
         return mask.reshape(experts, sites), expert_T
+
+    def _averaged(self, expert_T: np.ndarray) -> np.ndarray:
+        return expert_T if self.timesteps is None else expert_T[self.timesteps]
 
 
 def _most_probable(logits: np.ndarray, cost: np.ndarray, alive: np.ndarray, target: float,

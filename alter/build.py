@@ -2,19 +2,28 @@
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+import diffusers
+import numpy as np
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from .budget import Budget
-from .config import CONFIGS, Config
+from .config import CONFIGS, Config, flatten
 from .cost import CostTable, count_cost
-from .data import Source, open_source, split
+from .data import Source, Tolerant, open_source, split
+from .diffusion import PREDICTION_TYPES, predict
 from .errors import InputError
+from .experts import TemporalExperts
 from .hypernetwork import HyperNetwork
+from .lora import add_adapters
 from .simulator import FeatureTap, Simulator
 from .sites import (
     PIPELINE_COMPONENT,
@@ -26,22 +35,34 @@ from .sites import (
     tie_embedders,
     timestep_features,
 )
+from .text import TextEncoder, check_text
+
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_OPTIONAL = {"log.tracker=wandb": "wandb", "optim.optimizer=adamw_8bit": "bitsandbytes"}
 
 
 @dataclass
 class Parts:
-    """What a run is made of. `backbone` carries the gates of `simulator`; `teacher` never had any."""
+    """What a run is made of. `backbone` carries the gates of `simulator`; `teacher` never had any.
+
+    offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
+    vae, text: frozen; None where the data is encoded already and no image is asked for.
+    experts: those given by `experts.pretrained`, or None where they are to be found.
+    """
 
     folder: Path
     backbone: Backbone
     teacher: Backbone
+    offload: Any
     scheduler: DDPMScheduler
     vae: AutoencoderKL | None
+    text: TextEncoder | None
     hypernetwork: HyperNetwork
     cost: CostTable
     budget: Budget
     source: Source
     latent_shape: tuple[int, int, int]
+    experts: TemporalExperts | None = None
     simulator: Simulator = field(init=False)
     student_tap: FeatureTap = field(init=False)
     teacher_tap: FeatureTap = field(init=False)
@@ -52,21 +73,46 @@ class Parts:
         self.student_tap = FeatureTap(self.backbone, points)
         self.teacher_tap = FeatureTap(self.teacher, points)
 
-    def latents(self, batch: dict[str, Tensor], posterior: Tensor) -> Tensor:
-        """The batch's latents [B, C, h, w]; images pass the frozen VAE, sampled with `posterior`."""
-        if self.vae is None or "latents" in batch:
-            return batch["latents"]
-        with torch.no_grad():
-            moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = moments.mean + moments.std * posterior.to(moments.mean)
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return ((latents - shift) * self.vae.config.scaling_factor).float()
+    @torch.no_grad()
+    def teach(self, noisy_latents: Tensor, timesteps: Tensor,
+              conditioning: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The teacher's output and its activations at the feature points."""
+        with self.teacher_tap.capture() as features:
+            pred = predict(self.teacher, noisy_latents, timesteps, conditioning)
+        if self.offload is not None:
+            self.offload.offload()
+        return pred, features
 
-    def conditioning(self, batch: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
-        """The backbone's conditioning arguments, with that of the samples in `dropped` (bool [B]) removed."""
+    @torch.no_grad()
+    def latents(self, batch: Mapping[str, Any], posterior: Tensor) -> Tensor:
+        """The batch's latents float32 [B, C, h, w]; images pass the VAE, sampled with `posterior`."""
+        if "latents" in batch:
+            return batch["latents"]
+        assert self.vae is not None
+        moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
+        latents = moments.mean + moments.std * posterior.to(moments.mean)
+        return ((latents - _shift(self.vae)) * self.vae.config.scaling_factor).float()
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, C, H, W] in [-1, 1], on the CPU; latents pass the VAE's decoder where there is one."""
+        if self.vae is not None:
+            latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + _shift(self.vae)
+            latents = torch.cat([self.vae.decode(part).sample for part in latents.split(8)])
+        return latents.float().clamp(-1, 1).cpu()
+
+    def conditioning(self, batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Tensor]:
+        """The backbone's conditioning arguments, with that of the samples in `dropped` (bool [B]) removed.
+
+        batch: has "labels" long [B], "captions" (a list of B) or "encoder_hidden_states" [B, tokens, D].
+        """
         if "labels" in batch:
             dropped = dropped.to(batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
+        if "captions" in batch:
+            assert self.text is not None
+            pairs = zip(batch["captions"], dropped.tolist(), strict=True)
+            return {"encoder_hidden_states": self.text(["" if drop else caption for caption, drop in pairs])}
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
         empty = self.source.empty_text.to(text)
@@ -82,27 +128,41 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     check_batch(config, processes)
     source = open_source(config)
     split(source, config.data.holdout, config.seed)
-    folder = local_folder(config)
+    folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
     backbone = load_backbone(folder)
     if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
         raise InputError("backbone.gradient_checkpointing=true: this backbone does not support it: set false")
     tie_embedders(backbone)
-    vae = None
-    if not source.encoded:
-        if not (folder / "vae").is_dir():
-            raise InputError(f"data.source={config.data.source!r} gives images, and {folder} has no vae: "
-                             "use data.source=latents")
-        dtype = torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).requires_grad_(False).eval()
-        vae.to(device)
+    if not source.encoded and not (folder / "vae").is_dir():
+        raise InputError(f"data.source={config.data.source!r} gives images, and {folder} has no vae: "
+                         "use data.source=latents")
     scheduler = load_scheduler(folder)
     size = latent_size(config, folder)
     shape = (backbone.config.in_channels, size, size)
-    _check_sample(source, config, backbone, shape, has_vae=vae is not None)
+    _check_sample(source, config, backbone, shape)
+    dtype = _DTYPES[config.train.mixed_precision]
+    vae = text = None
+    if not source.encoded or (config.validate.every and (folder / "vae").is_dir()):
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).requires_grad_(False).eval()
+        vae.to(device)
+    if _reads_captions(source) or config.validate.prompts:
+        check_text(folder, backbone.config.cross_attention_dim)
+        text = TextEncoder(folder, device, dtype)
 
-    teacher = copy.deepcopy(backbone).requires_grad_(False).eval().to(device)
+    teacher, offload = _teacher(config, backbone, device)
     cost = count_cost(backbone, size)
-    budget = Budget(cost.share_L, config.budget.keep_ratio, config.budget.over)
+    budget = _budget(config, cost, scheduler)
+    experts = None
+    if config.experts.pretrained is not None:
+        experts = TemporalExperts.from_pretrained(config.experts.pretrained)
+        if experts.sites != cost.sites:
+            raise InputError(f"experts.pretrained={config.experts.pretrained!r}: its {len(experts.sites)} sites are "
+                             f"not the {len(cost.sites)} of this backbone: use the backbone it was trained with")
+    if config.lora.rank is not None:
+        add_adapters(backbone, config.lora.rank, config.lora.alpha, config.lora.targets)
+    _freeze(backbone, config.backbone.freeze)
+    if config.backbone.channels_last:
+        backbone.to(memory_format=torch.channels_last)
     torch.manual_seed(config.seed)
     features_TD = timestep_features(backbone, scheduler.config.num_train_timesteps)
     hypernetwork = HyperNetwork(
@@ -111,8 +171,8 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     )
     if config.experts.router == "learned":
         hypernetwork.temporal_router.features_TD.copy_(features_TD)
-    return Parts(folder, backbone.to(device), teacher, scheduler, vae, hypernetwork.to(device), cost, budget,
-                 source, shape)
+    return Parts(folder, backbone.to(device), teacher, offload, scheduler, vae, text, hypernetwork.to(device), cost,
+                 budget, source, shape, experts)
 
 
 def describe(config: Config) -> tuple[Backbone, CostTable, Budget]:
@@ -128,7 +188,7 @@ def describe(config: Config) -> tuple[Backbone, CostTable, Budget]:
         tie_embedders(backbone)
     find_sites(backbone)
     cost = count_cost(backbone, latent_size(config, folder))
-    return backbone, cost, Budget(cost.share_L, config.budget.keep_ratio, config.budget.over)
+    return backbone, cost, _budget(config, cost, load_scheduler(folder))
 
 
 def check(config: Config, processes: int) -> None:
@@ -138,13 +198,23 @@ def check(config: Config, processes: int) -> None:
         InputError: as `build` would.
     """
     check_batch(config, processes)
-    if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise InputError("log.tracker='wandb': the package wandb is not installed: install it, or use tensorboard")
-    source = open_source(config)
-    split(source, config.data.holdout, config.seed)
+    values = flatten(config)
+    for option, package in _OPTIONAL.items():
+        name, _, value = option.partition("=")
+        if values[name] == value and importlib.util.find_spec(package) is None:
+            raise InputError(f"{option}: the package {package} is not installed: pip install {package}, or change it")
+    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
+    captioned = False
+    if not config.demo.model or config.data.path is None or Path(config.data.path).exists():  # a demo draws its data
+        source = open_source(config)
+        split(source, config.data.holdout, config.seed)
+        captioned = _reads_captions(source)
     pretrained = Path(str(config.backbone.pretrained))
     if config.demo.model or pretrained.is_dir() or (CONFIGS / "models" / pretrained).is_dir():
-        describe(config)
+        backbone, _, _ = describe(config)
+        if captioned and pretrained.is_dir():
+            check_text(pretrained, backbone.config.cross_attention_dim)
 
 
 def check_batch(config: Config, processes: int) -> None:
@@ -157,16 +227,15 @@ def check_batch(config: Config, processes: int) -> None:
         )
 
 
-def local_folder(config: Config) -> Path:
-    """The folder of the pretrained pipeline; a hub id is downloaded into the hub's cache first."""
-    pretrained = str(config.backbone.pretrained)
+def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
+    """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first."""
     if Path(pretrained).is_dir():
         return Path(pretrained)
     try:
-        return Path(DiffusionPipeline.download(pretrained, revision=config.backbone.revision))
+        return Path(DiffusionPipeline.download(pretrained, revision=revision))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"backbone.pretrained={pretrained!r}: no such folder, and the hub gave nothing "
+        raise InputError(f"{field}={pretrained!r}: no such folder, and the hub gave nothing "
                          f"({reason}): give a diffusers folder or a hub id") from None
 
 
@@ -184,7 +253,11 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
     """The training schedule, with the betas and the prediction type of the pipeline's scheduler."""
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise InputError(f"backbone.pretrained={str(folder)!r} has no scheduler/scheduler_config.json")
-    return DDPMScheduler.from_pretrained(folder / "scheduler")
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    kind = scheduler.config.prediction_type
+    if kind not in PREDICTION_TYPES:
+        raise InputError(f"{folder / 'scheduler'}: prediction_type={kind!r}: use one of {', '.join(PREDICTION_TYPES)}")
+    return scheduler
 
 
 def latent_size(config: Config, folder: Path) -> int:
@@ -196,6 +269,63 @@ def latent_size(config: Config, folder: Path) -> int:
     if config.data.resolution % factor:
         raise InputError(f"data.resolution={config.data.resolution}: choose a multiple of the VAE's {factor}")
     return config.data.resolution // factor
+
+
+def _teacher(config: Config, backbone: Backbone, device: torch.device | str) -> tuple[Backbone, Any]:
+    """The frozen dense model, `backbone` as it is now or that of `teacher.pretrained`; its offloading hook or None."""
+    if config.teacher.pretrained is None:
+        teacher = copy.deepcopy(backbone)
+    else:
+        teacher = load_backbone(local_folder(config.teacher.pretrained, field="teacher.pretrained"))
+        if _shape_of(teacher) != _shape_of(backbone):
+            raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the "
+                             "backbone's: name a pipeline of the same one")
+        tie_embedders(teacher)
+    teacher = teacher.to(_DTYPES[config.teacher.precision]).requires_grad_(False).eval()
+    if config.teacher.offload or not config.loss.distils:
+        return cpu_offload_with_hook(teacher, device)
+    return teacher.to(device), None
+
+
+def _shape_of(backbone: Backbone) -> dict[str, Any]:
+    return {name: value for name, value in backbone.config.items() if not name.startswith("_")}
+
+
+def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> Budget:
+    budget = config.budget
+    timesteps = None
+    if budget.sampler is not None:
+        sampler = getattr(diffusers, budget.sampler, None)
+        if not (isinstance(sampler, type) and issubclass(sampler, diffusers.SchedulerMixin)):
+            raise InputError(f"budget.sampler={budget.sampler!r}: diffusers has no such scheduler: use for example "
+                             "DPMSolverMultistepScheduler")
+        solver: Any = sampler.from_config(scheduler.config)  # type: ignore[attr-defined]
+        solver.set_timesteps(budget.sampling_steps)
+        last = scheduler.config.num_train_timesteps - 1
+        timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
+    return Budget(cost.share_L, budget.keep_ratio, budget.over, timesteps)
+
+
+def _freeze(backbone: Backbone, patterns: tuple[str, ...]) -> None:
+    """Exclude the parameters that `patterns` name from training."""
+    names = dict(backbone.named_parameters())
+    for pattern in patterns:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise InputError(f"backbone.freeze: {pattern!r} names no parameter: use names such as "
+                             f"{next(iter(names))!r}, with wildcards")
+        for name in matched:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise InputError(f"backbone.freeze={list(patterns)}: leaves nothing to train: freeze less")
+
+
+def _reads_captions(source: Source) -> bool:
+    return source.num_classes == 0 and source.empty_text is None
+
+
+def _shift(vae: AutoencoderKL) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
 
 
 def _architecture(config: Config) -> Path:
@@ -222,11 +352,10 @@ def _component(folder: Path) -> tuple[type[Backbone], str]:
                      "give a diffusers pipeline folder")
 
 
-def _check_sample(source: Source, config: Config, backbone: Backbone, shape: tuple[int, ...],
-                  has_vae: bool) -> None:
-    sample = source[0, 0]
+def _check_sample(source: Source, config: Config, backbone: Backbone, shape: tuple[int, ...]) -> None:
+    sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
     wanted = example_inputs(backbone, shape[-1])
-    if not has_vae and tuple(sample["latents"].shape) != shape:
+    if "latents" in sample and tuple(sample["latents"].shape) != shape:
         raise InputError(
             f"data.path={config.data.path!r}: latents of shape {tuple(sample['latents'].shape)} do not fit the "
             f"backbone, which takes {shape} at data.resolution={config.data.resolution}"
@@ -238,7 +367,7 @@ def _check_sample(source: Source, config: Config, backbone: Backbone, shape: tup
     if "class_labels" in wanted and source.num_classes > null_class(backbone):
         raise InputError(f"data.path={config.data.path!r}: {source.num_classes} classes, but the backbone knows "
                          f"{null_class(backbone)}")
-    if "encoder_hidden_states" in wanted:
+    if "encoder_hidden_states" in sample:
         width = backbone.config.cross_attention_dim
         if sample["encoder_hidden_states"].shape[-1] != width:
             raise InputError(f"data.path={config.data.path!r}: text states of width "

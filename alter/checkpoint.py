@@ -7,7 +7,6 @@ function of (seed, step), so that the step is all there is to store about it.
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .experts import TemporalExperts
+from .lora import plain_state
 from .sites import PIPELINE_COMPONENT, Backbone
 
 _PREFIX = "step-"
@@ -91,14 +91,14 @@ def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path
     return run.resolve(), found[-1]
 
 
-def unique_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter, tied ones once."""
-    return dict(backbone.named_parameters())
+def trained_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter that is trained, tied ones once."""
+    return {name: value for name, value in backbone.named_parameters() if value.requires_grad}
 
 
 def load_parameters(backbone: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy `values` into the parameters of the same names."""
-    parameters = unique_parameters(backbone)
+    """Copy `values` into the trained parameters, which have the same names."""
+    parameters = trained_parameters(backbone)
     if parameters.keys() != values.keys():
         raise InputError("resume: the checkpoint holds another backbone: use the configuration it was made with")
     with torch.no_grad():
@@ -106,22 +106,17 @@ def load_parameters(backbone: nn.Module, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def export(folder: Path, pretrained: Path, backbone: Backbone, weights: Iterable[Tensor]) -> None:
+def export(folder: Path, pretrained: Path, backbone: Backbone) -> None:
     """Write a diffusers pipeline folder: `pretrained` with the backbone's weights replaced.
 
-    backbone: its configuration and names are used, it is not changed.
-    weights: values of its parameters in their order (those of the average, when there is one).
+    backbone: tied modules are written as equal copies; adapters must have been merged.
     """
     component = PIPELINE_COMPONENT[type(backbone)]
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(pretrained, partial, ignore=lambda _, names: [n for n in names if n in (component, "README.md")])
-    value_of = dict(zip(map(id, backbone.parameters()), weights, strict=True))
-    tied = dict(backbone.named_parameters(remove_duplicate=False))
     plain = type(backbone).from_config(backbone.config)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            parameter.copy_(value_of[id(tied[name])])
+    plain.load_state_dict(plain_state(backbone))
     plain.save_pretrained(partial / component)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

@@ -47,7 +47,7 @@ class LoraConfig:
         None, "Train low-rank adapters of this rank instead of the weights (needs peft); null trains the weights.",
         within="[1, inf)",
     )
-    alpha: float | None = key(None, "The adapters' scale is alpha / rank; null: alpha = rank.", within="(0, inf)")
+    alpha: int | None = key(None, "The adapters' scale is alpha / rank; null: alpha = rank.", within="[1, inf)")
     targets: tuple[str, ...] = key(
         ("to_q", "to_k", "to_v", "to_out.0"), "Names, or ends of names, of the linear layers that get adapters."
     )
@@ -150,6 +150,11 @@ class LossConfig:
     ratio: float = key(5.0, "Weight of the budget's log-ratio loss.", within="[0, inf)")
     balance: float = key(1.0, "Weight of the router's load-balancing loss.", within="[0, inf)")
 
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher is asked at all."""
+        return self.output_kd > 0 or self.feature_kd > 0
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -243,6 +248,8 @@ class DemoConfig:
         "Folder under configs/models/ whose architecture is trained from scratch into `backbone.pretrained` "
         "when nothing is there yet; null: `backbone.pretrained` must exist.",
     )
+    images: int = key(6_000, "Images drawn into `data.path`, for a demo that draws them.", within="[1, inf)")
+    vae_steps: int = key(800, "Steps of training the autoencoder, for a model that has one.", within="[1, inf)")
     steps: int = key(2_000, "Steps of that dense training.", within="[1, inf)")
     lr: float = key(1e-3, "Its learning rate (AdamW, cosine).", within="(0, inf)")
     batch_size: int = key(64, "Its batch size.", within="[1, inf)")

@@ -1,69 +1,220 @@
-"""The dense teacher of a demo: trained from scratch into an ordinary diffusers folder, once."""
+"""A demo's data and dense teacher, made from scratch into ordinary folders, once; and what judges its samples."""
 
 import json
+import shutil
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from . import losses
+from . import losses, shapes
 from .checkpoint import export
 from .config import CONFIGS, Config
-from .data import GlobalBatches, make_loader, open_source, split
+from .data import Digits, GlobalBatches, Source, Tolerant, make_loader, open_source, split
 from .diffusion import draw, generator, training_target
-from .sites import null_class, tie_embedders
+from .sites import Backbone, null_class, tie_embedders
+from .text import TextEncoder
 
 
-def make_teacher(config: Config, device: torch.device) -> None:
-    """Train the architecture of `demo.model` on the run's data and save it at `backbone.pretrained`.
+@dataclass(frozen=True)
+class Exam:
+    """Real images [N, C, S, S] in [-1, 1] and what they show; conditions [M] to draw samples for, and what those ask.
 
-    Call it on one process; it does nothing when the folder exists.
+    targets, asked: classes, long [N], or sets, float [N, K] of zeros and ones.
     """
-    folder = Path(str(config.backbone.pretrained))
+
+    images: Tensor
+    targets: Tensor
+    batch: dict[str, Any]
+    asked: Tensor
+    titles: list[str]
+
+
+def exam(config: Config, source: Source) -> Exam | None:
+    """The demo's judge; None for other data."""
+    count = config.evaluate.samples
+    if isinstance(source, Digits):
+        labels = torch.arange(count) % source.num_classes
+        return Exam(source.images, source.labels, {"labels": labels}, labels, [str(int(label)) for label in labels])
+    if config.demo.model is None:
+        return None
+    images, captions = shapes.draw_shapes(4000, config.seed + 1)  # not those of the training data
+    _, prompts = shapes.draw_shapes(count, config.seed + 2)
+    asked = [several[0] for several in prompts]
+    return Exam(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),
+                {"captions": asked}, torch.stack([shapes.kinds(caption) for caption in asked]), asked)
+
+
+def make_demo(config: Config, device: torch.device) -> None:
+    """Draw the data and train the architecture of `demo.model` into `backbone.pretrained`, unless they exist.
+
+    Call it on one process.
+    """
+    folder, template = Path(str(config.backbone.pretrained)), CONFIGS / "models" / str(config.demo.model)
+    if config.data.path is not None and not Path(config.data.path).exists():
+        shapes.write_shapes(Path(config.data.path), config.demo.images, config.seed)
     if folder.is_dir():
         return
-    template = CONFIGS / "models" / str(config.demo.model)
-    demo, source = config.demo, open_source(config)
-    indices, _ = split(source, config.data.holdout, config.seed)
     torch.manual_seed(config.seed)
+    if (template / "transformer").is_dir():
+        _make_dit(config, folder, template, device)
+    else:
+        _make_stable_diffusion(config, folder, template, device)
+
+
+def _make_dit(config: Config, folder: Path, template: Path, device: torch.device) -> None:
     model = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(template / "transformer"))
     tie_embedders(model)
     for block in model.transformer_blocks:  # adaLN-Zero (DiT, arXiv 2212.09748, Sec. 3.2)
-        torch.nn.init.zeros_(block.norm1.linear.weight)
-        torch.nn.init.zeros_(block.norm1.linear.bias)
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
     model.to(device).train()
-    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(template / "scheduler"))
-    optimizer = torch.optim.AdamW(model.parameters(), demo.lr, weight_decay=0.0)
-    schedule = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=min(100, demo.steps // 10), num_training_steps=demo.steps
-    )
-    ema = EMAModel(model.parameters(), decay=0.998, foreach=True)
-    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
 
+    def inputs(batch: dict[str, Any], dropped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["labels"].masked_fill(dropped, null_class(model)).to(device)
+        return batch["latents"].to(device), {"class_labels": labels}
+
+    _train_dense(config, folder, template, model, model.parameters(), inputs)
+    export(folder, template, model)
+
+
+def _make_stable_diffusion(config: Config, folder: Path, template: Path, device: torch.device) -> None:
+    """Autoencoder first; then UNet and text encoder together, on its latents."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(template, partial)
+    source = open_source(config)
+    indices, _ = split(source, config.data.holdout, config.seed)
+    reader = Tolerant(source, indices, config.seed)
+    images = torch.stack([reader[0, int(i)]["images"] for i in indices])
+    vae = _train_vae(config, template, images, device)
+    vae.save_pretrained(partial / "vae")
+    with torch.no_grad():
+        moments = torch.cat([vae.encode(part.to(device)).latent_dist.parameters.cpu() for part in images.split(256)])
+    row_of = {int(index): row for row, index in enumerate(indices)}
+
+    _tokenizer(template).save_pretrained(partial / "tokenizer")
+    CLIPTextModel(CLIPTextConfig.from_pretrained(template / "text_encoder")).save_pretrained(partial / "text_encoder")
+    text = TextEncoder(partial, device, torch.float32)
+    text.model.requires_grad_(True).train()
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(template / "unet")).to(device).train()
+
+    class Encoded:
+        """The data set with every image's latent moments in place of its pixels."""
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+            return {"moments": moments[row_of[key[1]]], "captions": reader[key]["captions"], "skipped": []}
+
+    def inputs(batch: dict[str, Any], dropped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, logvar = batch["moments"].to(device).chunk(2, dim=1)
+        latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
+        prompts = ["" if drop else caption for caption, drop in zip(batch["captions"], dropped.tolist(), strict=True)]
+        return latents, {"encoder_hidden_states": text.encode(prompts)}
+
+    parameters = [*unet.parameters(), *text.model.parameters()]
+    _train_dense(config, folder, template, unet, parameters, inputs, Encoded())
+    text.model.save_pretrained(partial / "text_encoder")
+    export(folder, partial, unet)
+    shutil.rmtree(partial)
+
+
+def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, parameters: Iterable[nn.Parameter],
+                 inputs: Callable[[dict[str, Any], Tensor], tuple[Tensor, dict[str, Tensor]]],
+                 source: Any = None) -> None:
+    """Fit `parameters` to the denoising loss of `model`, and leave their average in them.
+
+    inputs: from a batch and the samples that lose their condition to latents and the model's arguments.
+    """
+    demo, source = config.demo, source or open_source(config)
+    parameters = list(parameters)
+    indices, _ = split(source, config.data.holdout, config.seed)
+    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(template / "scheduler"), clip_sample=False)
+    optimizer, schedule = _adamw(parameters, demo.lr, demo.steps)
+    ema = EMAModel(parameters, decay=0.998, foreach=True)
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     batches = GlobalBatches(indices, demo.batch_size, 1, 0, 1, config.seed, 0, demo.steps)
-    bar = tqdm(make_loader(source, batches, config.data.workers), desc=f"dense teacher → {folder}", unit="step",
-               dynamic_ncols=True)
+    bar = tqdm(make_loader(source, batches, 0), desc=f"dense teacher → {folder}", unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar):
         noise = draw(demo.batch_size, shape, scheduler.config.num_train_timesteps, config.data.label_dropout,
                      generator(config.seed, step, 5))
-        latents, timesteps = batch["latents"].to(device), noise.timesteps.to(device)
-        labels = batch["labels"].masked_fill(noise.dropped, null_class(model)).to(device)
-        added = noise.noise.to(device)
-        pred = model(scheduler.add_noise(latents, added, timesteps), timesteps, class_labels=labels).sample
+        latents, conditioning = inputs(batch, noise.dropped)
+        timesteps, added = noise.timesteps.to(latents.device), noise.noise.to(latents)
+        pred = model(scheduler.add_noise(latents, added, timesteps), timestep=timesteps, **conditioning).sample
         loss = losses.mse_per_sample(pred, training_target(scheduler, latents, added, timesteps)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.step(model.parameters())
+        _step(loss, parameters, optimizer, schedule)
+        ema.step(parameters)
         if step % config.log.every == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+    ema.copy_to(parameters)
 
-    export(folder, template, model, ema.shadow_params)
-    (folder / "model_index.json").write_text(json.dumps(
-        {"_class_name": "DiTPipeline", "scheduler": ["diffusers", "DDPMScheduler"],
-         "transformer": ["diffusers", "DiTTransformer2DModel"], "vae": [None, None]}, indent=2), encoding="utf-8")
+
+def _train_vae(config: Config, template: Path, images: Tensor, device: torch.device) -> AutoencoderKL:
+    """An autoencoder of squared error and a slight pull to the unit Gaussian, its latents scaled to unit variance."""
+    demo = config.demo
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(template / "vae")).to(device)
+    parameters = list(vae.parameters())
+    optimizer, schedule = _adamw(parameters, 2e-3, demo.vae_steps)
+    bar = tqdm(range(demo.vae_steps), desc="autoencoder", unit="step", dynamic_ncols=True)
+    for step in bar:
+        source = generator(config.seed, step, 6)
+        batch = images[torch.randint(len(images), (32,), generator=source)].to(device)
+        posterior = vae.encode(batch).latent_dist
+        error = losses.mse_per_sample(vae.decode(posterior.sample(source)).sample, batch).mean()
+        _step(error + 1e-6 * posterior.kl().mean(), parameters, optimizer, schedule)
+        if step % config.log.every == 0:
+            bar.set_postfix(error=f"{error.item():.4f}")
+    vae.eval().requires_grad_(False)
+    spread = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in images[:1024].split(256)]).std()
+    vae.register_to_config(scaling_factor=1 / float(spread))
+    return vae
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0)
+    return optimizer, get_scheduler(
+        "cosine", optimizer, num_warmup_steps=min(100, steps // 10), num_training_steps=steps
+    )
+
+
+def _step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def _tokenizer(template: Path) -> CLIPTokenizer:
+    """Letters, and merges that make one token of every word of the captions."""
+    words = sorted({word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()})
+    letters = string.ascii_lowercase
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            if (parts[0], parts[1]) not in merges:
+                merges.append((parts[0], parts[1]))
+                vocabulary.append(parts[0] + parts[1])
+            parts[:2] = [parts[0] + parts[1]]
+    length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    made: Any = CLIPTokenizer
+    return made({token: i for i, token in enumerate(vocabulary)}, merges, model_max_length=length)
+
+
+def _pixels(images: list[Any]) -> Tensor:
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

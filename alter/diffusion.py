@@ -5,12 +5,14 @@ All randomness of an update is drawn on the CPU for the whole global batch from 
 and a resumed run needs no stored generator state.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .errors import InputError
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,47 @@ def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 
 
 def draw(batch_size: int, latent_shape: tuple[int, ...], num_timesteps: int, dropout: float,
-         source: torch.Generator) -> Draw:
-    """Timesteps uniform in [0, num_timesteps), unit Gaussian noise, conditioning dropped with `dropout`."""
-    return Draw(
+         source: torch.Generator, noise_offset: float = 0.0) -> Draw:
+    """Timesteps uniform in [0, num_timesteps), unit Gaussian noise, conditioning dropped with `dropout`.
+
+    noise_offset: standard deviation of a further term that is constant over each channel of `noise`.
+    """
+    drawn = Draw(
         torch.randint(num_timesteps, (batch_size,), generator=source),
         torch.randn(batch_size, *latent_shape, generator=source),
         torch.randn(batch_size, *latent_shape, generator=source),
         torch.rand(batch_size, generator=source) < dropout,
     )
+    offset = torch.randn(batch_size, latent_shape[0], 1, 1, generator=source)
+    return dataclasses.replace(drawn, noise=drawn.noise + noise_offset * offset)
 
 
 def training_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the backbone should output for `scheduler.config.prediction_type`, [B, C, H, W].
-
-    Raises:
-        InputError: for a prediction type other than epsilon, v_prediction and sample.
-    """
+    """What the backbone should output for `scheduler.config.prediction_type`, one of PREDICTION_TYPES; [B, C, H, W]."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
+    return scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else latents
+
+
+def predict(backbone, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """The output of a diffusers backbone, in its own precision; inputs of any."""
+    cast = {name: value.to(backbone.dtype) if value.is_floating_point() else value
+            for name, value in conditioning.items()}
+    return backbone(noisy_latents.to(backbone.dtype), timestep=timesteps, **cast).sample
+
+
+def min_snr_weight(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weight of each sample's denoising error, float32 [B] (Hang et al., arXiv 2303.09556, eq. 7 and Sec. 3.4).
+
+    With SNR = ᾱ/(1-ᾱ), min(SNR, γ) in the error of the clean latents is min(SNR, γ)/SNR in that of the noise and
+    min(SNR, γ)/(SNR + 1) in that of the velocity. ᾱ = 0 (a zero-terminal schedule) has finite weights.
+    """
+    alpha = scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
+    clipped = torch.minimum(alpha, gamma * (1 - alpha))  # min(SNR, γ)·(1 - ᾱ)
+    kind = scheduler.config.prediction_type
     if kind == "v_prediction":
-        return scheduler.get_velocity(latents, noise, timesteps)
-    if kind == "sample":
-        return latents
-    raise InputError(f"scheduler.prediction_type={kind!r}: use epsilon, v_prediction or sample")
+        weight = clipped
+    else:
+        weight = clipped / (1 - alpha) if kind == "sample" else torch.where(alpha > 0, clipped / alpha, 1.0)
+    return weight.float()

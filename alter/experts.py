@@ -1,6 +1,8 @@
 """`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ class TemporalExperts:
         expert_T: int64 [T], the expert of each training timestep.
         macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
         keep_ratio_target: what was asked for, as a share of `budget_over` ("total" or "prunable").
+        timesteps: training timesteps over which the keep ratio is averaged; None: all of them.
     """
 
     sites: tuple[str, ...]
@@ -38,6 +41,7 @@ class TemporalExperts:
     macs_total: int
     keep_ratio_target: float
     budget_over: str
+    timesteps: tuple[int, ...] | None = None
 
     @property
     def macs_T(self) -> np.ndarray:
@@ -46,9 +50,14 @@ class TemporalExperts:
         return (self.macs_total - (~self.mask_EL) @ macs_L)[self.expert_T]
 
     @property
+    def macs_mean(self) -> float:
+        """MACs of one forward, averaged over `timesteps`."""
+        return float((self.macs_T if self.timesteps is None else self.macs_T[list(self.timesteps)]).mean())
+
+    @property
     def keep_ratio(self) -> float:
-        """Share of the *total* MACs kept, averaged over the training timesteps."""
-        return float(self.macs_T.mean() / self.macs_total)
+        """Share of the *total* MACs kept, averaged over `timesteps`."""
+        return self.macs_mean / self.macs_total
 
     @property
     def used(self) -> list[int]:
@@ -76,7 +85,7 @@ class TemporalExperts:
             "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
             "macs_total": self.macs_total,
             "budget": {"keep_ratio_target": self.keep_ratio_target, "over": self.budget_over,
-                       "keep_ratio_of_total": self.keep_ratio},
+                       "timesteps": self.timesteps, "keep_ratio_of_total": self.keep_ratio},
             "masks": self.mask_EL.astype(int).tolist(),
             "expert_of_timestep": self.expert_T.tolist(),
         }
@@ -104,10 +113,10 @@ class TemporalExperts:
 
     @classmethod
     def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
-              budget_over: str) -> "TemporalExperts":
+              budget_over: str, timesteps: np.ndarray | None = None) -> "TemporalExperts":
         """Join deterministic masks and routes with the costs of the sites."""
         return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
-                   keep_ratio_target, budget_over)
+                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()))
 
     def apply(self, target: Any) -> None:
         """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
@@ -123,16 +132,7 @@ class TemporalExperts:
             raise InputError(f"experts: their {len(self.sites)} sites are not the {len(names)} of this "
                              f"{type(backbone).__name__}: use the backbone that they were trained on")
         simulator = Simulator(backbone)
-
-        def choose_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            timesteps = torch.as_tensor(timestep).detach().reshape(-1).cpu()
-            if bool((timesteps == timesteps[0]).all()):
-                timesteps = timesteps[:1]
-            simulator.set(self.rows(timesteps, backbone.device))
-
-        hook = backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
-        backbone._alter_applied = (simulator, hook)
+        backbone._alter_applied = (simulator, self._follow(simulator))
 
     def remove(self, target: Any) -> None:
         """Undo `apply`; the backbone is dense again."""
@@ -143,6 +143,27 @@ class TemporalExperts:
         hook.remove()
         simulator.remove()
         del backbone._alter_applied
+
+    @contextmanager
+    def serving(self, simulator: Simulator) -> Iterator[None]:
+        """As `apply`, inside the block, for a backbone that `simulator` has gates on already."""
+        hook = self._follow(simulator)
+        try:
+            yield
+        finally:
+            hook.remove()
+            simulator.set(None)
+
+    def _follow(self, simulator: Simulator) -> Any:
+        """Let the backbone's `timestep` argument choose the rows of its gates; returns the hook's handle."""
+        def choose_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            timesteps = torch.as_tensor(timestep).detach().reshape(-1).cpu()
+            if bool((timesteps == timesteps[0]).all()):
+                timesteps = timesteps[:1]
+            simulator.set(self.rows(timesteps, simulator.backbone.device))
+
+        return simulator.backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
 
     @classmethod
     def _parse(cls, file: Path, content: Any) -> "TemporalExperts":
@@ -156,7 +177,7 @@ class TemporalExperts:
             sites, macs = [tuple(site[name] for site in content["sites"]) for name in ("name", "macs")]
             masks, routes = content["masks"], content["expert_of_timestep"]
             total, budget = int(content["macs_total"]), content["budget"]
-            target, over = float(budget["keep_ratio_target"]), str(budget["over"])
+            target, over, averaged = float(budget["keep_ratio_target"]), str(budget["over"]), budget["timesteps"]
         except (KeyError, TypeError, ValueError) as error:
             raise refuse(str(error).strip("'"), "missing or of the wrong type") from None
         if not masks or any(len(row) != len(sites) for row in masks):
@@ -165,7 +186,11 @@ class TemporalExperts:
             raise refuse("masks", "values must be 0 or 1")
         if not routes or any(not isinstance(e, int) or not 0 <= e < len(masks) for e in routes):
             raise refuse("expert_of_timestep", f"every timestep needs one of the experts 0 to {len(masks) - 1}")
-        return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over)
+        if averaged is not None and not (isinstance(averaged, list) and averaged and all(
+                isinstance(t, int) and 0 <= t < len(routes) for t in averaged)):
+            raise refuse("budget.timesteps", f"expected null or a list of timesteps 0 to {len(routes) - 1}")
+        return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
+                   averaged and tuple(averaged))
 
 
 def _backbone(target: Any) -> Any:

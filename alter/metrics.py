@@ -5,7 +5,7 @@ import torch
 from scipy.linalg import eigvalsh
 from torch import Tensor, nn
 
-from .diffusion import draw, generator
+from .diffusion import draw, generator, predict
 from .sites import Backbone
 
 
@@ -43,19 +43,31 @@ class SmallClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int, steps: int = 600) -> SmallClassifier:
-    """Fit the classifier to real images [N, C, S, S] in [-1, 1], with a little noise added."""
+def train_classifier(images: Tensor, targets: Tensor, seed: int, steps: int = 600) -> SmallClassifier:
+    """Fit the classifier to real images [N, C, S, S] in [-1, 1], with a little noise added.
+
+    targets: one class an image, long [N]; or any set of K, float [N, K] of zeros and ones.
+    """
     torch.manual_seed(seed)
+    classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
     model = SmallClassifier(images.shape[1], images.shape[-1], classes)
+    criterion = nn.functional.cross_entropy if targets.dim() == 1 else nn.functional.binary_cross_entropy_with_logits
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(steps):
         index = torch.randint(len(images), (128,))
         noisy = images[index] + 0.1 * torch.randn_like(images[index])
-        loss = nn.functional.cross_entropy(model(noisy), labels[index])
+        loss = criterion(model(noisy), targets[index])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval().requires_grad_(False)
+
+
+def accuracy(classifier: SmallClassifier, images: Tensor, targets: Tensor) -> float:
+    """Share of images in which the classifier sees the class that was asked for, or exactly the set."""
+    logits = classifier(images)
+    right = logits.argmax(1) == targets if targets.dim() == 1 else ((logits > 0) == (targets > 0)).all(1)
+    return float(right.float().mean())
 
 
 @torch.no_grad()
@@ -77,6 +89,6 @@ def output_error(student: Backbone, teacher: Backbone, scheduler, latents: Tenso
         noise = draw(len(latents), tuple(latents.shape[1:]), total, 0.0, generator(seed, i, 4)).noise.to(latents)
         timesteps = timestep.expand(len(latents)).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        ours = student(noisy, timesteps, **conditioning).sample
-        errors.append((ours - teacher(noisy, timesteps, **conditioning).sample).float().square().mean())
+        ours, theirs = (predict(model, noisy, timesteps, conditioning).float() for model in (student, teacher))
+        errors.append((ours - theirs).square().mean())
     return float(torch.stack(errors).mean())

@@ -1,5 +1,6 @@
 """Pictures and tables of a finished run."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,19 @@ def plot_experts(experts: TemporalExperts, path: Path) -> None:
 
 
 def plot_samples(rows: dict[str, Tensor], labels: list[str], path: Path) -> None:
-    """samples.png: one row of images [N, C, S, S] in [-1, 1] a model, the same seeds and labels in each column."""
-    figure, axes = plt.subplots(len(rows), len(labels), figsize=(len(labels) * 0.9, len(rows) * 1.15),
-                                squeeze=False, layout="constrained")
+    """A row of images [N, C, S, S] in [-1, 1] a model; the same seed, and the label below, in each column."""
+    wide = max(map(len, labels)) > 12
+    width, height = (1.5, 1.5) if wide else (0.9, 1.0)
+    figure, axes = plt.subplots(len(rows), len(labels), squeeze=False, layout="constrained",
+                                figsize=(len(labels) * width + 0.3, len(rows) * height + (0.9 if wide else 0.3)))
     for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image, label in zip(line, images, labels, strict=True):
+        for axis, image in zip(line, images, strict=True):
             pixels = (image.permute(1, 2, 0).numpy() + 1) / 2
             axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
-            axis.set_title(label, fontsize=8)
         line[0].set_ylabel(name, fontsize=8)
+    for axis, label in zip(axes[-1], labels, strict=True):
+        axis.set_xlabel(textwrap.fill(label, 18), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -14,20 +14,27 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor
 
 from .build import Parts, build, check
+from .card import model_card
 from .checkpoint import checkpoints, export, find_run, step_of
 from .config import Config, flatten, load_config, save_config
-from .data import Digits, split
-from .demo import make_teacher
+from .data import Tolerant, collate, split
+from .demo import Exam, exam, make_demo
 from .errors import InputError
 from .experts import TemporalExperts
-from .metrics import frechet_distance, output_error, train_classifier
+from .lora import FILE_NAME as ADAPTERS
+from .lora import merge_adapters, save_adapters
+from .metrics import accuracy, frechet_distance, output_error, train_classifier
 from .report import plot_experts, plot_samples, summary_table
-from .sampling import sample_classes
+from .sampling import sample_latents
+from .sites import PIPELINE_COMPONENT
 from .trainer import Trainer
 
 _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
-               "backbone.gradient_checkpointing", "backbone.pretrained", "data.path", "data.workers", "optim.",
-               "checkpoint.", "log.", "evaluate.", "demo.")
+               "backbone.gradient_checkpointing", "backbone.pretrained", "backbone.channels_last", "backbone.compile",
+               "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
+               "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
+               "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
+_BATCH = 32
 
 
 def train(config: Config) -> Path:
@@ -46,7 +53,7 @@ def train(config: Config) -> Path:
     run_dir, resume_from = _run_dir(config, accelerator)
     set_seed(config.seed)
     if config.demo.model and accelerator.is_main_process:
-        make_teacher(config, accelerator.device)
+        make_demo(config, accelerator.device)
     accelerator.wait_for_everyone()
     parts = build(config, accelerator.num_processes, accelerator.device)
     _open(config, accelerator, run_dir, resume_from)
@@ -55,7 +62,10 @@ def train(config: Config) -> Path:
     experts = trainer.run()
     if accelerator.is_main_process:
         accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)  # measured without autocast
-        _finish(config, parts, experts, trainer.weights(), run_dir, started)
+        trainer.take_average()
+        summary = _finish(config, parts, experts, trainer.counts, run_dir, started)
+        print(summary_table(summary))
+        print(f"run directory: {run_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run_dir
@@ -132,66 +142,78 @@ def _forget_after(file: Path, step: int) -> None:
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _finish(config: Config, parts: Parts, experts: TemporalExperts, weights: list[Tensor], run_dir: Path,
-            started: float) -> None:
-    """Export final/, measure it, and write summary.json, samples.png and experts.png."""
-    final = run_dir / "final"
-    export(final, parts.folder, parts.backbone, weights)
-    experts.save_pretrained(final)
+def _finish(config: Config, parts: Parts, experts: TemporalExperts, counts: dict[str, int], run_dir: Path,
+            started: float) -> dict[str, Any]:
+    """Export final/, measure it, and write summary.json, samples.png and experts.png; returns the summary."""
+    final, component = run_dir / "final", PIPELINE_COMPONENT[type(parts.backbone)]
     parts.simulator.remove()
-    with torch.no_grad():
-        for parameter, value in zip(parts.backbone.parameters(), weights, strict=True):
-            parameter.copy_(value)
     parts.backbone.eval()
+    if config.lora.rank is not None:
+        merge_adapters(parts.backbone)
+    export(final, parts.folder, parts.backbone)
+    experts.save_pretrained(final)
+    if config.lora.rank is not None:
+        save_adapters(parts.backbone, component, final)
 
     summary: dict[str, Any] = {
-        "keep_ratio_target": config.budget.keep_ratio, "budget_over": config.budget.over,
+        "keep_ratio_target": experts.keep_ratio_target, "budget_over": experts.budget_over,
         "keep_ratio": experts.keep_ratio, "prunable_share": parts.cost.prunable_share,
-        "macs_dense": experts.macs_total, "macs_experts": round(float(experts.macs_T.mean())),
+        "macs_dense": experts.macs_total, "macs_experts": round(experts.macs_mean),
         "experts_count": len(experts.mask_EL), "experts_used": len(experts.used),
-        "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used],
+        "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used], **counts,
     }
     experts.apply(parts.backbone)
     summary["output_error"] = _held_out_error(config, parts)
-    if isinstance(parts.source, Digits):
-        summary |= _sample_quality(config, parts, parts.source, run_dir)
+    judge = exam(config, parts.source)
+    if judge is not None:
+        summary |= _sample_quality(config, parts, judge, run_dir)
     summary["seconds_total"] = time.perf_counter() - started
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     plot_experts(experts, run_dir / "experts.png")
-    print(summary_table(summary))
-    print(f"run directory: {run_dir}")
+    index = final / "model_index.json"
+    pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "DiffusionPipeline"
+    card = model_card(config, experts, summary, parts.folder, pipeline, ADAPTERS if config.lora.rank else None)
+    (final / "README.md").write_text(card, encoding="utf-8")
+    return summary
 
 
-def _held_out_error(config: Config, parts: Parts, most: int = 256, batch_size: int = 32) -> float:
-    """`output_error` on at most `most` held-out samples."""
+def _held_out_error(config: Config, parts: Parts, most: int = 256) -> float | None:
+    """`output_error` on at most `most` held-out samples; None without any."""
     _, held_out = split(parts.source, config.data.holdout, config.seed)
     held_out, total = held_out[:most], 0.0
-    for first in range(0, len(held_out), batch_size):
-        samples = [parts.source[0, int(i)] for i in held_out[first : first + batch_size]]
-        batch = torch.utils.data.default_collate(samples)
-        batch = {name: value.to(parts.backbone.device) for name, value in batch.items()}
-        latents = parts.latents(batch, torch.zeros(len(samples), *parts.latent_shape))
-        conditioning = parts.conditioning(batch, torch.zeros(len(samples), dtype=torch.bool))
-        total += len(samples) * output_error(
+    source = Tolerant(parts.source, held_out, config.seed)
+    for first in range(0, len(held_out), _BATCH):
+        batch = collate([source[0, int(i)] for i in held_out[first : first + _BATCH]])
+        count = min(_BATCH, len(held_out) - first)
+        batch = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
+                 for name, value in batch.items()}
+        latents = parts.latents(batch, torch.zeros(count, *parts.latent_shape))
+        conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
+        total += count * output_error(
             parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first
         )
-    return total / len(held_out)
+    return total / len(held_out) if len(held_out) else None
 
 
-def _sample_quality(config: Config, parts: Parts, digits: Digits, run_dir: Path) -> dict[str, Any]:
-    """Fréchet distances and class accuracies, dense and experts, from the same seeds and labels."""
-    evaluate = config.evaluate
-    classifier = train_classifier(digits.images, digits.labels, digits.num_classes, config.seed)
-    labels = torch.arange(evaluate.samples) % digits.num_classes
-    reference = classifier.features(digits.images).numpy()
+def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) -> dict[str, Any]:
+    """Fréchet distances and accuracies, dense and experts, from the same seeds and conditions."""
+    evaluate, device = config.evaluate, parts.backbone.device
+    classifier = train_classifier(judge.images, judge.targets, config.seed)
+    reference = classifier.features(judge.images).numpy()
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in judge.batch.items()}
+    everything = torch.ones(len(judge.asked), dtype=torch.bool)
+    given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
     steps = evaluate.sampling_steps
-    summary: dict[str, Any] = {"sampling_steps": steps, "samples": evaluate.samples}
+    summary: dict[str, Any] = {
+        "sampling_steps": steps, "guidance_scale": evaluate.guidance_scale, "samples": evaluate.samples,
+    }
     pictures = {}
     for name, model, count in (("dense", parts.teacher, steps), ("experts", parts.backbone, steps),
                                ("dense_50", parts.teacher, 50)):
-        images = sample_classes(model, parts.scheduler, labels, count, config.seed, evaluate.guidance_scale)
+        images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
+                                             config.seed, evaluate.guidance_scale))
         summary[f"fd_{name}"] = frechet_distance(classifier.features(images).numpy(), reference)
-        summary[f"accuracy_{name}"] = float((classifier(images).argmax(1) == labels).float().mean())
+        summary[f"accuracy_{name}"] = accuracy(classifier, images, judge.asked)
         pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:20]
-    plot_samples(pictures, [str(int(label)) for label in labels[:20]], run_dir / "samples.png")
+    plot_samples(pictures, judge.titles[:20], run_dir / "samples.png")
     return summary

@@ -1,37 +1,45 @@
-"""Class-conditional sampling of a DiT without a VAE (the demo's pipeline); `DiTPipeline` serves the others."""
+"""Plain sampling from a backbone, batched; users sample through diffusers' pipelines."""
+
+from collections.abc import Mapping
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from .sites import Backbone, null_class
+from .diffusion import predict
 
 
 @torch.no_grad()
-def sample_classes(backbone: Backbone, scheduler, labels: Tensor, steps: int, seed: int,
-                   guidance_scale: float = 1.0, batch_size: int = 250) -> Tensor:
-    """Draw one image a label with DPM-Solver++ (arXiv 2211.01095).
+def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Mapping[str, Tensor],
+                   unconditional: Mapping[str, Tensor], steps: int, seed: int, guidance_scale: float = 1.0,
+                   batch_size: int = 250) -> Tensor:
+    """Draw one sample for each row of `conditioning` with DPM-Solver++ (arXiv 2211.01095).
 
     Args:
         scheduler: any diffusers scheduler with the training betas and prediction type.
-        labels: long [N]. steps: denoising steps. guidance_scale: 1 runs without the null class.
-        seed: image i depends on it, on i and on the label alone.
+        shape: of one sample, [C, h, w].
+        conditioning, unconditional: the backbone's arguments, [N, ...], on its device.
+        steps: denoising steps. guidance_scale: 1 runs without the unconditional arguments.
+        seed: sample i depends on it, on i and on its row alone.
 
-    Returns: float32 [N, C, S, S] in [-1, 1].
+    Returns: float32 [N, C, h, w].
     """
-    size, channels = backbone.config.sample_size, backbone.config.in_channels
-    noise = torch.randn(len(labels), channels, size, size, generator=torch.Generator().manual_seed(seed))
-    images = []
-    for latents, classes in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+    count, channels = len(next(iter(conditioning.values()))), shape[0]
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    done = []
+    for first in range(0, count, batch_size):
+        rows = slice(first, first + batch_size)
+        given, nothing = ({name: value[rows] for name, value in arguments.items()}
+                          for arguments in (conditioning, unconditional))
+        latents = noise[rows].to(next(iter(given.values())).device)
         solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
         solver.set_timesteps(steps)
-        latents, classes = latents.to(backbone.device), classes.to(backbone.device)
         for timestep in solver.timesteps:
-            pred = backbone(latents, timestep.expand(len(latents)), class_labels=classes).sample[:, :channels]
+            timesteps = timestep.expand(len(latents)).to(latents.device)
+            pred = predict(backbone, latents, timesteps, given)[:, :channels].float()
             if guidance_scale != 1:
-                nothing = torch.full_like(classes, null_class(backbone))
-                base = backbone(latents, timestep.expand(len(latents)), class_labels=nothing).sample[:, :channels]
+                base = predict(backbone, latents, timesteps, nothing)[:, :channels].float()
                 pred = base + guidance_scale * (pred - base)
             latents = solver.step(pred, timestep, latents).prev_sample
-        images.append(latents.clamp(-1, 1).float().cpu())
-    return torch.cat(images)
+        done.append(latents)
+    return torch.cat(done)

@@ -117,6 +117,11 @@ class Simulator:
         """Put `rows` in force until changed."""
         self._state.rows = rows
 
+    def compile(self) -> None:
+        """torch.compile every site's layer, for batches of any size; the branches stay outside."""
+        for layer in self._layers:
+            layer.compile(dynamic=True)
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, with the rows that were in force in *that* forward."""
         state = self._state

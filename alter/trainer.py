@@ -22,11 +22,14 @@ from tqdm import tqdm
 from . import checkpoint, losses
 from .build import Parts
 from .config import Config
-from .data import GlobalBatches, make_loader, split
-from .diffusion import Draw, draw, generator, training_target
+from .data import GlobalBatches, Tolerant, make_loader, split
+from .diffusion import Draw, draw, generator, min_snr_weight, training_target
+from .errors import InputError
 from .experts import TemporalExperts
 from .simulator import HardRows, Rows, SoftRows
+from .validation import Validator
 
+_MOST_SKIPPED_UPDATES = 50  # in a row, by the loss scaler
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -50,7 +53,7 @@ class Batch:
     timesteps: Tensor
     conditioning: dict[str, Tensor]
     target: Tensor
-    teacher_pred: Tensor
+    teacher_pred: Tensor | None
     teacher_features: list[Tensor]
 
 
@@ -72,32 +75,52 @@ class Trainer:
         self.backbone = parts.backbone.train()
         if config.backbone.gradient_checkpointing:
             parts.simulator.enable_gradient_checkpointing()
-        self.parameters = list(self.backbone.parameters())
+        if config.backbone.compile:
+            parts.simulator.compile()
+        self.parameters = list(checkpoint.trained_parameters(self.backbone).values())
         self.dtype = self.parameters[0].dtype
         self.ema = EMAModel(self.parameters, decay=train.ema_decay, foreach=True) if train.ema_decay else None
         self.train_indices, _ = split(parts.source, config.data.holdout, config.seed)
 
-        def optimizer(parameters: Any, lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-            made = torch.optim.AdamW(parameters, lr, betas=optim.betas, weight_decay=optim.weight_decay)
+        def schedule(optimizer: torch.optim.Optimizer, steps: int) -> Any:
             name = "constant_with_warmup" if optim.lr_schedule == "constant" else optim.lr_schedule
-            return made, get_scheduler(
-                name, made, num_warmup_steps=optim.warmup_steps, num_training_steps=max(steps, 1)
+            return get_scheduler(
+                name, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=max(steps, 1)
             )
 
-        tuned = train.steps - (train.t_end if train.schedule == "two_stage" else 0)
-        self.backbone_optim, self.backbone_lr = optimizer(self.parameters, optim.backbone_lr, tuned)
-        self.hyper_optim, self.hyper_lr = optimizer(
-            parts.hypernetwork.parameters(), optim.hypernetwork_lr, train.t_end
+        adamw: Any = torch.optim.AdamW
+        extra: dict[str, Any] = {"fused": optim.fused or None}
+        shared: dict[str, Any] = {"betas": optim.betas, "weight_decay": optim.weight_decay}
+        self.hyper_optim = adamw(parts.hypernetwork.parameters(), optim.hypernetwork_lr, **shared, **extra)
+        if optim.optimizer == "adamw_8bit":
+            import bitsandbytes
+
+            adamw, extra = bitsandbytes.optim.AdamW8bit, {}
+        self.backbone_optim = adamw(self.parameters, optim.backbone_lr, **shared, **extra)
+        searched = 0 if parts.experts else train.t_end
+        self.backbone_lr = schedule(
+            self.backbone_optim, train.steps - (searched if train.schedule == "two_stage" else 0)
         )
+        self.hyper_lr = schedule(self.hyper_optim, train.t_end)
+        # Our own, not accelerate's, which scales losses only in its `backward`. Disabled, it changes nothing.
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=train.mixed_precision == "fp16")
         if accelerator.num_processes > 1:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
 
         self.step = 0
-        self.experts: TemporalExperts | None = None
+        self.experts: TemporalExperts | None = parts.experts
         if resume_from is not None:
             self._restore(resume_from)
+        self._first_step = self.step
+        self._masks: tuple[np.ndarray, np.ndarray] | None = None  # of the last iteration
+        self.skipped = 0  # unreadable samples of this process; `counts` has those of all
+        self._skipped_updates = 0
+        self.counts = {"skipped_samples": 0, "truncated_prompts": 0}
+        self.validator: Validator | None = None
+        if config.validate.every and accelerator.is_main_process:
+            self.validator = Validator(config, parts, accelerator, run_dir)
         self._received = 0  # a signal, by this process alone
         self._stop = 0  # the signal that all processes have agreed to stop for
 
@@ -113,10 +136,13 @@ class Trainer:
             self.train_indices, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
             self.accelerator.num_processes, config.seed, self.step, train.steps,
         )
-        micro_batches = iter(make_loader(self.parts.source, batches, config.data.workers))
+        source = Tolerant(self.parts.source, self.train_indices, config.seed)
+        micro_batches = iter(make_loader(source, batches, config.data.workers))
         bar = tqdm(total=train.steps, initial=self.step, desc=config.name, unit="step", dynamic_ncols=True,
                    disable=not self.accelerator.is_main_process)
         with self._signals(), bar:
+            if self.validator and self.step == 0:
+                self.validator(self.parts.teacher, 0, "dense")
             while self.step < train.steps:
                 started = time.perf_counter()
                 metrics = self._iteration(micro_batches)
@@ -124,6 +150,8 @@ class Trainer:
                 bar.update()
                 if self.step % config.log.every == 0 or self.step == train.steps:
                     self._log(metrics, time.perf_counter() - started, bar)
+                if self.validator and self.step % self.validator.every == 0:
+                    self._validate(self.validator)
                 if self.step % config.checkpoint.every == 0 or self.step == train.steps or self._stop:
                     saved = self._save()
                     if self._stop and self.step < train.steps:
@@ -131,23 +159,25 @@ class Trainer:
         assert self.experts is not None
         return self.experts
 
-    def weights(self) -> list[Tensor]:
-        """The backbone's weights to sample from: the average where there is one."""
-        return list(self.ema.shadow_params) if self.ema else [p.detach() for p in self.parameters]
+    def take_average(self) -> None:
+        """Replace the trained weights by their average, where there is one."""
+        if self.ema:
+            self.ema.copy_to(self.parameters)
 
     def _iteration(self, micro_batches: Any) -> dict[str, float]:
         """One iteration of Algorithm 1, on one global batch."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
-        searching = self.step < self.config.train.t_end
+        searching = self.experts is None
         batches = self._prepare(micro_batches)
         metrics: dict[str, float] = {}
         if searching:
             metrics |= self.update_hypernetwork(batches)
         masks = self.current_masks()
-        if self.step + 1 == self.config.train.t_end:
+        if searching and self.step + 1 == self.config.train.t_end:
             masks = self._freeze()
         if not searching or self.config.train.schedule == "joint":
             metrics |= self.update_backbone(batches, *masks)
+        self._masks = masks
         metrics["keep_ratio"] = self.parts.budget.measured(*masks)
         metrics["experts_used"] = len(np.unique(masks[1]))
         return metrics
@@ -158,17 +188,19 @@ class Trainer:
         count, processes = config.train.gradient_accumulation, self.accelerator.num_processes
         size = config.train.batch_size // (count * processes)
         whole = draw(config.train.batch_size, parts.latent_shape, parts.scheduler.config.num_train_timesteps,
-                     config.data.label_dropout, generator(config.seed, self.step))
+                     config.data.label_dropout, generator(config.seed, self.step), config.train.noise_offset)
         first = self.accelerator.process_index * count * size
         return [
             self.prepare_batch(next(micro_batches), whole[slice(first + k * size, first + (k + 1) * size)])
             for k in range(count)
         ]
 
-    def prepare_batch(self, raw: dict[str, Tensor], noise: Draw) -> Batch:
-        """One micro-batch from raw samples and their noise."""
+    def prepare_batch(self, raw: dict[str, Any], noise: Draw) -> Batch:
+        """One micro-batch from raw samples, as `data.collate` joins them, and their noise."""
         parts, device = self.parts, self.accelerator.device
-        raw = {name: value.to(device, non_blocking=True) for name, value in raw.items()}
+        self._note(raw.pop("skipped"))
+        raw = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+               for name, value in raw.items()}
         latents = parts.latents(raw, noise.posterior).to(self.dtype)
         timesteps = noise.timesteps.to(device, non_blocking=True)
         added = noise.noise.to(device, self.dtype, non_blocking=True)
@@ -177,10 +209,13 @@ class Trainer:
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in parts.conditioning(raw, noise.dropped).items()
         }
-        with torch.no_grad(), self.accelerator.autocast(), parts.teacher_tap.capture() as features:
-            teacher_pred = parts.teacher(noisy, timesteps, **conditioning).sample
+        if self.config.backbone.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
         target = training_target(parts.scheduler, latents, added, timesteps)
-        return Batch(noisy, noise.timesteps, conditioning, target, teacher_pred, features)
+        if not self.config.loss.distils:
+            return Batch(noisy, noise.timesteps, conditioning, target, None, [])
+        with self.accelerator.autocast():
+            return Batch(noisy, noise.timesteps, conditioning, target, *parts.teach(noisy, timesteps, conditioning))
 
     def update_hypernetwork(self, batches: list[Batch]) -> dict[str, float]:
         """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
@@ -195,7 +230,7 @@ class Trainer:
             mask_BL = leaves[1][batch.timesteps.to(mask_EL.device)] @ leaves[0]
             terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
             perf = self._perf(terms)
-            for total, gradient in zip(gradients, torch.autograd.grad(perf, leaves), strict=True):
+            for total, gradient in zip(gradients, torch.autograd.grad(self.scaler.scale(perf), leaves), strict=True):
                 total += gradient / len(batches)
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         gradients = [self.accelerator.reduce(gradient, "mean") for gradient in gradients]
@@ -205,10 +240,10 @@ class Trainer:
         balance = losses.load_balance(logits.router_TE)
         sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
                    if out.requires_grad]
-        outputs = [out for out, _ in sampled] + [loss.ratio * ratio + loss.balance * balance]
+        outputs = [out for out, _ in sampled] + [self.scaler.scale(loss.ratio * ratio + loss.balance * balance)]
         torch.autograd.backward(outputs, [grad for _, grad in sampled] + [None])
         metrics = self._read("search", totals, ratio=ratio, balance=balance, expected_keep_ratio=expected,
-                             gradient_norm=self._clip(list(parts.hypernetwork.parameters())))
+                             gradient_norm=self._clip(self.hyper_optim, list(parts.hypernetwork.parameters())))
         self._step(self.hyper_optim, self.hyper_lr)
         return metrics
 
@@ -222,12 +257,12 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._terms(self.wrapped, batch, rows)
                 perf = self._perf(terms)
-                self.accelerator.backward(perf / len(batches))
+                self.scaler.scale(perf / len(batches)).backward()
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         for parameter in self.parameters:
             if parameter.grad is None:  # a layer that no sample used: as in the dense simulation
                 parameter.grad = torch.zeros_like(parameter)
-        metrics = self._read("train", totals, gradient_norm=self._clip(self.parameters))
+        metrics = self._read("train", totals, gradient_norm=self._clip(self.backbone_optim, self.parameters))
         self._step(self.backbone_optim, self.backbone_lr)
         if self.ema:
             self.ema.step(self.parameters)
@@ -246,13 +281,38 @@ class Trainer:
         budget = self.config.budget
         with torch.no_grad():
             masks = self._agreed(self.parts.budget.masks(self.parts.hypernetwork(), budget.keep_ratio))
-        self.experts = TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over)
+        self.experts = self._experts(masks)
         if self.accelerator.is_main_process:
             missed = self.parts.budget.measured(*masks) - budget.keep_ratio
             if abs(missed) > 0.005:
                 tqdm.write(f"keep ratio misses its target by {missed:+.4f}: the sites allow nothing nearer")
             tqdm.write(self.experts.summary())
         return masks
+
+    def _experts(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
+        budget = self.parts.budget
+        return TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over, budget.timesteps)
+
+    def _validate(self, validator: Validator) -> None:
+        """Images from the weights to be exported, under the masks of the last iteration."""
+        assert self._masks is not None
+        experts = self.experts or self._experts(self._masks)
+        if self.ema:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.backbone.eval()
+        with experts.serving(self.parts.simulator):
+            validator(self.backbone, self.step, "experts")
+        self.backbone.train()
+        if self.ema:
+            self.ema.restore(self.parameters)
+
+    def _note(self, skipped: list[str]) -> None:
+        """Name unreadable samples in unreadable.jsonl, which all processes append to."""
+        self.skipped += len(skipped)
+        if skipped:
+            with open(self.run_dir / "unreadable.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": self.step + 1, "sample": name}) + "\n" for name in skipped)
 
     def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Process 0's masks, on every process."""
@@ -269,13 +329,15 @@ class Trainer:
         with self.parts.simulator.use(rows), self.accelerator.autocast(), \
                 self.parts.student_tap.capture() as features:
             pred = model(batch.noisy_latents, timesteps, **batch.conditioning).sample
-        noise_pred = pred[:, : batch.target.shape[1]]
-        outliers = self.config.loss.feature_kd_outliers
-        return {
-            "denoise": losses.mse_per_sample(noise_pred, batch.target).mean(),
-            "output_kd": losses.mse_per_sample(pred, batch.teacher_pred).mean(),
-            "feature_kd": losses.feature_kd(features, batch.teacher_features, outliers).mean(),
-        }
+        loss = self.config.loss
+        denoise = losses.mse_per_sample(pred[:, : batch.target.shape[1]], batch.target)
+        if loss.min_snr_gamma is not None:
+            denoise = denoise * min_snr_weight(self.parts.scheduler, timesteps, loss.min_snr_gamma)
+        terms = {"denoise": denoise.mean()}
+        if batch.teacher_pred is not None:
+            terms["output_kd"] = losses.mse_per_sample(pred, batch.teacher_pred).mean()
+            terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers).mean()
+        return terms
 
     def _perf(self, terms: dict[str, Tensor]) -> Tensor:
         """L_perf = λ_denoise·L_denoise + λ_outKD·L_outKD + λ_featKD·L_featKD."""
@@ -287,29 +349,50 @@ class Trainer:
         """Means over micro-batches and processes, and whether to stop: the update's one host read."""
         names = [*totals[0], *extra]
         means = [torch.stack([t[name].detach().float() for t in totals]).mean() for name in totals[0]]
+        own = [self._received > 0, self.skipped, self.parts.text.truncated if self.parts.text else 0]
         values = torch.stack([*means, *(value.detach().float().to(means[0].device) for value in extra.values()),
-                              torch.tensor(float(self._received > 0), device=means[0].device)])
-        *numbers, stop = self.accelerator.reduce(values, "mean").tolist()
+                              *torch.tensor(own, dtype=torch.float, device=means[0].device)])
+        *numbers, stop, skipped, truncated = self.accelerator.reduce(values, "mean").tolist()
         if stop:
             self._stop = self._received or signal.SIGTERM
+        processes = self.accelerator.num_processes
+        self.counts = {"skipped_samples": round(skipped * processes), "truncated_prompts": round(truncated * processes)}
+        self._refuse_unreadable()
         metrics = {f"{phase}/{name}": number for name, number in zip(names, numbers, strict=True)}
+        if self.scaler.is_enabled():  # which skips updates of non-finite gradients, and lowers its scale
+            finite = math.isfinite(metrics.pop(f"{phase}/gradient_norm"))
+            self._skipped_updates = 0 if finite else self._skipped_updates + 1
+            if self._skipped_updates > _MOST_SKIPPED_UPDATES:
+                raise NonFiniteLoss(f"{phase}/gradient_norm was not finite in {self._skipped_updates} updates in a row "
+                                    f"up to step {self.step + 1}: use train.mixed_precision=bf16, and resume")
         for name, number in metrics.items():
             if not math.isfinite(number):
                 raise NonFiniteLoss(f"{name} is {number} at step {self.step + 1}: stopped before the optimizer "
                                     "step; lower optim.backbone_lr or use train.mixed_precision=no, and resume")
         return metrics
 
-    def _clip(self, parameters: list[Any]) -> Tensor:
-        """Clip the gradient in place; its norm before, which is not finite if any entry is not."""
+    def _refuse_unreadable(self) -> None:
+        """Stop once more than the allowed share of samples was unreadable: of an epoch, or of all drawn since."""
+        data, skipped = self.config.data, self.counts["skipped_samples"]
+        drawn = (self.step + 1 - self._first_step) * self.config.train.batch_size
+        if skipped > data.max_unreadable * max(drawn, len(self.train_indices)):
+            raise InputError(f"data.max_unreadable={data.max_unreadable}: {skipped} samples of data.path={data.path!r} "
+                             f"could not be read (named in {self.run_dir / 'unreadable.jsonl'}): mend the data, or "
+                             "allow more")
+
+    def _clip(self, optimizer: torch.optim.Optimizer, parameters: list[Any]) -> Tensor:
+        """Unscale and clip the gradient in place; its norm before, which is not finite if any entry is not."""
+        self.scaler.unscale_(optimizer)
         return torch.nn.utils.clip_grad_norm_(parameters, self.config.train.max_grad_norm)
 
     def _step(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
-        metrics = {**metrics, "seconds_per_step": seconds,
+        metrics = {**metrics, **self.counts, "seconds_per_step": seconds,
                    "backbone_lr": self.backbone_lr.get_last_lr()[0], "hypernetwork_lr": self.hyper_lr.get_last_lr()[0]}
         self.accelerator.log(metrics, step=self.step)
         if self.accelerator.is_main_process:
@@ -325,12 +408,12 @@ class Trainer:
         folder = self.run_dir / "checkpoints"
         path = folder / f"step-{self.step:06d}"
         if self.accelerator.is_main_process:
-            tensors = {"backbone": dict(checkpoint.unique_parameters(self.backbone)),
+            tensors = {"backbone": dict(checkpoint.trained_parameters(self.backbone)),
                        "hypernetwork": self.parts.hypernetwork.state_dict()}
             if self.ema:
                 tensors["ema"] = dict(zip(tensors["backbone"], self.ema.shadow_params, strict=True))
             optimizers = {name: getattr(self, name).state_dict()
-                          for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr")}
+                          for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
             state = {"frozen": self.experts is not None, "ema_step": self.ema.optimization_step if self.ema else 0}
             saved = checkpoint.save_checkpoint(folder, self.step, self.config.checkpoint.keep, tensors,
                                                optimizers, state, self.experts)
@@ -343,7 +426,8 @@ class Trainer:
         checkpoint.load_parameters(self.backbone, tensors["backbone"])
         self.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
         for name, value in optimizers.items():
-            getattr(self, name).load_state_dict(value)
+            if value:  # a disabled scaler has no state
+                getattr(self, name).load_state_dict(value)
         optim = self.config.optim  # a rate or decay changed for the resumed run holds from here on
         for optimizer, schedule, lr in ((self.backbone_optim, self.backbone_lr, optim.backbone_lr),
                                         (self.hyper_optim, self.hyper_lr, optim.hypernetwork_lr)):
@@ -352,7 +436,7 @@ class Trainer:
                 group["lr"] *= lr / group["initial_lr"]
                 group.update(initial_lr=lr, weight_decay=optim.weight_decay, betas=optim.betas)
         if self.ema:
-            for name, shadow in zip(checkpoint.unique_parameters(self.backbone), self.ema.shadow_params, strict=True):
+            for name, shadow in zip(checkpoint.trained_parameters(self.backbone), self.ema.shadow_params, strict=True):
                 shadow.copy_(tensors["ema"][name])
             self.ema.optimization_step = state["ema_step"]
         if state["frozen"]:

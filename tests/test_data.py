@@ -1,3 +1,7 @@
+import io
+import json
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +9,22 @@ from conftest import save_latents
 from PIL import Image
 
 from alter import InputError
-from alter.config import DataConfig
-from alter.data import Digits, GlobalBatches, ImageFolder, Latents, split
+from alter.config import BackboneConfig, Config, DataConfig
+from alter.data import (
+    CaptionedFolder,
+    Digits,
+    GlobalBatches,
+    HuggingFace,
+    ImageFolder,
+    Latents,
+    Tolerant,
+    WithPrior,
+    collate,
+    make_loader,
+    open_source,
+    split,
+)
+from alter.images import Unreadable
 
 
 @pytest.mark.parametrize("processes, micro", [(1, 1), (2, 1), (1, 4), (2, 2)])
@@ -57,11 +75,22 @@ def test_image_folder_crops_the_centre_and_mirrors(tmp_path):
     assert flips == [torch.equal(mirrored[epoch, 1]["images"], expected.flip(-1)) for epoch in range(40)]
 
 
-def test_a_broken_image_is_named(tmp_path):
+def test_a_broken_image_is_unreadable(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "bad.png").write_bytes(b"")
-    with pytest.raises(InputError, match="bad.png cannot be read"):
-        ImageFolder(DataConfig(path=str(tmp_path)), 0)[0, 0]
+    source = ImageFolder(DataConfig(path=str(tmp_path)), 0)
+    assert source.describe(0) == str(tmp_path / "cat" / "bad.png")
+    with pytest.raises(Unreadable, match="not an image"):
+        source[0, 0]
+
+
+def test_class_folders_ignore_what_is_hidden_or_no_image(tmp_path):
+    for name in ("b/x.png", "a/deep/y.jpg", ".cache/z.png", "b/.z.png", "b/notes.txt", "loose.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    source = ImageFolder(DataConfig(path=str(tmp_path)), 0)
+    assert source.num_classes == 2
+    assert source.files == [(tmp_path / "a/deep/y.jpg", 0), (tmp_path / "b/x.png", 1)]
 
 
 def test_latents_with_labels_and_with_text(tmp_path):
@@ -78,3 +107,394 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
     np.save(folder / "train_features" / "0.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="0.npy cannot be read"):
         Latents(DataConfig(path=str(folder)), 0)[0, 0]
+
+
+def plain(value: int, size=(4, 4)) -> Image.Image:
+    return Image.new("RGB", size, (value, value, value))
+
+
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    plain(value).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def shade(sample) -> int:
+    """The grey value of a sample made by `plain`."""
+    assert sample["images"].unique().numel() == 1
+    return round((sample["images"].mean().item() + 1) * 127.5)
+
+
+def save_images(folder, count, first=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        plain(first + i).save(folder / f"{i}.png")
+    return folder
+
+
+def save_metadata(folder, *lines):
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "metadata.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def folder_config(path, **changes) -> DataConfig:
+    return DataConfig(**{"path": str(path), "resolution": 4, **changes})
+
+
+def run_config(path, **changes) -> Config:
+    return Config(backbone=BackboneConfig(pretrained="unused"), data=folder_config(path, **changes))
+
+
+def test_random_crops_are_a_function_of_seed_epoch_and_index(tmp_path):
+    strip = np.arange(40, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
+    for name in ("a/0.png", "a/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(strip).save(tmp_path / name)
+
+    def lefts(seed, index=0):
+        source = ImageFolder(folder_config(tmp_path, crop="random"), seed)
+        return [round((source[epoch, index]["images"][0, 0, 0].item() + 1) * 127.5) for epoch in range(60)]
+
+    drawn = lefts(0)
+    assert drawn == lefts(0) and drawn != lefts(1) and drawn != lefts(0, index=1)
+    assert min(drawn) < 6 and max(drawn) > 30 and max(drawn) <= 36
+    centred = ImageFolder(folder_config(tmp_path, crop="center"), 0)
+    assert torch.equal(centred[0, 0]["images"], centred[5, 1]["images"])
+
+
+def test_captions_of_metadata(tmp_path):
+    save_images(tmp_path, 1)
+    save_images(tmp_path / "sub", 1, first=7)
+    save_metadata(tmp_path, {"file_name": "sub/0.png", "text": "é\u2028seven"}, "",
+                  {"file_name": "./0.png", "text": ["x", "y", "z"], "other": 1})
+    source = open_source(run_config(tmp_path))
+    assert isinstance(source, CaptionedFolder) and source.num_classes == 0 and not source.encoded
+    assert len(source) == 2 and source.describe(0) == str(tmp_path / "sub/0.png")
+    assert shade(source[0, 0]) == 7 and source[0, 0]["captions"] == "é\u2028seven"
+    assert shade(source[0, 1]) == 0
+    drawn = [source[epoch, 1]["captions"] for epoch in range(60)]
+    assert {drawn.count(name) > 8 for name in "xyz"} == {True}
+    again = CaptionedFolder(folder_config(tmp_path), seed=Config.seed)
+    assert drawn == [again[epoch, 1]["captions"] for epoch in range(60)]
+    other = CaptionedFolder(folder_config(tmp_path), seed=Config.seed + 1)
+    assert drawn != [other[epoch, 1]["captions"] for epoch in range(60)]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"file_name": "0.png", "text": ', "line 3: not JSON"),
+    ('["0.png", "a"]', "line 3: no file_name"),
+    ('{"text": "a"}', "line 3: no file_name"),
+    ('{"file_name": 5, "text": "a"}', "line 3: no file_name"),
+    ('{"file_name": "gone.png", "text": "a"}', "line 3: file_name='gone.png': no such file"),
+    ('{"file_name": "", "text": "a"}', "line 3: file_name='': no such file"),
+    ('{"file_name": "../outside.png", "text": "a"}', "line 3: file_name='../outside.png' leaves the folder"),
+    ('{"file_name": "sub/../../outside.png", "text": "a"}', "line 3: file_name=.* leaves the folder"),
+    ('{"file_name": "/etc/passwd", "text": "a"}', "line 3: file_name='/etc/passwd' leaves the folder"),
+    ('{"file_name": "\xff"}', "line 3: not JSON"),
+    ("[" * 100000, "line 3: not JSON"),
+])
+def test_a_bad_line_of_metadata_is_named(tmp_path, line, message):
+    folder = save_images(tmp_path / "data", 1)
+    plain(0).save(tmp_path / "outside.png")
+    good = b'{"file_name": "0.png", "text": "a"}\n'
+    (folder / "metadata.jsonl").write_bytes(good + b"\n" + line.encode("latin-1") + b"\n" + good)
+    with pytest.raises(InputError, match=message) as error:
+        open_source(run_config(folder))
+    assert str(folder / "metadata.jsonl") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_caption_column_that_no_line_has(tmp_path):
+    save_images(tmp_path, 1)
+    save_metadata(tmp_path, {"file_name": "0.png", "caption": "a"}, {"file_name": "0.png", "tags": "a"})
+    with pytest.raises(InputError, match=r"data.caption_column='text': no such column .* caption, file_name, tags"):
+        open_source(run_config(tmp_path))
+    assert open_source(run_config(tmp_path, caption_column="tags"))[0, 1]["captions"] == "a"
+    save_metadata(tmp_path, "")
+    with pytest.raises(InputError, match="data.path=.*: no images"):
+        open_source(run_config(tmp_path))
+
+
+@pytest.mark.parametrize("entry", [
+    {}, {"text": None}, {"text": ""}, {"text": " \n"}, {"text": 5}, {"text": []}, {"text": ["a", ""]},
+    {"text": ["a", 5]}, {"text": {"a": "b"}}, {"text": "\ud800"},
+])
+def test_a_line_without_a_usable_caption_is_unreadable(tmp_path, entry):
+    save_images(tmp_path, 1)
+    save_metadata(tmp_path, {"file_name": "0.png", "text": "a"}, {"file_name": "0.png", **entry})
+    source = open_source(run_config(tmp_path))
+    assert source[0, 0]["captions"] == "a"
+    with pytest.raises(Unreadable, match="metadata.jsonl line 2, 'text'"):
+        source[0, 1]
+
+
+def test_a_prompt_is_the_caption_of_every_image_below(tmp_path):
+    save_images(tmp_path / "b", 1, first=3)
+    save_images(tmp_path / "a" / "deep", 1, first=4)
+    save_images(tmp_path / ".hidden", 1)
+    (tmp_path / "metadata.jsonl").write_text("not JSON")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    source = open_source(run_config(tmp_path, prompt="a photo of sks dog"))
+    assert [shade(source[0, i]) for i in range(len(source))] == [4, 3]
+    assert source[0, 0]["captions"] == "a photo of sks dog"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="data.path=.*empty.*: no images"):
+        open_source(run_config(tmp_path / "empty", prompt="a"))
+
+
+def test_a_linked_folder_is_read(tmp_path):
+    save_images(tmp_path / "elsewhere", 1, first=9)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    save_metadata(tmp_path / "data", {"file_name": "linked/0.png", "text": "a"})
+    assert shade(open_source(run_config(tmp_path / "data"))[0, 0]) == 9
+
+
+def test_half_of_every_epoch_is_the_prior(tmp_path):
+    save_images(tmp_path / "dog", 3)
+    save_images(tmp_path / "prior", 7, first=100)
+    config = run_config(tmp_path / "dog", prompt="sks dog", prior_path=str(tmp_path / "prior"), prior_prompt="dog")
+    source = open_source(config)
+    assert isinstance(source, WithPrior) and len(source) == 14 and source.num_classes == 0
+    samples = [source[2, i] for i in range(14)]
+    assert [sample["captions"] for sample in samples] == ["sks dog", "dog"] * 7
+    assert [shade(sample) for sample in samples[1::2]] == list(range(100, 107))
+    assert [shade(sample) for sample in samples[::2]] == [0, 1, 2, 0, 1, 2, 0]
+    assert source.describe(8) == str(tmp_path / "dog" / "1.png")
+    assert source.describe(13) == str(tmp_path / "prior" / "6.png")
+    for held_out in (0, 4):
+        for part in split(source, held_out, seed=0):
+            assert sum(index % 2 for index in part) * 2 == len(part)
+    with pytest.raises(InputError, match="data.holdout=3: .* even"):
+        split(source, 3, seed=0)
+
+
+def test_repeated_instances_are_cropped_anew():
+    class Keys(Digits):
+        def __getitem__(self, key):
+            return {"key": key}
+
+        def __init__(self, count):
+            self.labels = range(count)
+
+    source = WithPrior(Keys(3), Keys(7))
+    keys = [source[epoch, index]["key"] for epoch in range(4) for index in range(0, 14, 2)]
+    assert len(set(keys)) == len(keys) == 28
+    assert [source[3, index]["key"] for index in range(1, 14, 2)] == [(3, i) for i in range(7)]
+
+
+def test_mistakes_of_a_prior(tmp_path):
+    save_images(tmp_path / "x" / "dog", 2)
+    prior = {"prior_path": str(save_images(tmp_path / "prior", 1)), "prior_prompt": "dog"}
+    with pytest.raises(InputError, match="set data.prior_prompt"):
+        open_source(run_config(tmp_path / "x", prompt="a", prior_path=prior["prior_path"]))
+    with pytest.raises(InputError, match="data.prior_path=.* captions"):
+        open_source(run_config(tmp_path / "x", **prior))
+    with pytest.raises(InputError, match="data.prior_path=.*: no such folder"):
+        open_source(run_config(tmp_path / "x", prompt="a", **prior | {"prior_path": str(tmp_path / "gone")}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="data.prior_path=.*: no images"):
+        open_source(run_config(tmp_path / "x", prompt="a", **prior | {"prior_path": str(tmp_path / "empty")}))
+    with pytest.raises(InputError, match="data.prompt='a' is for"):
+        open_source(run_config(tmp_path / "x", prompt="a", source="digits"))
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """`datasets` with a cache of its own, and without a network."""
+    import datasets
+
+    def refuse(*arguments):
+        raise AssertionError("reached for the network")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def rows_of(datasets, shades, **columns):
+    columns = columns or {"text": [f"caption {value}" for value in shades]}
+    images = [{"bytes": png(value), "path": None} for value in shades]
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+
+
+def write_arrow(datasets, rows, file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(path=str(file), features=rows.features) as writer:
+        for row in rows.cast_column("image", datasets.Image(decode=False)):
+            writer.write(row)
+        writer.finalize()
+
+
+def shades_of(path, **changes):
+    source = open_source(run_config(path, source="datasets", **changes))
+    return [shade(source[0, i]) for i in range(len(source))]
+
+
+def test_a_data_set_on_disk(offline, tmp_path):
+    rows = rows_of(offline, [5, 6], text=[["one"], ["two"]], extra=[1, 2]).with_format("numpy")
+    rows.save_to_disk(tmp_path / "d")
+    source = open_source(run_config(tmp_path / "d", source="datasets", split="anything"))
+    assert isinstance(source, HuggingFace) and source.num_classes == 0 and not source.encoded and len(source) == 2
+    assert shade(source[0, 1]) == 6 and source[0, 1]["captions"] == "two"
+    assert source.describe(1) == f"{tmp_path / 'd'} row 1"
+
+
+def test_a_split_of_a_data_set_on_disk(offline, tmp_path):
+    parts = {"train": rows_of(offline, [1, 2]), "test": rows_of(offline, [3])}
+    offline.DatasetDict(parts).save_to_disk(tmp_path / "d")
+    assert shades_of(tmp_path / "d") == [1, 2]
+    assert shades_of(tmp_path / "d", split="test") == [3]
+    assert shades_of(tmp_path / "d", split=None) == [1, 2, 3]
+    with pytest.raises(InputError, match="data.split='val': .* train, test"):
+        shades_of(tmp_path / "d", split="val")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_table_files(offline, tmp_path, kind):
+    folder = tmp_path / "pictures"
+    (folder / "data" / ".hidden").mkdir(parents=True)
+    for name, shades in {"train-0-of-2": [1, 2], "train-1-of-2": [3], "test-0-of-1": [4], ".hidden/train": [5]}.items():
+        file = folder / "data" / f"{name}.{kind}"
+        rows = rows_of(offline, shades)
+        if kind == "parquet":
+            rows.to_parquet(file)
+        else:
+            write_arrow(offline, rows, file)
+    (folder / "pictures.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    assert shades_of(folder) == [1, 2, 3]
+    assert shades_of(folder, split="test") == [4]
+    assert shades_of(folder, split=None) == [4, 1, 2, 3]
+    with pytest.raises(InputError, match=f"data.split='val': .*data/test-0-of-1.{kind}, data/train-0-of-2.{kind}"):
+        shades_of(folder, split="val")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_tables_in_folders_named_after_the_split(offline, tmp_path):
+    for part, value in (("train", 1), ("test", 2)):
+        (tmp_path / "d" / part).mkdir(parents=True)
+        rows_of(offline, [value]).to_parquet(tmp_path / "d" / part / "0000.parquet")
+    assert shades_of(tmp_path / "d") == [1] and shades_of(tmp_path / "d", split="test") == [2]
+
+
+def test_captions_of_a_table(offline, tmp_path):
+    rows_of(offline, [1, 2, 3], text=[["x", "y"], [], None]).to_parquet(tmp_path / "train.parquet")
+    source = open_source(run_config(tmp_path, source="datasets"))
+    assert {source[epoch, 0]["captions"] for epoch in range(20)} == {"x", "y"}
+    for index in (1, 2):
+        with pytest.raises(Unreadable, match="column 'text': expected a caption"):
+            source[0, index]
+
+
+def test_images_of_a_table(offline, tmp_path):
+    save_images(tmp_path / "d" / "pictures", 2, first=50)
+    images = [{"bytes": None, "path": "pictures/1.png"}, {"bytes": None, "path": str(tmp_path / "d/pictures/0.png")},
+              {"bytes": b"broken", "path": "pictures/0.png"}, {"bytes": None, "path": "https://example.org/a.png"},
+              None]
+    rows = offline.Dataset.from_dict({"image": images, "text": list("abcde")})
+    rows.to_parquet(tmp_path / "d" / "train.parquet")
+    source = open_source(run_config(tmp_path / "d", source="datasets"))
+    assert [shade(source[0, i]) for i in (0, 1)] == [51, 50]
+    for index, reason in ((2, "not an image"), (3, "no such file"), (4, "column 'image': no image")):
+        with pytest.raises(Unreadable, match=reason):
+            source[0, index]
+
+
+@pytest.mark.parametrize("feature", ["class", "int"])
+def test_labels_of_a_table(offline, tmp_path, feature):
+    rows = rows_of(offline, [1, 2, 3], label=[0, 2, -1] if feature == "class" else [0, 2, None])
+    if feature == "class":
+        rows = rows.cast_column("label", offline.ClassLabel(num_classes=5))
+    rows.to_parquet(tmp_path / "train.parquet")
+    source = open_source(run_config(tmp_path, source="datasets"))
+    assert source.num_classes == (5 if feature == "class" else 3)
+    assert [source[0, i]["labels"] for i in (0, 1)] == [0, 2] and "captions" not in source[0, 0]
+    with pytest.raises(Unreadable, match="column 'label': expected a label"):
+        source[0, 2]
+
+
+def test_mistakes_of_a_data_set(offline, tmp_path):
+    rows = rows_of(offline, [1], caption=["a"], label=["b"], number=[1.5])
+    rows.to_parquet(tmp_path / "good" / "train.parquet")
+    with pytest.raises(InputError, match="data.caption_column='text': .* image, caption, label, number"):
+        shades_of(tmp_path / "good")
+    with pytest.raises(InputError, match="data.image_column='picture': .* image, caption, label, number"):
+        shades_of(tmp_path / "good", image_column="picture")
+    with pytest.raises(InputError, match="data.image_column='number': holds no images"):
+        shades_of(tmp_path / "good", image_column="number", caption_column="caption")
+    for name in ("train.parquet", "train.arrow"):
+        bad = tmp_path / f"bad {name}"
+        bad.mkdir()
+        (bad / name).write_bytes(b"PAR1 not a table at all")
+        with pytest.raises(InputError, match="data.path=.*bad .*: cannot be read as a data set") as error:
+            shades_of(bad)
+        assert "\n" not in str(error.value)
+    (tmp_path / "good" / "train.arrow").write_bytes(b"")
+    with pytest.raises(InputError, match="both .parquet and .arrow"):
+        shades_of(tmp_path / "good")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="data.path=.*none.*: no .parquet or .arrow files"):
+        shades_of(tmp_path / "none")
+    with pytest.raises(InputError, match="data.path=.*gone.*: no such folder"):
+        shades_of(tmp_path / "gone")
+
+
+def half_broken(tmp_path, count=12):
+    """Images 0, 2, 4, ... cannot be read."""
+    folder = save_images(tmp_path / "images", count)
+    for i in range(0, count, 2):
+        (folder / f"{i}.png").write_bytes(b"")
+    save_metadata(folder, *({"file_name": f"{i}.png", "text": f"caption {i}"} for i in range(count)))
+    return CaptionedFolder(folder_config(folder), seed=3)
+
+
+def test_an_unreadable_sample_is_replaced(tmp_path):
+    source = half_broken(tmp_path)
+    indices = np.array([0, 2, 3, 4, 7])
+    tolerant = Tolerant(source, indices, seed=3)
+    assert tolerant[0, 3]["skipped"] == [] and shade(tolerant[0, 3]) == 3
+    samples = [tolerant[epoch, 2] for epoch in range(30)]
+    assert {shade(sample) for sample in samples} == {3, 7}
+    for sample in samples:
+        assert sample["captions"] == f"caption {shade(sample)}"
+        names = [line.split("images/")[1] for line in sample["skipped"]]
+        assert names[0] == "2.png: not an image" and len(set(names)) == len(names)
+        assert set(names) <= {f"{i}.png: not an image" for i in (0, 2, 4)}
+    assert {len(sample["skipped"]) for sample in samples} == {1, 2, 3}
+    again = [Tolerant(source, indices, seed=3)[epoch, 2] for epoch in range(30)]
+    assert [(shade(a), a["skipped"]) for a in again] == [(shade(b), b["skipped"]) for b in samples]
+    assert [shade(Tolerant(source, indices, seed=4)[epoch, 2]) for epoch in range(30)] != [shade(a) for a in again]
+    with pytest.raises(InputError, match="data.path: none of 2 samples could be read.*2.png: not an image"):
+        Tolerant(source, np.array([0, 2]), seed=3)[0, 2]
+
+
+def test_sources_that_are_always_readable_are_tolerated_too():
+    sample = Tolerant(Digits(), np.arange(10), 0)[0, 3]
+    assert sample["skipped"] == [] and torch.equal(sample["latents"], Digits()[0, 3]["latents"])
+
+
+def test_collate():
+    samples = [{"images": torch.full((3, 2, 2), float(i)), "captions": f"c{i}", "skipped": ["x", "y"][:i]}
+               for i in range(3)]
+    batch = collate(samples)
+    assert batch["images"].shape == (3, 3, 2, 2) and batch["images"][2].unique().tolist() == [2]
+    assert batch["captions"] == ["c0", "c1", "c2"] and batch["skipped"] == ["x", "x", "y"]
+    labels = collate([Digits()[0, i] for i in range(4)])
+    assert labels["labels"].tolist() == [0, 1, 2, 3] and labels["labels"].dtype == torch.int64
+    assert labels["latents"].shape == (4, 1, 8, 8) and set(labels) == {"latents", "labels"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_gives_the_samples_of_the_batches(tmp_path, workers):
+    tolerant = Tolerant(half_broken(tmp_path), np.arange(12), seed=3)
+    batches = list(GlobalBatches(np.arange(12), 4, 1, 0, 1, seed=3, first_step=0, last_step=6))
+    loaded = list(make_loader(tolerant, batches, workers))
+    assert len(loaded) == 6 and any(batch["skipped"] for batch in loaded)
+    for keys, batch in zip(batches, loaded, strict=True):
+        expected = [tolerant[key] for key in keys]
+        assert torch.equal(batch["images"], torch.stack([sample["images"] for sample in expected]))
+        assert batch["captions"] == [sample["captions"] for sample in expected]
+        assert batch["skipped"] == [line for sample in expected for line in sample["skipped"]]

@@ -7,12 +7,12 @@ import alter
 
 LEVELS = [
     {"errors"},
-    {"schema", "relaxation", "losses", "diffusion", "sites", "images"},
+    {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora"},
     {"config", "hypernetwork", "simulator", "cost"},
-    {"data"},
-    {"budget", "experts", "sampling", "metrics"},
+    {"data", "budget", "experts", "sampling", "metrics"},
     {"build", "checkpoint", "report"},
-    {"trainer", "demo", "dry_run"},
+    {"card", "validation", "demo", "dry_run"},
+    {"trainer"},
     {"run"},
 ]
 

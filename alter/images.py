@@ -1,0 +1,84 @@
+"""One image file, of any kind, to square RGB pixels."""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+Image.preinit()
+Image.init()
+FORMATS = [name for name in Image.OPEN if name != "EPS"]  # a program, which Pillow hands to Ghostscript to run
+
+
+class Unreadable(Exception):
+    """A sample that cannot be used; the message is the reason."""
+
+
+def load_pixels(content: Path | bytes, resolution: int, crop: tuple[float, float], mirror: bool) -> Tensor:
+    """The largest square of an image, resized.
+
+    Args:
+        content: an image file, or its bytes; of an animation the first frame is used.
+        resolution: the side R of the result, in pixels.
+        crop: where the square lies in the room it has, horizontally and vertically: 0 left or top, 0.5 centre,
+            1 right or bottom.
+        mirror: swap left and right of the result.
+
+    Returns:
+        float32 [3, R, R] in [-1, 1]; transparent parts are white, and the EXIF orientation is applied.
+
+    Raises:
+        Unreadable: if it is not a complete image, or has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
+    """
+    image = _decode(content)
+    side = min(image.size)
+    left, top = (round(position * (length - side)) for position, length in zip(crop, image.size, strict=True))
+    square = (left, top, left + side, top + side)
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=square, reducing_gap=3.0)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(-1) if mirror else pixels
+
+
+def _decode(content: Path | bytes) -> Image.Image:
+    """The RGB image. Broken files make Pillow's decoders raise exceptions of every kind: all mean Unreadable."""
+    if isinstance(content, Path) and not content.is_file():
+        raise Unreadable("no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
+                pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+                if limit is not None and pixels > limit:
+                    raise Unreadable(f"{pixels} pixels, more than the limit of {limit}")
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
+    except Unreadable:
+        raise
+    except UnidentifiedImageError:
+        raise Unreadable("not an image") from None
+    except Exception as error:
+        raise Unreadable(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.mode == "F":
+        raise Unreadable("floating-point pixels, whose white is unknown")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image)
+    return canvas
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise Unreadable("more than 16 bits a pixel")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
