@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from .budget import Budget
 from .config import CONFIGS, Config, flatten
@@ -281,7 +281,8 @@ def _teacher(config: Config, backbone: Backbone, device: torch.device | str) -> 
             raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the "
                              "backbone's: name a pipeline of the same one")
         tie_embedders(teacher)
-    teacher = teacher.to(_DTYPES[config.teacher.precision]).requires_grad_(False).eval()
+    nn.Module.to(teacher, _DTYPES[config.teacher.precision])  # past diffusers' warning of modules to keep in fp32: none
+    teacher.requires_grad_(False).eval()
     if config.teacher.offload or not config.loss.distils:
         return cpu_offload_with_hook(teacher, device)
     return teacher.to(device), None

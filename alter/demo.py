@@ -13,6 +13,9 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -90,22 +93,22 @@ def _make_dit(config: Config, folder: Path, template: Path, device: torch.device
 
 def _make_stable_diffusion(config: Config, folder: Path, template: Path, device: torch.device) -> None:
     """Autoencoder first; then UNet and text encoder together, on its latents."""
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(template, partial)
+    parts = folder.with_name(f".parts-of-{folder.name}")
+    shutil.rmtree(parts, ignore_errors=True)
+    shutil.copytree(template, parts)
     source = open_source(config)
     indices, _ = split(source, config.data.holdout, config.seed)
     reader = Tolerant(source, indices, config.seed)
     images = torch.stack([reader[0, int(i)]["images"] for i in indices])
     vae = _train_vae(config, template, images, device)
-    vae.save_pretrained(partial / "vae")
+    vae.save_pretrained(parts / "vae")
     with torch.no_grad():
         moments = torch.cat([vae.encode(part.to(device)).latent_dist.parameters.cpu() for part in images.split(256)])
     row_of = {int(index): row for row, index in enumerate(indices)}
 
-    _tokenizer(template).save_pretrained(partial / "tokenizer")
-    CLIPTextModel(CLIPTextConfig.from_pretrained(template / "text_encoder")).save_pretrained(partial / "text_encoder")
-    text = TextEncoder(partial, device, torch.float32)
+    _tokenizer(template).save_pretrained(parts / "tokenizer")
+    CLIPTextModel(CLIPTextConfig.from_pretrained(template / "text_encoder")).save_pretrained(parts / "text_encoder")
+    text = TextEncoder(parts, device, torch.float32)
     text.model.requires_grad_(True).train()
     unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(template / "unet")).to(device).train()
 
@@ -126,9 +129,9 @@ def _make_stable_diffusion(config: Config, folder: Path, template: Path, device:
 
     parameters = [*unet.parameters(), *text.model.parameters()]
     _train_dense(config, folder, template, unet, parameters, inputs, Encoded())
-    text.model.save_pretrained(partial / "text_encoder")
-    export(folder, partial, unet)
-    shutil.rmtree(partial)
+    text.model.save_pretrained(parts / "text_encoder")
+    export(folder, parts, unet)
+    shutil.rmtree(parts)
 
 
 def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, parameters: Iterable[nn.Parameter],
@@ -198,21 +201,17 @@ def _step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.O
 
 
 def _tokenizer(template: Path) -> CLIPTokenizer:
-    """Letters, and merges that make one token of every word of the captions."""
-    words = sorted({word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()})
-    letters = string.ascii_lowercase
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            if (parts[0], parts[1]) not in merges:
-                merges.append((parts[0], parts[1]))
-                vocabulary.append(parts[0] + parts[1])
-            parts[:2] = [parts[0] + parts[1]]
+    """A byte-pair encoding that makes one token of every word of the captions."""
+    words = {word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()}
+    marks = {"end_of_word_suffix": "</w>"}
+    encoding = Tokenizer(BPE(**marks))
+    trainer = BpeTrainer(special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=[*string.ascii_lowercase],
+                         show_progress=False, **marks)
+    encoding.train_from_iterator([*sorted(words), *string.ascii_lowercase], trainer)
+    model = json.loads(encoding.to_str())["model"]
     length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     made: Any = CLIPTokenizer
-    return made({token: i for i, token in enumerate(vocabulary)}, merges, model_max_length=length)
+    return made(model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=length)
 
 
 def _pixels(images: list[Any]) -> Tensor:

@@ -35,6 +35,7 @@ _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_ac
                "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
                "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
 _BATCH = 32
+_SHOWN = 12  # images a row of samples.png
 
 
 def train(config: Config) -> Path:
@@ -214,6 +215,6 @@ def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) ->
                                              config.seed, evaluate.guidance_scale))
         summary[f"fd_{name}"] = frechet_distance(classifier.features(images).numpy(), reference)
         summary[f"accuracy_{name}"] = accuracy(classifier, images, judge.asked)
-        pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:20]
-    plot_samples(pictures, judge.titles[:20], run_dir / "samples.png")
+        pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:_SHOWN]
+    plot_samples(pictures, judge.titles[:_SHOWN], run_dir / "samples.png")
     return summary

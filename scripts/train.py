@@ -48,8 +48,13 @@ def _run(config: Config, arguments: argparse.Namespace) -> int:
 
         print(describe_run(config))
     else:
+        import diffusers
+        import transformers
+
         from alter.run import train
 
+        diffusers.utils.logging.disable_progress_bar()  # of loading and writing files
+        transformers.utils.logging.disable_progress_bar()
         train(config)
     return 0
 
