@@ -106,7 +106,7 @@ def _make_stable_diffusion(config: Config, folder: Path, template: Path, device:
         moments = torch.cat([vae.encode(part.to(device)).latent_dist.parameters.cpu() for part in images.split(256)])
     row_of = {int(index): row for row, index in enumerate(indices)}
 
-    _tokenizer(template).save_pretrained(parts / "tokenizer")
+    make_tokenizer(template).save_pretrained(parts / "tokenizer")
     CLIPTextModel(CLIPTextConfig.from_pretrained(template / "text_encoder")).save_pretrained(parts / "text_encoder")
     text = TextEncoder(parts, device, torch.float32)
     text.model.requires_grad_(True).train()
@@ -200,13 +200,12 @@ def _step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.O
     optimizer.zero_grad()
 
 
-def _tokenizer(template: Path) -> CLIPTokenizer:
+def make_tokenizer(template: Path) -> CLIPTokenizer:
     """A byte-pair encoding that makes one token of every word of the captions."""
     words = {word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()}
-    marks = {"end_of_word_suffix": "</w>"}
-    encoding = Tokenizer(BPE(**marks))
+    encoding = Tokenizer(BPE(end_of_word_suffix="</w>"))
     trainer = BpeTrainer(special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=[*string.ascii_lowercase],
-                         show_progress=False, **marks)
+                         end_of_word_suffix="</w>", show_progress=False)
     encoding.train_from_iterator([*sorted(words), *string.ascii_lowercase], trainer)
     model = json.loads(encoding.to_str())["model"]
     length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]

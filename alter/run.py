@@ -46,7 +46,7 @@ def train(config: Config) -> Path:
         NonFiniteLoss, Interrupted: see `Trainer.run`.
     """
     started = time.perf_counter()
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config)
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise InputError(f"accelerate's distributed_type={accelerator.distributed_type.value} is not supported: "
                          "use plain data parallelism (accelerate launch --multi_gpu)")
@@ -72,7 +72,7 @@ def train(config: Config) -> Path:
     return run_dir
 
 
-def _accelerator(config: Config) -> Accelerator:
+def make_accelerator(config: Config) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     tracker = config.log.tracker

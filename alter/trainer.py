@@ -145,7 +145,7 @@ class Trainer:
                 self.validator(self.parts.teacher, 0, "dense")
             while self.step < train.steps:
                 started = time.perf_counter()
-                metrics = self._iteration(micro_batches)
+                metrics = self.iteration(micro_batches)
                 self.step += 1
                 bar.update()
                 if self.step % config.log.every == 0 or self.step == train.steps:
@@ -164,7 +164,7 @@ class Trainer:
         if self.ema:
             self.ema.copy_to(self.parameters)
 
-    def _iteration(self, micro_batches: Any) -> dict[str, float]:
+    def iteration(self, micro_batches: Any) -> dict[str, float]:
         """One iteration of Algorithm 1, on one global batch."""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
         searching = self.experts is None
@@ -174,7 +174,7 @@ class Trainer:
             metrics |= self.update_hypernetwork(batches)
         masks = self.current_masks()
         if searching and self.step + 1 == self.config.train.t_end:
-            masks = self._freeze()
+            masks = self.freeze()
         if not searching or self.config.train.schedule == "joint":
             metrics |= self.update_backbone(batches, *masks)
         self._masks = masks
@@ -276,7 +276,7 @@ class Trainer:
             logits = self.parts.hypernetwork()
             return self._agreed(self.parts.budget.masks(logits, float(self.parts.budget.expected(logits))))
 
-    def _freeze(self) -> tuple[np.ndarray, np.ndarray]:
+    def freeze(self) -> tuple[np.ndarray, np.ndarray]:
         """T_end: the most probable masks at the target itself."""
         budget = self.config.budget
         with torch.no_grad():

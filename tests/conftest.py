@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from alter.config import CONFIGS
+from alter.demo import make_tokenizer
+from alter.shapes import write_shapes
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
@@ -60,6 +65,26 @@ def save_pipeline(folder: Path, model, prediction_type="epsilon") -> Path:
     return folder
 
 
+def make_vae(latent_channels=4) -> AutoencoderKL:
+    """Halves the sides of an image."""
+    torch.manual_seed(0)
+    return AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=latent_channels, scaling_factor=0.5)
+
+
+def save_stable_diffusion(folder: Path, prediction_type="v_prediction") -> Path:
+    """A tiny but complete Stable Diffusion for images of 32 x 32 pixels and the words of `alter.shapes`."""
+    save_pipeline(folder, make_unet(), prediction_type)
+    template = CONFIGS / "models/demo/sd-shapes"
+    make_vae().save_pretrained(folder / "vae")
+    make_tokenizer(template).save_pretrained(folder / "tokenizer")
+    text = CLIPTextConfig.from_pretrained(template / "text_encoder")
+    text.hidden_size, text.intermediate_size, text.num_attention_heads = 12, 24, 2
+    CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text((template / "model_index.json").read_text())
+    return folder
+
+
 def save_latents(folder: Path, shape, count=24, text=None) -> Path:
     rng = np.random.default_rng(0)
     conditions = folder / ("train_text" if text else "train_labels")
@@ -85,34 +110,42 @@ SMALL = {
 }
 
 
-def _merge(base: dict, changes: dict) -> dict:
+def merge(base: dict, changes: dict) -> dict:
     merged = dict(base)
     for name, value in changes.items():
-        merged[name] = _merge(merged.get(name, {}), value) if isinstance(value, dict) else value
+        merged[name] = merge(merged.get(name, {}), value) if isinstance(value, dict) else value
     return merged
 
 
 @pytest.fixture
 def small_config(tmp_path):
-    """A factory: a small run on a tiny DiT with digits ("dit") or a tiny UNet with text states ("unet")."""
+    """A factory: a small run on a tiny DiT with digits ("dit"), a tiny UNet with text states ("unet") or a tiny
+    Stable Diffusion with captioned images ("sd")."""
     import yaml
 
     from alter import load_config
 
     def make(kind="dit", **changes):
         folder = tmp_path / f"{kind}-pretrained"
-        if not folder.exists():
+        if not folder.exists() and kind == "sd":
+            save_stable_diffusion(folder)
+        elif not folder.exists():
             save_pipeline(folder, make_dit() if kind == "dit" else make_unet())
-        content = _merge(SMALL, {"backbone": {"pretrained": str(folder)}, "output_dir": str(tmp_path / "run")})
+        content = merge(SMALL, {"backbone": {"pretrained": str(folder)}, "output_dir": str(tmp_path / "run")})
         if kind == "dit":
-            content = _merge(content, {"data": {"source": "digits", "resolution": 8}})
+            content = merge(content, {"data": {"source": "digits", "resolution": 8}})
+        elif kind == "sd":
+            shapes = tmp_path / "shapes"
+            if not shapes.exists():
+                write_shapes(shapes, 24, 0)
+            content = merge(content, {"data": {"path": str(shapes), "resolution": 32}})
         else:
             latents = tmp_path / "latents"
             if not latents.exists():
                 save_latents(latents, (4, 16, 16), text=(7, 12))
-            content = _merge(content, {"data": {"source": "latents", "path": str(latents), "resolution": 16}})
+            content = merge(content, {"data": {"source": "latents", "path": str(latents), "resolution": 16}})
         file = tmp_path / "small.yaml"
-        file.write_text(yaml.safe_dump(_merge(content, changes)))
+        file.write_text(yaml.safe_dump(merge(content, changes)))
         return load_config(file)
 
     return make

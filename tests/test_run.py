@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_dit, save_latents, save_pipeline
+from conftest import make_dit, make_vae, save_latents, save_pipeline
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from PIL import Image
 
@@ -95,11 +95,8 @@ def test_learned_sigma_denoises_the_first_half_and_distils_all(tmp_path, small_c
 @pytest.fixture
 def image_config(small_config, tmp_path):
     """A DiT over a VAE's latents, and two class folders of images."""
-    torch.manual_seed(0)
     folder = save_pipeline(tmp_path / "dit-pretrained", make_dit(channels=4, learned_sigma=True))
-    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                  up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
-                  scaling_factor=0.5).save_pretrained(folder / "vae")
+    make_vae().save_pretrained(folder / "vae")
     rng = np.random.default_rng(0)
     for i in range(24):
         (tmp_path / f"images/{i % 2}").mkdir(parents=True, exist_ok=True)

@@ -14,23 +14,24 @@ from alter.build import build
 from alter.checkpoint import checkpoints, load_checkpoint
 from alter.config import save_config
 from alter.errors import InputError
-from alter.run import _accelerator, train
+from alter.run import make_accelerator, train
 from alter.trainer import NonFiniteLoss, Trainer
 
 
 def make_trainer(config, tmp_path):
     parts = build(config)
     (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(config, parts, _accelerator(config), tmp_path / "run")
+    return Trainer(config, parts, make_accelerator(config), tmp_path / "run")
 
 
 def prepared(trainer):
-    from alter.data import GlobalBatches, make_loader
+    from alter.data import GlobalBatches, Tolerant, make_loader
 
     train_config = trainer.config.train
     batches = GlobalBatches(trainer.train_indices, train_config.batch_size, train_config.gradient_accumulation,
                             0, 1, 0, 0, 1)
-    return trainer._prepare(iter(make_loader(trainer.parts.source, batches, 0)))
+    source = Tolerant(trainer.parts.source, trainer.train_indices, 0)
+    return trainer._prepare(iter(make_loader(source, batches, 0)))
 
 
 def snapshot(module):
@@ -121,6 +122,7 @@ def test_the_frozen_masks_meet_the_budget(small_config, tmp_path, keep):
     {"loss": {"feature_kd_outliers": 3.0}}, {"loss": {"ratio": 0.0, "balance": 0.0}},
     {"train": {"mixed_precision": "bf16"}}, {"backbone": {"gradient_checkpointing": True}},
     {"optim": {"lr_schedule": "cosine"}}, {"optim": {"lr_schedule": "polynomial"}},
+    {"loss": {"min_snr_gamma": 5.0}}, {"train": {"noise_offset": 0.1}},
 ], ids=str)
 def test_every_switch_trains(small_config, tmp_path, changes):
     trainer = make_trainer(small_config("dit", **changes), tmp_path)

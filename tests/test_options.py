@@ -1,0 +1,270 @@
+"""Every option of the trainer does what it says, on tiny real models."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_stable_diffusion
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from test_trainer import changed, make_trainer, prepared, snapshot
+
+from alter import InputError, TemporalExperts, train
+from alter.build import build, check
+from alter.shapes import write_shapes
+from alter.trainer import NonFiniteLoss
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def updated(config, tmp_path):
+    """The trainer after one update of each part, and what they printed."""
+    trainer = make_trainer(config, tmp_path)
+    batches = prepared(trainer)
+    metrics = trainer.update_hypernetwork(batches) | trainer.update_backbone(batches, *trainer.current_masks())
+    return trainer, metrics
+
+
+@pytest.mark.parametrize("option, tolerance", [
+    ({"optim": {"fused": True}}, 1e-6), ({"backbone": {"channels_last": True}}, 1e-5),
+    ({"teacher": {"offload": True}}, 0.0),
+], ids=str)
+def test_options_of_speed_and_memory_change_nothing_else(small_config, tmp_path, option, tolerance):
+    """Metrics alone are compared closely: AdamW's first step has the size of the rate whatever the gradient's."""
+    (plain, expected), (other, metrics) = (updated(small_config("unet", **change), tmp_path)
+                                           for change in ({}, option))
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
+    if "optim" in option:
+        for a, b in zip(plain.parameters, other.parameters, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=tolerance)
+    if "backbone" in option:
+        assert any(p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+                   for p in other.parameters)
+
+
+def test_compiled_layers_train_as_eager_ones(small_config, tmp_path):
+    (_, expected), (_, metrics) = (updated(small_config("dit", backbone={"compile": compiled}), tmp_path)
+                                   for compiled in (False, True))
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_a_teacher_in_bf16_is_the_same_model_rounded(small_config, tmp_path):
+    trainer, metrics = updated(small_config("unet", teacher={"precision": "bf16"}), tmp_path)
+    assert {p.dtype for p in trainer.parts.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    exact, rounded = (prepared(make_trainer(small_config("unet", teacher={"precision": precision}), tmp_path))[0]
+                      for precision in ("fp32", "bf16"))
+    gap = (exact.teacher_pred - rounded.teacher_pred.float()).abs().mean() / exact.teacher_pred.abs().mean()
+    assert 0 < gap < 0.05
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_run_without_distillation_never_asks_the_teacher(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit", loss={"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}), tmp_path)
+
+    def asked(*_):
+        raise AssertionError("the teacher was asked")
+
+    trainer.parts.teacher.register_forward_pre_hook(asked)
+    trainer.run()
+
+
+def test_a_loss_scaler_leaves_updates_as_they_are_and_skips_infinite_ones(small_config, tmp_path):
+    """On the CPU in fp32, with the scaler switched on: scaling by powers of two changes no bit of a gradient."""
+    plain, _ = updated(small_config("unet"), tmp_path)
+    trainer = make_trainer(small_config("unet"), tmp_path)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    batches = prepared(trainer)
+    trainer.update_hypernetwork(batches)
+    trainer.update_backbone(batches, *trainer.current_masks())
+    for a, b in zip(plain.parameters, trainer.parameters, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+    before, scale = snapshot(trainer.parts.backbone), trainer.scaler.get_scale()
+    trainer.parts.backbone.conv_out.bias.register_hook(lambda gradient: gradient * torch.inf)
+    metrics = trainer.update_backbone(batches, *trainer.current_masks())
+    assert not changed(trainer.parts.backbone, before) and trainer.scaler.get_scale() == scale / 2
+    assert "train/gradient_norm" not in metrics
+    with pytest.raises(NonFiniteLoss, match="not finite in 51 updates in a row"):
+        for _ in range(60):
+            trainer.update_backbone(batches, *trainer.current_masks())
+
+
+def test_fp16_is_refused_on_a_cpu(small_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="train.mixed_precision='fp16' needs a GPU: use no or bf16"):
+        train(small_config("dit", train={"mixed_precision": "fp16"}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [
+    {"train": {"mixed_precision": "fp16"}}, {"teacher": {"offload": True}},
+    {"train": {"mixed_precision": "bf16"}, "teacher": {"precision": "bf16"}, "optim": {"fused": True}},
+], ids=str)
+def test_options_on_a_gpu(small_config, changes):
+    summary = json.loads((train(small_config("sd", **changes)) / "summary.json").read_text())
+    assert math.isfinite(summary["output_error"])
+
+
+@pytest.mark.parametrize("changes, line", [
+    ({"optim": {"optimizer": "adamw_8bit"}}, "optim.optimizer=adamw_8bit: the package bitsandbytes is not installed"),
+    ({"lora": {"rank": 2}}, "lora.rank=2: the package peft is not installed"),
+])
+def test_a_missing_optional_package_is_named_before_anything_is_loaded(small_config, monkeypatch, changes, line):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=line):
+        check(small_config("dit", **changes), 1)
+
+
+def test_8bit_adam_trains_and_resumes(small_config, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    changes = {"optim": {"optimizer": "adamw_8bit"}, "checkpoint": {"every": 4}}
+    trainer = make_trainer(small_config("unet", **changes), tmp_path)
+    assert isinstance(trainer.backbone_optim, bitsandbytes.optim.AdamW8bit)
+    run = train(small_config("unet", output_dir="whole", **changes))
+    first = str(run / "checkpoints/step-000004")
+    weights = (run / "final/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    train(small_config("unet", output_dir=None, resume=first, **changes))
+    assert (run / "final/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_lora_trains_adapters_alone_and_final_holds_them_and_the_merged_weights(small_config, tmp_path):
+    pytest.importorskip("peft")
+    config = small_config("sd", lora={"rank": 2, "alpha": 3}, checkpoint={"every": 4}, train={"ema_decay": 0.5})
+    run = train(config)
+    saved = load_file(run / "checkpoints/step-000006/backbone.safetensors")
+    assert saved and all(".lora_" in name for name in saved)
+
+    base, merged = (StableDiffusionPipeline.from_pretrained(folder) for folder in
+                    (config.backbone.pretrained, run / "final"))
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    moved = {name for name, value in merged.unet.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight"))
+                         for name in moved)
+    base.load_lora_weights(run / "final")
+    inputs = (torch.randn(2, 4, 16, 16), torch.tensor([10, 700]), torch.randn(2, 16, 12))
+    with torch.no_grad():
+        assert torch.allclose(base.unet(*inputs).sample, merged.unet(*inputs).sample, atol=1e-5)
+    assert "pytorch_lora_weights.safetensors" in (run / "final/README.md").read_text()
+
+    weights = (run / "final/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    train(small_config("sd", output_dir=None, resume=str(run / "checkpoints/step-000004"),
+                       lora={"rank": 2, "alpha": 3}, checkpoint={"every": 4}, train={"ema_decay": 0.5}))
+    assert (run / "final/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_a_lora_target_that_names_no_layer(small_config):
+    pytest.importorskip("peft")
+    with pytest.raises(InputError, match=r"lora.targets=\['nope'\]"):
+        build(small_config("dit", lora={"rank": 2, "targets": ["nope"]}))
+
+
+def test_frozen_parts_stay_as_they_are(small_config, tmp_path):
+    config = small_config("unet", backbone={"freeze": ["down_blocks.*", "*.norm*", "conv_in.*"]})
+    trainer = make_trainer(config, tmp_path)
+    before = snapshot(trainer.parts.backbone)
+    trainer.run()
+    moved = changed(trainer.parts.backbone, before)
+    assert moved and not any(name.startswith(("down_blocks.", "conv_in.")) or ".norm" in name for name in moved)
+    untouched = {name for name in before if name.startswith("up_blocks.") and ".norm" not in name} - moved
+    assert not untouched
+
+
+@pytest.mark.parametrize("patterns, message", [
+    (["nope.*"], "backbone.freeze: 'nope.\\*' names no parameter"), (["*"], "leaves nothing to train"),
+])
+def test_freezing_nothing_or_everything_is_refused(small_config, patterns, message):
+    with pytest.raises(InputError, match=message):
+        build(small_config("unet", backbone={"freeze": patterns}))
+
+
+@pytest.fixture
+def searched(small_config):
+    """A finished run of the tiny Stable Diffusion."""
+    return train(small_config("sd", output_dir="searched"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "dreambooth"])
+def test_a_finished_run_is_tuned_further_with_its_experts_on(small_config, tmp_path, searched, kind):
+    if kind == "lora":
+        pytest.importorskip("peft")
+    final = str(searched / "final")
+    changes = {"backbone": {"pretrained": final}, "experts": {"pretrained": final},
+               "loss": {"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}}
+    if kind == "lora":
+        changes["lora"] = {"rank": 2}
+    if kind == "dreambooth":
+        write_shapes(tmp_path / "subject", 3, 1)
+        changes["data"] = {"path": "subject", "prompt": "a red circle", "prior_path": "shapes",
+                           "prior_prompt": "a circle", "holdout": 0}
+    run = train(small_config("sd", **changes))
+    before, after = (TemporalExperts.from_pretrained(folder / "final") for folder in (searched, run))
+    assert np.array_equal(before.mask_EL, after.mask_EL) and np.array_equal(before.expert_T, after.expert_T)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and not any(name.startswith("search/") for line in lines for name in line)
+    weights = [load_file(folder / "final/unet/diffusion_pytorch_model.safetensors") for folder in (searched, run)]
+    moved = {name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])}
+    assert moved
+    if kind == "lora":
+        assert all(".attn" in name for name in moved)
+
+
+def test_a_warm_start_from_a_run_searches_nothing_and_keeps_the_masks(small_config, searched):
+    """From the pretrained weights: the experts of a former run, tuned with distillation."""
+    run = train(small_config("sd", experts={"pretrained": str(searched / "final")}))
+    before, after = (TemporalExperts.from_pretrained(folder / "final") for folder in (searched, run))
+    assert np.array_equal(before.mask_EL, after.mask_EL) and before.keep_ratio == after.keep_ratio
+
+
+def test_experts_of_another_backbone_are_refused(small_config, searched):
+    with pytest.raises(InputError, match=r"experts.pretrained=.*: its 26 sites are not the 4"):
+        build(small_config("dit", experts={"pretrained": str(searched / "final")}))
+    with pytest.raises(InputError, match=r"holds no experts.json"):
+        build(small_config("sd", experts={"pretrained": str(searched)}))
+
+
+def test_a_budget_over_a_samplers_timesteps(small_config):
+    """The ratio is that of the MACs which this sampler really spends, counted step by step."""
+    config = small_config("unet", budget={"sampler": "DPMSolverMultistepScheduler", "sampling_steps": 7,
+                                          "keep_ratio": 0.7}, experts={"count": 4})
+    run = train(config)
+    experts = TemporalExperts.from_pretrained(run / "final")
+    solver = DPMSolverMultistepScheduler()
+    solver.set_timesteps(7)
+    spent = 0
+    for timestep in solver.timesteps.tolist():
+        kept = experts.mask_EL[experts.expert_T[timestep]]
+        spent += experts.macs_total - sum(macs for macs, runs in zip(experts.macs, kept, strict=True) if not runs)
+    assert experts.keep_ratio == pytest.approx(spent / 7 / experts.macs_total)
+    assert abs(experts.keep_ratio - 0.7) <= 0.005
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["macs_experts"] == round(spent / 7)
+    with pytest.raises(InputError, match="budget.sampler='NoSuchScheduler': diffusers has no such scheduler"):
+        build(small_config("unet", budget={"sampler": "NoSuchScheduler"}))
+
+
+def test_a_teacher_of_its_own(small_config, tmp_path):
+    other = save_stable_diffusion(tmp_path / "other")
+    file = other / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    trainer = make_trainer(small_config("sd", teacher={"pretrained": str(other)}), tmp_path)
+    sites = len(trainer.parts.cost.sites)
+    metrics = trainer.update_backbone(prepared(trainer), np.ones((1, sites), bool), np.zeros(1000, np.int64))
+    assert metrics["train/output_kd"] > 0
+    with pytest.raises(InputError, match="teacher.pretrained=.*: another architecture"):
+        build(small_config("dit", teacher={"pretrained": str(other)}))
+
+
+def test_labels_for_validation_images_of_a_class_conditioned_model(small_config):
+    run = train(small_config("dit", validate={"every": 6, "labels": [3, 7]}))
+    assert {path.name for path in Path(run / "samples").iterdir()} == {
+        "step-000000-dense.png", "step-000006-experts.png"}
