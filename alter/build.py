@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .budget import Budget
 from .config import CONFIGS, Config, flatten
 from .cost import CostTable, count_cost
-from .data import Source, Tolerant, open_source, split
+from .data import Tolerant, split
 from .diffusion import PREDICTION_TYPES, predict
 from .errors import InputError
 from .experts import TemporalExperts
@@ -35,6 +35,7 @@ from .sites import (
     tie_embedders,
     timestep_features,
 )
+from .sources import Source, open_source
 from .text import TextEncoder, check_text
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -158,9 +159,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         if experts.sites != cost.sites:
             raise InputError(f"experts.pretrained={config.experts.pretrained!r}: its {len(experts.sites)} sites are "
                              f"not the {len(cost.sites)} of this backbone: use the backbone it was trained with")
-    if config.lora.rank is not None:
-        add_adapters(backbone, config.lora.rank, config.lora.alpha, config.lora.targets)
-    _freeze(backbone, config.backbone.freeze)
+    choose_trained(backbone, config)
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
     torch.manual_seed(config.seed)
@@ -307,8 +306,15 @@ def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> Budget
     return Budget(cost.share_L, budget.keep_ratio, budget.over, timesteps)
 
 
-def _freeze(backbone: Backbone, patterns: tuple[str, ...]) -> None:
-    """Exclude the parameters that `patterns` name from training."""
+def choose_trained(backbone: Backbone, config: Config) -> None:
+    """Add adapters, which alone are trained then, and freeze what `backbone.freeze` names.
+
+    Raises:
+        InputError: for names that nothing has, or if nothing is left to train.
+    """
+    if config.lora.rank is not None:
+        add_adapters(backbone, config.lora.rank, config.lora.alpha, config.lora.targets)
+    patterns = config.backbone.freeze
     names = dict(backbone.named_parameters())
     for pattern in patterns:
         matched = [name for name in names if fnmatchcase(name, pattern)]

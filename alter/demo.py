@@ -23,9 +23,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from . import losses, shapes
 from .checkpoint import export
 from .config import CONFIGS, Config
-from .data import Digits, GlobalBatches, Source, Tolerant, make_loader, open_source, split
+from .data import GlobalBatches, Tolerant, make_loader, split
 from .diffusion import draw, generator, training_target
 from .sites import Backbone, null_class, tie_embedders
+from .sources import Digits, Source, open_source
 from .text import TextEncoder
 
 
@@ -204,9 +205,10 @@ def make_tokenizer(template: Path) -> CLIPTokenizer:
     """A byte-pair encoding that makes one token of every word of the captions."""
     words = {word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()}
     encoding = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    trainer = BpeTrainer(special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=[*string.ascii_lowercase],
+    letters = [*string.ascii_lowercase]
+    trainer = BpeTrainer(special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=letters,
                          end_of_word_suffix="</w>", show_progress=False)
-    encoding.train_from_iterator([*sorted(words), *string.ascii_lowercase], trainer)
+    encoding.train_from_iterator([*sorted(words), *letters], trainer)
     model = json.loads(encoding.to_str())["model"]
     length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     made: Any = CLIPTokenizer

@@ -1,6 +1,7 @@
 """What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
 
-from .build import check_batch, describe
+from .build import check_batch, choose_trained, describe
+from .checkpoint import trained_parameters
 from .config import Config
 
 _GIB = 2**30
@@ -12,12 +13,18 @@ def describe_run(config: Config, processes: int = 1) -> str:
     backbone, cost, budget = describe(config)
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / cost.prunable_share
     total = budget.keep_ratio if budget.over == "total" else 1 - cost.prunable_share * (1 - budget.keep_ratio)
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    everything = sum(parameter.numel() for parameter in backbone.parameters())
+    choose_trained(backbone, config)
+    trained = sum(parameter.numel() for parameter in trained_parameters(backbone).values())
     scale, unit = cost.unit
-    memory = {
-        "weights (fp32)": 4, "teacher (fp32)": 4, "gradients (fp32)": 4, "optimizer (AdamW)": 8,
-        **({"weights' average (EMA)": 4} if config.train.ema_decay else {}),
-    }
+    teacher, state = {"fp32": 4, "bf16": 2}[config.teacher.precision], {"adamw": 8, "adamw_8bit": 2}
+    memory = {"weights (fp32)": 4 * everything}
+    if config.loss.distils and not config.teacher.offload:
+        memory[f"teacher ({config.teacher.precision})"] = teacher * everything
+    memory["gradients (fp32)"] = 4 * trained
+    memory[f"optimizer ({config.optim.optimizer})"] = state[config.optim.optimizer] * trained
+    if config.train.ema_decay:
+        memory["weights' average (EMA)"] = 4 * trained
     lines = [
         cost.table(), "",
         f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / scale:.1f} {unit} a forward "
@@ -27,8 +34,9 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"{kept:.3f} of the prunable ones; {config.experts.count} experts",
         f"updates: {config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
-        f"memory a process, without activations ({parameters / 1e6:.1f}M trained parameters):",
+        "memory a process, without activations, VAE and text encoder "
+        f"({trained / 1e6:.1f}M of {everything / 1e6:.1f}M parameters trained):",
     ]
-    lines += [f"  {name:22} {parameters * size / _GIB:7.2f} GiB" for name, size in memory.items()]
-    lines.append(f"  {'total':22} {parameters * sum(memory.values()) / _GIB:7.2f} GiB")
+    lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
+    lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
     return "\n".join(lines)

@@ -10,21 +10,17 @@ from PIL import Image
 
 from alter import InputError
 from alter.config import BackboneConfig, Config, DataConfig
-from alter.data import (
+from alter.data import GlobalBatches, Tolerant, collate, make_loader, split
+from alter.images import Unreadable
+from alter.sources import (
     CaptionedFolder,
     Digits,
-    GlobalBatches,
     HuggingFace,
     ImageFolder,
     Latents,
-    Tolerant,
     WithPrior,
-    collate,
-    make_loader,
     open_source,
-    split,
 )
-from alter.images import Unreadable
 
 
 @pytest.mark.parametrize("processes, micro", [(1, 1), (2, 1), (1, 4), (2, 2)])

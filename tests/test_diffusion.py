@@ -44,7 +44,8 @@ def test_min_snr_weights_the_error_of_the_clean_latents(kind):
     latents, noise, mistake = torch.randn(3, 6, 1, 4, 4).double()
     target = training_target(scheduler, latents, noise, timesteps)
     root = {"epsilon": ((1 - alpha) / alpha).sqrt(), "v_prediction": (1 - alpha).sqrt(), "sample": torch.ones(6)}[kind]
-    clean_error = (root.view(6, 1, 1, 1) * mistake).square().mean((1, 2, 3))  # x0 = (x_t - sigma eps)/alpha, alpha x_t - sigma v
+    # x0 is (x_t - sigma·eps) / alpha, or alpha·x_t - sigma·v
+    clean_error = (root.view(6, 1, 1, 1) * mistake).square().mean((1, 2, 3))
     wanted = torch.minimum(snr, torch.tensor(gamma)) * clean_error
     weighted = min_snr_weight(scheduler, timesteps, gamma) * (target + mistake - target).square().mean((1, 2, 3))
     assert torch.allclose(weighted.double(), wanted, rtol=1e-5)
