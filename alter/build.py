@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
 from .budget import Budget
-from .config import CONFIGS, Config, flatten
+from .config import CONFIGS, Config
 from .cost import CostTable, count_cost
 from .data import Tolerant, split
 from .diffusion import PREDICTION_TYPES, predict
@@ -39,7 +39,6 @@ from .sources import Source, open_source
 from .text import TextEncoder, check_text
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_OPTIONAL = {"log.tracker=wandb": "wandb", "optim.optimizer=adamw_8bit": "bitsandbytes"}
 
 
 @dataclass
@@ -197,11 +196,7 @@ def check(config: Config, processes: int) -> None:
         InputError: as `build` would.
     """
     check_batch(config, processes)
-    values = flatten(config)
-    for option, package in _OPTIONAL.items():
-        name, _, value = option.partition("=")
-        if values[name] == value and importlib.util.find_spec(package) is None:
-            raise InputError(f"{option}: the package {package} is not installed: pip install {package}, or change it")
+    check_packages(config)
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
     captioned = False
@@ -214,6 +209,18 @@ def check(config: Config, processes: int) -> None:
         backbone, _, _ = describe(config)
         if captioned and pretrained.is_dir():
             check_text(pretrained, backbone.config.cross_attention_dim)
+
+
+def check_packages(config: Config) -> None:
+    """Raises InputError if an option needs a package that is not installed."""
+    optional = [
+        ("wandb", f"log.tracker={config.log.tracker}", config.log.tracker == "wandb"),
+        ("bitsandbytes", f"optim.optimizer={config.optim.optimizer}", config.optim.optimizer == "adamw_8bit"),
+        ("peft", f"lora.rank={config.lora.rank}", config.lora.rank is not None),
+    ]
+    for package, option, wanted in optional:
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(f"{option}: the package {package} is not installed: pip install {package}, or change it")
 
 
 def check_batch(config: Config, processes: int) -> None:

@@ -1,6 +1,6 @@
 """What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
 
-from .build import check_batch, choose_trained, describe
+from .build import check_batch, check_packages, choose_trained, describe
 from .checkpoint import trained_parameters
 from .config import Config
 
@@ -10,6 +10,7 @@ _GIB = 2**30
 def describe_run(config: Config, processes: int = 1) -> str:
     """The text of `scripts/train.py --dry-run`; needs no weights and no network."""
     check_batch(config, processes)
+    check_packages(config)
     backbone, cost, budget = describe(config)
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / cost.prunable_share
     total = budget.keep_ratio if budget.over == "total" else 1 - cost.prunable_share * (1 - budget.keep_ratio)

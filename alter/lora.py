@@ -15,12 +15,10 @@ def add_adapters(backbone: nn.Module, rank: int, alpha: int | None, targets: tup
     """Add adapters to the linear layers that `targets` names; they alone are trainable afterwards.
 
     Raises:
-        InputError: without peft, or if no layer has such a name.
+        InputError: if no layer has such a name.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise InputError(f"lora.rank={rank}: the package peft is not installed: pip install peft") from None
+    from peft import LoraConfig, inject_adapter_in_model  # optional
+
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights=True)
     try:
         inject_adapter_in_model(config, backbone)

@@ -29,11 +29,12 @@ class SmallClassifier(nn.Module):
 
     def __init__(self, channels: int, size: int, classes: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64 * ((size + 1) // 2) ** 2, 64), nn.ReLU(),
-        )
+        layers, width = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()], 32
+        while size > 4:
+            wider = 64 if size <= 8 else 32
+            layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), nn.ReLU()]
+            width, size = wider, (size + 1) // 2
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size**2, 64), nn.ReLU())
         self.head = nn.Linear(64, classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class SmallClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(images: Tensor, targets: Tensor, seed: int, steps: int = 600) -> SmallClassifier:
+def train_classifier(images: Tensor, targets: Tensor, seed: int, steps: int = 1000) -> SmallClassifier:
     """Fit the classifier to real images [N, C, S, S] in [-1, 1], with a little noise added.
 
     targets: one class an image, long [N]; or any set of K, float [N, K] of zeros and ones.
@@ -52,7 +53,7 @@ def train_classifier(images: Tensor, targets: Tensor, seed: int, steps: int = 60
     classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
     model = SmallClassifier(images.shape[1], images.shape[-1], classes)
     criterion = nn.functional.cross_entropy if targets.dim() == 1 else nn.functional.binary_cross_entropy_with_logits
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(steps):
         index = torch.randint(len(images), (128,))
         noisy = images[index] + 0.1 * torch.randn_like(images[index])

@@ -1,5 +1,6 @@
 """Tiny real diffusers models, and pipeline folders and data made of them."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,11 +10,21 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import alter.run
 from alter.config import CONFIGS
 from alter.demo import make_tokenizer
+from alter.metrics import train_classifier
 from alter.shapes import write_shapes
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
+
+
+@pytest.fixture(autouse=True, scope="session")
+def brief_classifier():
+    """Whole runs measure their samples; here that they do is enough."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alter.run, "train_classifier", functools.partial(train_classifier, steps=20))
+        yield
 
 
 def make_dit(layers=4, size=8, channels=1, learned_sigma=False) -> DiTTransformer2DModel:

@@ -50,6 +50,7 @@ def test_options_of_speed_and_memory_change_nothing_else(small_config, tmp_path,
                    for p in other.parameters)
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_as_eager_ones(small_config, tmp_path):
     (_, expected), (_, metrics) = (updated(small_config("dit", backbone={"compile": compiled}), tmp_path)
                                    for compiled in (False, True))
@@ -238,7 +239,7 @@ def test_a_budget_over_a_samplers_timesteps(small_config):
                                           "keep_ratio": 0.7}, experts={"count": 4})
     run = train(config)
     experts = TemporalExperts.from_pretrained(run / "final")
-    solver = DPMSolverMultistepScheduler()
+    solver = DPMSolverMultistepScheduler.from_pretrained(run / "final", subfolder="scheduler")
     solver.set_timesteps(7)
     spent = 0
     for timestep in solver.timesteps.tolist():

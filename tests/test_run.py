@@ -18,6 +18,7 @@ from PIL import Image
 from alter import InputError, TemporalExperts, load_config, train
 from alter.build import build
 from alter.config import CONFIGS, save_config
+from alter.dry_run import describe_run
 
 ROOT = CONFIGS.parent
 SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
@@ -175,12 +176,14 @@ def test_dry_run(tmp_path, name, expected):
     assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_counts_what_is_trained_and_kept(tmp_path):
+def test_dry_run_counts_what_is_trained_and_kept():
     """865.9M weights of Stable Diffusion 2.1 in fp32 are 3.23 GiB."""
-    sd21 = ["--config", "configs/sd21.yaml", "--dry-run"]
-    adapted = script(*sd21, "lora.rank=16", "teacher.precision=bf16", cwd=tmp_path).stdout
+    def text(*overrides):
+        return describe_run(load_config("configs/sd21.yaml", overrides))
+
+    adapted = text("lora.rank=16", "teacher.precision=bf16")
     assert "of 865.9M parameters trained" in adapted and "teacher (bf16)            1.61 GiB" in adapted
-    frozen = script(*sd21, "teacher.offload=true", "backbone.freeze=[conv_in.*]", cwd=tmp_path).stdout
+    frozen = text("teacher.offload=true", "backbone.freeze=[conv_in.*]")
     assert "teacher" not in frozen and "gradients (fp32)          3.23 GiB" in frozen
 
 

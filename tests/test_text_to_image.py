@@ -1,6 +1,5 @@
 """Captioned images to a fine-tuned Stable Diffusion with experts, on a tiny complete pipeline."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_run import KEYS, SHORT, script
 from transformers import CLIPTextModel
 
-import alter.run
 from alter import InputError, TemporalExperts, load_config, train
 from alter.build import build, check
 from alter.config import CONFIGS, save_config
@@ -194,15 +192,22 @@ def _missing_image(folder):
     (_other_prediction, "prediction_type='flow': use one of epsilon"),
     (_broken_line, "line 5"), (_missing_image, "00002.png"),
 ])
-def test_bad_input_through_the_script(small_config, tmp_path, spoil, message):
+def test_bad_input_is_refused_before_anything_is_written(small_config, tmp_path, spoil, message):
     config = small_config("sd")
     spoil(Path(str(config.backbone.pretrained)))
+    with pytest.raises(InputError, match=message):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_through_the_script(small_config, tmp_path):
+    config = small_config("sd")
+    _broken_line(Path(str(config.backbone.pretrained)))
     save_config(config, tmp_path / "bad.yaml")
     result = script("--config", "bad.yaml", cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: ") and message in line
-    assert not (tmp_path / "run").exists()
+    assert line.startswith("error: ") and "metadata.jsonl line 5: not JSON" in line
 
 
 def test_what_json_tells_is_refused_before_weights_are_loaded(small_config):
@@ -240,8 +245,7 @@ def test_the_demos_tokenizer_keeps_every_word_whole():
     assert tokenizer.decode(tokenizer("unseen words").input_ids, skip_special_tokens=True).strip() == "unseen words"
 
 
-def test_the_demo_in_short(tmp_path, monkeypatch):
-    monkeypatch.setattr(alter.run, "train_classifier", functools.partial(alter.run.train_classifier, steps=20))
+def test_the_demo_in_short(tmp_path):
     config = load_config("configs/demo_sd.yaml", [
         *SHORT, "demo.steps=4", "demo.vae_steps=4", "demo.images=300", "train.steps=4", "train.search_steps=2",
         "validate.every=4", "demo.batch_size=8", "train.batch_size=8",
