@@ -79,9 +79,13 @@ class Parts:
         """The teacher's output and its activations at the feature points."""
         with self.teacher_tap.capture() as features:
             pred = predict(self.teacher, noisy_latents, timesteps, conditioning)
+        self.release_teacher()
+        return pred, features
+
+    def release_teacher(self) -> None:
+        """Free the device of an offloaded teacher until its next use."""
         if self.offload is not None:
             self.offload.offload()
-        return pred, features
 
     @torch.no_grad()
     def latents(self, batch: Mapping[str, Any], posterior: Tensor) -> Tensor:

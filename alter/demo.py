@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from . import losses, shapes
 from .checkpoint import export
 from .config import CONFIGS, Config
-from .data import GlobalBatches, Tolerant, make_loader, split
+from .data import GlobalBatches, make_loader, split
 from .diffusion import draw, generator, training_target
 from .sites import Backbone, null_class, tie_embedders
 from .sources import Digits, Source, open_source
@@ -97,10 +97,9 @@ def _make_stable_diffusion(config: Config, folder: Path, template: Path, device:
     parts = folder.with_name(f".parts-of-{folder.name}")
     shutil.rmtree(parts, ignore_errors=True)
     shutil.copytree(template, parts)
-    source = open_source(config)
+    source: Any = open_source(config)
     indices, _ = split(source, config.data.holdout, config.seed)
-    reader = Tolerant(source, indices, config.seed)
-    images = torch.stack([reader[0, int(i)]["images"] for i in indices])
+    images = torch.stack([source[0, int(i)]["images"] for i in indices])
     vae = _train_vae(config, template, images, device)
     vae.save_pretrained(parts / "vae")
     with torch.no_grad():
@@ -120,7 +119,7 @@ def _make_stable_diffusion(config: Config, folder: Path, template: Path, device:
             return len(source)
 
         def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-            return {"moments": moments[row_of[key[1]]], "captions": reader[key]["captions"], "skipped": []}
+            return {"moments": moments[row_of[key[1]]], "captions": source.caption(key)}
 
     def inputs(batch: dict[str, Any], dropped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         mean, logvar = batch["moments"].to(device).chunk(2, dim=1)

@@ -15,7 +15,7 @@ SIZE = 32
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 255), "yellow": (241, 196, 15)}
 SHAPES = ("circle", "square", "triangle")
 RADII = {"small": 5.0, "large": 7.5}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+RELATIONS = {"left of": (-1, 0), "above": (0, -1)}
 KINDS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 _WORDS = re.compile("|".join(KINDS))
 

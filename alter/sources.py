@@ -124,9 +124,13 @@ class CaptionedFolder:
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        name, captions, where = self.samples[key[1]]
-        caption = _draw_caption(captions, where, self.seed, *key)
-        return {"images": self.framing(self.folder / name, *key), "captions": caption}
+        caption = self.caption(key)
+        return {"images": self.framing(self.folder / self.samples[key[1]][0], *key), "captions": caption}
+
+    def caption(self, key: tuple[int, int]) -> str:
+        """The sample's condition alone, without reading its image."""
+        _, captions, where = self.samples[key[1]]
+        return _draw_caption(captions, where, self.seed, *key)
 
     def describe(self, index: int) -> str:
         return str(self.folder / self.samples[index][0])

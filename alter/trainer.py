@@ -143,6 +143,7 @@ class Trainer:
         with self._signals(), bar:
             if self.validator and self.step == 0:
                 self.validator(self.parts.teacher, 0, "dense")
+                self.parts.release_teacher()
             while self.step < train.steps:
                 started = time.perf_counter()
                 metrics = self.iteration(micro_batches)
