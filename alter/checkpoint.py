@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .errors import InputError
+from .experts import FILE_NAME as EXPERTS
 from .experts import TemporalExperts
+from .lora import FILE_NAME as ADAPTERS
 from .lora import plain_state
 from .sites import PIPELINE_COMPONENT, Backbone
 
@@ -114,7 +116,8 @@ def export(folder: Path, pretrained: Path, backbone: Backbone) -> None:
     component = PIPELINE_COMPONENT[type(backbone)]
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(pretrained, partial, ignore=lambda _, names: [n for n in names if n in (component, "README.md")])
+    replaced = {component, "README.md", EXPERTS, ADAPTERS}  # the last three, where it is a run's final/ itself
+    shutil.copytree(pretrained, partial, ignore=lambda _, names: replaced.intersection(names))
     plain = type(backbone).from_config(backbone.config)
     plain.load_state_dict(plain_state(backbone))
     plain.save_pretrained(partial / component)

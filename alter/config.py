@@ -285,7 +285,7 @@ class Config:
         train = self.train
         if self.backbone.pretrained is None:
             raise InputError("backbone.pretrained is not set: give a diffusers folder or a hub id")
-        if train.t_end > train.steps:
+        if train.t_end > train.steps and self.experts.pretrained is None:
             raise InputError(
                 f"train.search_steps={train.search_steps} is longer than train.steps={train.steps}: "
                 "search at most as long as you train"

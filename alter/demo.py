@@ -52,7 +52,7 @@ def exam(config: Config, source: Source) -> Exam | None:
         return Exam(source.images, source.labels, {"labels": labels}, labels, [str(int(label)) for label in labels])
     if config.demo.model is None:
         return None
-    images, captions = shapes.draw_shapes(8000, config.seed + 1)  # not those of the training data
+    images, captions = shapes.draw_shapes(8 * count, config.seed + 1)  # not those of the training data
     _, prompts = shapes.draw_shapes(count, config.seed + 2)
     asked = [several[0] for several in prompts]
     return Exam(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),

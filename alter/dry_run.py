@@ -11,7 +11,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
     """The text of `scripts/train.py --dry-run`; needs no weights and no network."""
     check_batch(config, processes)
     check_packages(config)
-    backbone, cost, budget = describe(config)
+    backbone, cost, budget, experts = describe(config)
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / cost.prunable_share
     total = budget.keep_ratio if budget.over == "total" else 1 - cost.prunable_share * (1 - budget.keep_ratio)
     everything = sum(parameter.numel() for parameter in backbone.parameters())
@@ -32,8 +32,8 @@ def describe_run(config: Config, processes: int = 1) -> str:
         "(batch 1; convolutions, matrix and attention products)",
         f"prunable: {cost.prunable_share:.1%} of the MACs",
         f"budget: keep {budget.keep_ratio:.3f} of the {budget.over} MACs, which is {total:.3f} of all MACs and "
-        f"{kept:.3f} of the prunable ones; {config.experts.count} experts",
-        f"updates: {config.train.t_end} of {config.train.steps} steps search, "
+        f"{kept:.3f} of the prunable ones; {len(experts.mask_EL) if experts else config.experts.count} experts",
+        f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
         "memory a process, without activations, VAE and text encoder "
         f"({trained / 1e6:.1f}M of {everything / 1e6:.1f}M parameters trained):",

@@ -104,7 +104,12 @@ class TemporalExperts:
             if not file.is_file():
                 raise InputError(f"{source}: holds no {FILE_NAME}: name a folder that training has finished")
         else:
-            file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision))
+            try:
+                file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision))
+            except (OSError, ValueError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise InputError(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} "
+                                 f"({reason})") from None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -177,8 +182,8 @@ class TemporalExperts:
             sites, macs = [tuple(site[name] for site in content["sites"]) for name in ("name", "macs")]
             masks, routes = content["masks"], content["expert_of_timestep"]
             total, budget = int(content["macs_total"]), content["budget"]
-            target, over, averaged = float(budget["keep_ratio_target"]), str(budget["over"]), budget["timesteps"]
-        except (KeyError, TypeError, ValueError) as error:
+            target, over, averaged = float(budget["keep_ratio_target"]), str(budget["over"]), budget.get("timesteps")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise refuse(str(error).strip("'"), "missing or of the wrong type") from None
         if not masks or any(len(row) != len(sites) for row in masks):
             raise refuse("masks", f"every expert needs {len(sites)} values, one a site")

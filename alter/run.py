@@ -1,16 +1,23 @@
 """One run, from its configuration to its summary: `train(load_config(...))`."""
 
+import dataclasses
 import json
 import os
 import time
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from torch import Tensor
 
 from .build import Parts, build, check
@@ -34,7 +41,6 @@ _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_ac
                "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
                "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
                "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
-_BATCH = 32
 _SHOWN = 12  # images a row of samples.png
 
 
@@ -46,12 +52,13 @@ def train(config: Config) -> Path:
         NonFiniteLoss, Interrupted: see `Trainer.run`.
     """
     started = time.perf_counter()
+    config = _follow_links(config)
     accelerator = make_accelerator(config)
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise InputError(f"accelerate's distributed_type={accelerator.distributed_type.value} is not supported: "
                          "use plain data parallelism (accelerate launch --multi_gpu)")
+    config, run_dir, resume_from = _run_dir(config, accelerator)
     check(config, accelerator.num_processes)
-    run_dir, resume_from = _run_dir(config, accelerator)
     set_seed(config.seed)
     if config.demo.model and accelerator.is_main_process:
         make_demo(config, accelerator.device)
@@ -62,9 +69,8 @@ def train(config: Config) -> Path:
     trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
     experts = trainer.run()
     if accelerator.is_main_process:
-        accelerator.unwrap_model(trainer.wrapped, keep_fp32_wrapper=False)  # measured without autocast
-        trainer.take_average()
-        summary = _finish(config, parts, experts, trainer.counts, run_dir, started)
+        trainer.close()
+        summary = _finish(config, parts, experts, accelerator.num_processes, trainer.counts, run_dir, started)
         print(summary_table(summary))
         print(f"run directory: {run_dir}")
     accelerator.wait_for_everyone()
@@ -80,36 +86,68 @@ def make_accelerator(config: Config) -> Accelerator:
     return Accelerator(
         mixed_precision=config.train.mixed_precision, step_scheduler_with_optimizer=False,
         log_with=None if tracker == "none" else tracker,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(hours=4)),  # while one process makes a demo, or measures
+        ],
         project_config=ProjectConfiguration(logging_dir="."),  # the run directory, once it is known
     )
 
 
-def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """The run directory, the same on every process, and the checkpoint to go on from."""
+def _folders(config: Config) -> dict[str, str | None]:
+    return {section: getattr(config, section).pretrained for section in ("backbone", "teacher", "experts")}
+
+
+def _with_folders(config: Config, folders: dict[str, str | None]) -> Config:
+    return dataclasses.replace(config, **{
+        section: dataclasses.replace(getattr(config, section), pretrained=value) for section, value in folders.items()
+    })
+
+
+def _follow_links(config: Config) -> Config:
+    """Name what outputs/<name>/latest means now: this run may move that link."""
+    here = os.path.realpath(".")
+    return _with_folders(config, {
+        section: os.path.relpath(os.path.realpath(value), here) if value and not os.path.isabs(value)
+        and os.path.isdir(value) else value for section, value in _folders(config).items()
+    })
+
+
+def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Path | None]:
+    """The configuration, the run directory, the same on every process, and the checkpoint to go on from."""
     if config.resume:
         run_dir, resume_from = find_run(config.resume, config.output_dir, config.name)
-        _check_resumable(config, run_dir)
-        return run_dir, resume_from
+        return _resumed(config, run_dir), run_dir, resume_from
     if config.output_dir:
         run_dir = Path(config.output_dir)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or set resume=latest")
-        return run_dir, None
+        return config, run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
-    return Path("outputs") / config.name / stamp, None
+    return config, Path("outputs") / config.name / stamp, None
 
 
-def _check_resumable(config: Config, run_dir: Path) -> None:
-    """Refuse a resumed run whose configuration would change the model, the masks or the data."""
+def _resumed(config: Config, run_dir: Path) -> Config:
+    """The configuration with the folders that the run began with, unless they have gone.
+
+    Raises:
+        InputError: if it would change the model, the masks or the data.
+    """
     if config.output_dir and Path(config.output_dir).resolve() != run_dir.resolve():
         raise InputError(f"output_dir={config.output_dir!r} is not the run of resume={config.resume!r}: unset it")
-    before, now = (flatten(c) for c in (load_config(run_dir / "config.yaml"), config))
+    recorded = load_config(run_dir / "config.yaml")
+    given = _folders(config)
+    config = _with_folders(config, {
+        section: value if value is not None and os.path.isdir(value) else given[section]
+        for section, value in _folders(recorded).items()
+    })
+    before, now = flatten(recorded), flatten(config)
     for name, value in now.items():
         if not name.startswith(_MAY_CHANGE) and value != before[name]:
             raise InputError(f"{name}={value!r} differs from {before[name]!r}, with which the run began: "
                              "resume with that value, or start a new run")
+    return config
 
 
 def _open(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: Path | None) -> None:
@@ -121,7 +159,8 @@ def _open(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: 
             _link(run_dir.parent / "latest", run_dir.name)
         if resume_from is not None:
             step = step_of(resume_from)
-            _forget_after(run_dir / "metrics.jsonl", step)
+            for name in ("metrics.jsonl", "unreadable.jsonl"):
+                _forget_after(run_dir / name, step)
             for later in checkpoints(run_dir / "checkpoints"):
                 if step_of(later) > step:  # of a branch that is left; kept, but never taken for the latest
                     later.replace(later.with_name(f"abandoned-{later.name}-{os.getpid()}"))
@@ -143,8 +182,8 @@ def _forget_after(file: Path, step: int) -> None:
         file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _finish(config: Config, parts: Parts, experts: TemporalExperts, counts: dict[str, int], run_dir: Path,
-            started: float) -> dict[str, Any]:
+def _finish(config: Config, parts: Parts, experts: TemporalExperts, processes: int, counts: dict[str, int],
+            run_dir: Path, started: float) -> dict[str, Any]:
     """Export final/, measure it, and write summary.json, samples.png and experts.png; returns the summary."""
     final, component = run_dir / "final", PIPELINE_COMPONENT[type(parts.backbone)]
     parts.simulator.remove()
@@ -164,7 +203,8 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, counts: dict
         "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used], **counts,
     }
     experts.apply(parts.backbone)
-    summary["output_error"] = _held_out_error(config, parts)
+    micro_batch = config.train.batch_size // (config.train.gradient_accumulation * processes)
+    summary["output_error"] = _held_out_error(config, parts, micro_batch)
     judge = exam(config, parts.source)
     if judge is not None:
         summary |= _sample_quality(config, parts, judge, run_dir)
@@ -173,19 +213,21 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, counts: dict
     plot_experts(experts, run_dir / "experts.png")
     index = final / "model_index.json"
     pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "DiffusionPipeline"
-    card = model_card(config, experts, summary, parts.folder, pipeline, ADAPTERS if config.lora.rank else None)
+    card = model_card(config, experts, summary, pipeline, ADAPTERS if config.lora.rank else None)
     (final / "README.md").write_text(card, encoding="utf-8")
     return summary
 
 
-def _held_out_error(config: Config, parts: Parts, most: int = 256) -> float | None:
-    """`output_error` on at most `most` held-out samples; None without any."""
+def _held_out_error(config: Config, parts: Parts, batch_size: int, most: int = 256) -> float | None:
+    """`output_error` on at most `most` held-out samples; None without any, or without a dense model."""
     _, held_out = split(parts.source, config.data.holdout, config.seed)
+    if parts.teacher is None or not len(held_out):
+        return None
     held_out, total = held_out[:most], 0.0
     source = Tolerant(parts.source, held_out, config.seed)
-    for first in range(0, len(held_out), _BATCH):
-        batch = collate([source[0, int(i)] for i in held_out[first : first + _BATCH]])
-        count = min(_BATCH, len(held_out) - first)
+    for first in range(0, len(held_out), batch_size):
+        batch = collate([source[0, int(i)] for i in held_out[first : first + batch_size]])
+        count = min(batch_size, len(held_out) - first)
         batch = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                  for name, value in batch.items()}
         latents = parts.latents(batch, torch.zeros(count, *parts.latent_shape))
@@ -193,7 +235,7 @@ def _held_out_error(config: Config, parts: Parts, most: int = 256) -> float | No
         total += count * output_error(
             parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first
         )
-    return total / len(held_out) if len(held_out) else None
+    return total / len(held_out)
 
 
 def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) -> dict[str, Any]:
@@ -211,6 +253,8 @@ def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) ->
     pictures = {}
     for name, model, count in (("dense", parts.teacher, steps), ("experts", parts.backbone, steps),
                                ("dense_50", parts.teacher, 50)):
+        if model is None:
+            continue
         images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
                                              config.seed, evaluate.guidance_scale))
         summary[f"fd_{name}"] = frechet_distance(classifier.features(images).numpy(), reference)

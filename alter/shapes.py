@@ -4,6 +4,7 @@ square"; written as an image folder with `metadata.jsonl`."""
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,15 @@ def draw_shapes(count: int, seed: int) -> tuple[list[Image.Image], list[list[str
 
 def write_shapes(folder: Path, count: int, seed: int) -> None:
     """Write NNNNN.png and `metadata.jsonl` (`file_name`, `text`: a list of captions)."""
-    folder.mkdir(parents=True)
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     lines = []
     for i, (image, captions) in enumerate(zip(*draw_shapes(count, seed), strict=True)):
-        image.save(folder / f"{i:05d}.png")
+        image.save(partial / f"{i:05d}.png")
         lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": captions}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    (partial / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    partial.rename(folder)
 
 
 def kinds(caption: str) -> Tensor:

@@ -119,6 +119,9 @@ class Simulator:
 
     def compile(self) -> None:
         """torch.compile every site's layer, for batches of any size; the branches stay outside."""
+        # One graph for each kind of layer, width and mode; past the limit dynamo would quietly run eagerly.
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self._layers))
         for layer in self._layers:
             layer.compile(dynamic=True)
 

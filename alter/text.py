@@ -14,9 +14,6 @@ from .errors import InputError
 class TextEncoder:
     """A pipeline folder's tokenizer and frozen text encoder.
 
-    Attributes:
-        truncated: prompts cut so far because they were longer than the tokenizer takes.
-
     Raises:
         InputError: if either cannot be loaded, or they do not fit each other.
     """
@@ -32,7 +29,6 @@ class TextEncoder:
             raise InputError(f"{folder / 'tokenizer'}: {len(self.tokenizer)} tokens do not fit the text encoder's "
                              f"vocab_size={self.model.config.vocab_size}: use the tokenizer it was trained with")
         self.model.to(device).requires_grad_(False).eval()
-        self.truncated = 0
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -41,14 +37,16 @@ class TextEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """The same, with a graph for whoever trains the encoder."""
-        length = self.tokenizer.model_max_length
-        whole = self.tokenizer(list(prompts), verbose=False).input_ids
-        self.truncated += sum(len(ids) > length for ids in whole)
-        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True,
-                                return_tensors="pt")
+        tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length,
+                                truncation=True, return_tensors="pt")
         mask = tokens.attention_mask if getattr(self.model.config, "use_attention_mask", False) else None
         device = self.model.device
         return self.model(tokens.input_ids.to(device), attention_mask=None if mask is None else mask.to(device))[0]
+
+    def too_long(self, prompts: Sequence[str]) -> int:
+        """How many of `prompts` are cut, being longer than the tokenizer takes."""
+        whole = self.tokenizer(list(prompts), verbose=False).input_ids
+        return sum(len(ids) > self.tokenizer.model_max_length for ids in whole)
 
 
 def check_text(folder: Path, width: int) -> None:

@@ -29,6 +29,7 @@ from .experts import TemporalExperts
 from .simulator import HardRows, Rows, SoftRows
 from .validation import Validator
 
+_COUNTED = ("skipped_samples", "truncated_prompts")
 _MOST_SKIPPED_UPDATES = 50  # in a row, by the loss scaler
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -111,13 +112,13 @@ class Trainer:
 
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
+        self.counts = dict.fromkeys(_COUNTED, 0)  # of all processes, since the run began
+        self._counted = self.counts  # when this process began
+        self._own = dict.fromkeys(_COUNTED, 0)  # of this process, since it began
+        self._skipped_updates = 0  # in a row, by the loss scaler
         if resume_from is not None:
             self._restore(resume_from)
-        self._first_step = self.step
         self._masks: tuple[np.ndarray, np.ndarray] | None = None  # of the last iteration
-        self.skipped = 0  # unreadable samples of this process; `counts` has those of all
-        self._skipped_updates = 0
-        self.counts = {"skipped_samples": 0, "truncated_prompts": 0}
         self.validator: Validator | None = None
         if config.validate.every and accelerator.is_main_process:
             self.validator = Validator(config, parts, accelerator, run_dir)
@@ -142,8 +143,7 @@ class Trainer:
                    disable=not self.accelerator.is_main_process)
         with self._signals(), bar:
             if self.validator and self.step == 0:
-                self.validator(self.parts.teacher, 0, "dense")
-                self.parts.release_teacher()
+                self._validate_start(self.validator)
             while self.step < train.steps:
                 started = time.perf_counter()
                 metrics = self.iteration(micro_batches)
@@ -160,10 +160,15 @@ class Trainer:
         assert self.experts is not None
         return self.experts
 
-    def take_average(self) -> None:
-        """Replace the trained weights by their average, where there is one."""
+    def close(self) -> None:
+        """Leave the weights to be exported in the backbone, and free all that training alone needed."""
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # without autocast from here on
         if self.ema:
             self.ema.copy_to(self.parameters)
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.accelerator.free_memory()
+        del self.wrapped, self.ema, self.backbone_optim, self.hyper_optim
 
     def iteration(self, micro_batches: Any) -> dict[str, float]:
         """One iteration of Algorithm 1, on one global batch."""
@@ -200,6 +205,8 @@ class Trainer:
         """One micro-batch from raw samples, as `data.collate` joins them, and their noise."""
         parts, device = self.parts, self.accelerator.device
         self._note(raw.pop("skipped"))
+        if parts.text is not None and "captions" in raw:
+            self._own["truncated_prompts"] += parts.text.too_long(raw["captions"])
         raw = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                for name, value in raw.items()}
         latents = parts.latents(raw, noise.posterior).to(self.dtype)
@@ -294,10 +301,20 @@ class Trainer:
         budget = self.parts.budget
         return TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over, budget.timesteps)
 
+    def _validate_start(self, validator: Validator) -> None:
+        """Images to compare with: of the dense model, or of the finished run that is tuned further."""
+        if self.parts.teacher is not None:
+            validator(self.parts.teacher, 0, "dense")
+            self.parts.release_teacher()
+        else:
+            self._validate(validator)
+
     def _validate(self, validator: Validator) -> None:
         """Images from the weights to be exported, under the masks of the last iteration."""
-        assert self._masks is not None
-        experts = self.experts or self._experts(self._masks)
+        experts = self.experts
+        if experts is None:
+            assert self._masks is not None
+            experts = self._experts(self._masks)
         if self.ema:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -309,8 +326,8 @@ class Trainer:
             self.ema.restore(self.parameters)
 
     def _note(self, skipped: list[str]) -> None:
-        """Name unreadable samples in unreadable.jsonl, which all processes append to."""
-        self.skipped += len(skipped)
+        """Count unreadable samples and name them in unreadable.jsonl, which all processes append to."""
+        self._own["skipped_samples"] += len(skipped)
         if skipped:
             with open(self.run_dir / "unreadable.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps({"step": self.step + 1, "sample": name}) + "\n" for name in skipped)
@@ -350,24 +367,26 @@ class Trainer:
         """Means over micro-batches and processes, and whether to stop: the update's one host read."""
         names = [*totals[0], *extra]
         means = [torch.stack([t[name].detach().float() for t in totals]).mean() for name in totals[0]]
-        own = [self._received > 0, self.skipped, self.parts.text.truncated if self.parts.text else 0]
+        own = [self._received > 0, *self._own.values()]
         values = torch.stack([*means, *(value.detach().float().to(means[0].device) for value in extra.values()),
                               *torch.tensor(own, dtype=torch.float, device=means[0].device)])
         *numbers, stop, skipped, truncated = self.accelerator.reduce(values, "mean").tolist()
         if stop:
             self._stop = self._received or signal.SIGTERM
         processes = self.accelerator.num_processes
-        self.counts = {"skipped_samples": round(skipped * processes), "truncated_prompts": round(truncated * processes)}
+        self.counts = {name: before + round(mean * processes) for (name, before), mean in
+                       zip(self._counted.items(), (skipped, truncated), strict=True)}
         self._refuse_unreadable()
         metrics = {f"{phase}/{name}": number for name, number in zip(names, numbers, strict=True)}
-        if self.scaler.is_enabled():  # which skips updates of non-finite gradients, and lowers its scale
-            finite = math.isfinite(metrics.pop(f"{phase}/gradient_norm"))
-            self._skipped_updates = 0 if finite else self._skipped_updates + 1
+        finite = {name: number for name, number in metrics.items() if math.isfinite(number)}
+        if self.scaler.is_enabled():  # which skips an update of non-finite gradients, and lowers its scale
+            self._skipped_updates = 0 if len(finite) == len(metrics) else self._skipped_updates + 1
             if self._skipped_updates > _MOST_SKIPPED_UPDATES:
-                raise NonFiniteLoss(f"{phase}/gradient_norm was not finite in {self._skipped_updates} updates in a row "
-                                    f"up to step {self.step + 1}: use train.mixed_precision=bf16, and resume")
+                raise NonFiniteLoss(f"{phase}: loss or gradient was not finite in {self._skipped_updates} updates in "
+                                    f"a row up to step {self.step + 1}: use train.mixed_precision=bf16, and resume")
+            return finite
         for name, number in metrics.items():
-            if not math.isfinite(number):
+            if name not in finite:
                 raise NonFiniteLoss(f"{name} is {number} at step {self.step + 1}: stopped before the optimizer "
                                     "step; lower optim.backbone_lr or use train.mixed_precision=no, and resume")
         return metrics
@@ -375,7 +394,7 @@ class Trainer:
     def _refuse_unreadable(self) -> None:
         """Stop once more than the allowed share of samples was unreadable: of an epoch, or of all drawn since."""
         data, skipped = self.config.data, self.counts["skipped_samples"]
-        drawn = (self.step + 1 - self._first_step) * self.config.train.batch_size
+        drawn = (self.step + 1) * self.config.train.batch_size
         if skipped > data.max_unreadable * max(drawn, len(self.train_indices)):
             raise InputError(f"data.max_unreadable={data.max_unreadable}: {skipped} samples of data.path={data.path!r} "
                              f"could not be read (named in {self.run_dir / 'unreadable.jsonl'}): mend the data, or "
@@ -393,6 +412,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
 
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
+        if self.scaler.is_enabled():
+            metrics["loss_scale"] = self.scaler.get_scale()
         metrics = {**metrics, **self.counts, "seconds_per_step": seconds,
                    "backbone_lr": self.backbone_lr.get_last_lr()[0], "hypernetwork_lr": self.hyper_lr.get_last_lr()[0]}
         self.accelerator.log(metrics, step=self.step)
@@ -415,7 +436,8 @@ class Trainer:
                 tensors["ema"] = dict(zip(tensors["backbone"], self.ema.shadow_params, strict=True))
             optimizers = {name: getattr(self, name).state_dict()
                           for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
-            state = {"frozen": self.experts is not None, "ema_step": self.ema.optimization_step if self.ema else 0}
+            state = {"frozen": self.experts is not None, "counts": self.counts,
+                     "ema_step": self.ema.optimization_step if self.ema else 0}
             saved = checkpoint.save_checkpoint(folder, self.step, self.config.checkpoint.keep, tensors,
                                                optimizers, state, self.experts)
             assert saved == path
@@ -443,6 +465,7 @@ class Trainer:
         if state["frozen"]:
             self.experts = TemporalExperts.from_pretrained(folder)
         self.step = state["step"]
+        self.counts = self._counted = state["counts"]
 
     @contextlib.contextmanager
     def _signals(self):

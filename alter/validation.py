@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from .build import Parts
 from .config import Config
-from .report import plot_samples
 from .sampling import sample_latents
 
 
@@ -15,7 +16,7 @@ class Validator:
     """Draws the same images from whatever weights and masks a backbone has now.
 
     Args:
-        run_dir: pictures go to `run_dir`/samples/step-NNNNNN-<title>.png.
+        run_dir: images go to `run_dir`/samples/step-NNNNNN-<title>.png, side by side in the order of the prompts.
     """
 
     def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path) -> None:
@@ -25,8 +26,7 @@ class Validator:
         device = parts.backbone.device
         prompts, labels = list(config.validate.prompts), list(config.validate.labels)
         batch = {"captions": prompts} if prompts else {"labels": torch.tensor(labels, device=device)}
-        self.titles = prompts or [str(label) for label in labels]
-        everything = torch.ones(len(self.titles), dtype=torch.bool)
+        everything = torch.ones(len(prompts or labels), dtype=torch.bool)
         self.conditioning = parts.conditioning(batch, ~everything)
         self.unconditional = parts.conditioning(batch, everything)
 
@@ -37,9 +37,11 @@ class Validator:
             evaluate.sampling_steps, self.config.seed, evaluate.guidance_scale, batch_size=8,
         )
         images = self.parts.images(latents)
-        self.folder.mkdir(exist_ok=True)
-        plot_samples({title: images}, self.titles, self.folder / f"step-{step:06d}-{title}.png")
         pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+        self.folder.mkdir(exist_ok=True)
+        strip = np.concatenate(list(pixels), axis=1)
+        picture = Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip)
+        picture.save(self.folder / f"step-{step:06d}-{title}.png")
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({f"samples/{title}": pixels}, step=step, **layout)

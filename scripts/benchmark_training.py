@@ -77,6 +77,8 @@ def _measure(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
                                 config.seed, 0, 2 * steps)
         source = Tolerant(trainer.parts.source, trainer.train_indices, config.seed)
         micro_batches = iter(make_loader(source, batches, config.data.workers))
+        if steps >= train.t_end:
+            raise InputError(f"--steps and --warmup: {steps} steps do not fit into train.search_steps={train.t_end}")
         result: dict[str, Any] = {}
         for phase in ("search", "tuning"):
             if phase == "tuning":
@@ -85,7 +87,8 @@ def _measure(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
             result[f"{phase}_seconds"] = statistics.median(seconds[arguments.warmup :])
     if device.type == "cuda":
         result["peak_memory"] = torch.cuda.max_memory_allocated()
-    del trainer
+    accelerator.free_memory()
+    del trainer, accelerator, micro_batches
     gc.collect()
     torch.compiler.reset()
     return result

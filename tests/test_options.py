@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_trainer import changed, make_trainer, prepared, snapshot
 
-from alter import InputError, TemporalExperts, train
+from alter import InputError, TemporalExperts, load_config, train
 from alter.build import build, check
+from alter.config import CONFIGS
 from alter.shapes import write_shapes
 from alter.trainer import NonFiniteLoss
 
@@ -67,6 +70,16 @@ def test_a_teacher_in_bf16_is_the_same_model_rounded(small_config, tmp_path):
     gap = (exact.teacher_pred - rounded.teacher_pred.float()).abs().mean() / exact.teacher_pred.abs().mean()
     assert 0 < gap < 0.05
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_an_offloaded_teacher_leaves_the_device_after_every_use(small_config, tmp_path):
+    changes = {"teacher": {"offload": True}, "train": {"gradient_accumulation": 2}}
+    trainer = make_trainer(small_config("dit", validate={"every": 4, "labels": [1]}, **changes), tmp_path)
+    uses, left = [], []
+    trainer.parts.teacher.register_forward_pre_hook(lambda *_: uses.append(1))
+    trainer.parts.offload.offload = lambda: left.append(len(uses))
+    trainer.run()
+    assert left == [2, *range(3, 2 + 2 * 6 + 1)]  # the validation's two steps, then each micro-batch
 
 
 def test_a_run_without_distillation_never_asks_the_teacher(small_config, tmp_path):
@@ -219,6 +232,40 @@ def test_a_finished_run_is_tuned_further_with_its_experts_on(small_config, tmp_p
         assert all(".attn" in name for name in moved)
 
 
+def test_the_experts_of_latest_are_those_from_before_the_run(small_config, tmp_path):
+    """The new run moves the link outputs/<name>/latest, and goes on from a checkpoint all the same."""
+    first = train(small_config("sd", output_dir=None, name="x"))
+    latest = "outputs/x/latest/final"
+    changes = {"output_dir": None, "name": "x", "backbone": {"pretrained": latest}, "experts": {"pretrained": latest},
+               "loss": {"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}, "checkpoint": {"every": 4},
+               "train": {"steps": 6, "search_steps": 100}}
+    second = train(small_config("sd", **changes))
+    assert Path("outputs/x/latest").resolve() == second.resolve() != first.resolve()
+    assert json.loads((second / "summary.json").read_text())["output_error"] is None
+    weights = (second / "final/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    train(small_config("sd", **changes, resume=str(second / "checkpoints/step-000004")))
+    assert (second / "final/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_a_finished_run_is_no_dense_teacher(small_config, searched):
+    final = str(searched / "final")
+    with pytest.raises(InputError, match="is a finished run: set teacher.pretrained to the original model"):
+        build(small_config("sd", backbone={"pretrained": final}, experts={"pretrained": final}))
+
+
+def test_the_documented_recipes_are_valid(tmp_path):
+    """Every command of docs/training.md that starts from a finished run, as bash splits it into arguments."""
+    text = (CONFIGS.parent / "docs/training.md").read_text().partition("## Going on")[2]
+    (tmp_path / "train_sd21.sh").write_text(f'"{sys.executable}" -c "import json, sys; '
+                                            'print(json.dumps(sys.argv[1:]))" "$@"')
+    shown = subprocess.run(["bash", "-c", text.split("```")[1].removeprefix("bash")], capture_output=True, text=True,
+                           check=True, cwd=tmp_path).stdout
+    commands = [json.loads(line) for line in shown.splitlines()]
+    assert len(commands) == 4
+    for overrides in commands:
+        assert load_config("configs/sd21.yaml", overrides).experts.pretrained == "outputs/sd21/latest/final"
+
+
 def test_a_warm_start_from_a_run_searches_nothing_and_keeps_the_masks(small_config, searched):
     """From the pretrained weights: the experts of a former run, tuned with distillation."""
     run = train(small_config("sd", experts={"pretrained": str(searched / "final")}))
@@ -226,11 +273,32 @@ def test_a_warm_start_from_a_run_searches_nothing_and_keeps_the_masks(small_conf
     assert np.array_equal(before.mask_EL, after.mask_EL) and before.keep_ratio == after.keep_ratio
 
 
+def test_merged_adapters_are_not_exported_a_second_time(small_config):
+    pytest.importorskip("peft")
+    final = str(train(small_config("sd", output_dir="adapted", lora={"rank": 2})) / "final")
+    run = train(small_config("sd", backbone={"pretrained": final}, experts={"pretrained": final},
+                             loss={"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}))
+    assert (Path(final) / "pytorch_lora_weights.safetensors").exists()
+    assert not (run / "final/pytorch_lora_weights.safetensors").exists()
+
+
+def test_given_experts_bring_their_budget_and_take_the_costs_of_this_resolution(small_config, searched):
+    changes = {"budget": {"keep_ratio": 0.9, "over": "prunable"}, "experts": {"pretrained": str(searched / "final")}}
+    former = TemporalExperts.from_pretrained(searched / "final")
+    run = train(small_config("sd", data={"resolution": 48}, **changes))
+    experts = TemporalExperts.from_pretrained(run / "final")
+    assert experts.keep_ratio_target == 0.65 and experts.budget_over == "total"
+    assert experts.macs_total > 2 * former.macs_total
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["keep_ratio"] == pytest.approx(experts.keep_ratio) for line in lines)
+
+
 def test_experts_of_another_backbone_are_refused(small_config, searched):
     with pytest.raises(InputError, match=r"experts.pretrained=.*: its 26 sites are not the 4"):
         build(small_config("dit", experts={"pretrained": str(searched / "final")}))
-    with pytest.raises(InputError, match=r"holds no experts.json"):
-        build(small_config("sd", experts={"pretrained": str(searched)}))
+    for given, message in ((str(searched), "holds no experts.json"), ("./nowhere", "no such folder, and the hub")):
+        with pytest.raises(InputError, match=message):
+            check(small_config("sd", experts={"pretrained": given}), 1)
 
 
 def test_a_budget_over_a_samplers_timesteps(small_config):
@@ -269,3 +337,14 @@ def test_labels_for_validation_images_of_a_class_conditioned_model(small_config)
     run = train(small_config("dit", validate={"every": 6, "labels": [3, 7]}))
     assert {path.name for path in Path(run / "samples").iterdir()} == {
         "step-000000-dense.png", "step-000006-experts.png"}
+
+
+@pytest.mark.parametrize("kind, validate, message", [
+    ("dit", {"labels": []}, "set validate.labels, and not validate.prompts"),
+    ("dit", {"labels": [1], "prompts": ["a"]}, "set validate.labels, and not"),
+    ("dit", {"labels": [10]}, r"validate.labels=\[10\]: the backbone knows 0 to 9"),
+    ("sd", {}, "set validate.prompts, and not validate.labels"),
+])
+def test_validation_that_the_conditioning_does_not_allow(small_config, kind, validate, message):
+    with pytest.raises(InputError, match=message):
+        check(small_config(kind, validate={"every": 2, **validate}), 1)

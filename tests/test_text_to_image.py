@@ -15,7 +15,7 @@ from test_run import KEYS, SHORT, script
 from transformers import CLIPTextModel
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.build import build, check
+from alter.build import build, check, load_scheduler
 from alter.config import CONFIGS, save_config
 from alter.demo import make_tokenizer
 from alter.sampling import sample_latents
@@ -94,10 +94,27 @@ def test_final_is_a_pipeline_whose_experts_serve_text_and_image_to_image(finishe
         assert not np.array_equal(dense, skipping) and np.array_equal(dense, draw())
 
 
-def test_validation_images_start_with_the_dense_model_and_show_the_exported_weights(finished):
+def strip_of(folder, experts=None):
+    """What the pipeline in `folder` draws for PROMPTS with the run's seed and settings, side by side."""
+    pipe = pipeline(folder)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(load_scheduler(folder).config)
+    if experts is not None:
+        experts.apply(pipe)
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = pipe(PROMPTS, latents=noise, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
+    return np.concatenate(list(images * 255), axis=1)
+
+
+def test_validation_images_are_of_the_dense_model_first_and_then_of_what_would_be_exported(finished):
     names = sorted(path.name for path in (finished / "samples").iterdir())
     assert names == ["step-000000-dense.png", "step-000003-experts.png", "step-000006-experts.png"]
-    assert all(np.asarray(Image.open(finished / "samples" / name)).std() > 5 for name in names)
+    experts = TemporalExperts.from_pretrained(finished / "final")
+    dense, _, last = (np.asarray(Image.open(finished / "samples" / name)).astype(float) for name in names)
+    for shown, wanted in ((dense, strip_of(finished.parent / "pretrained")),
+                          (last, strip_of(finished / "final", experts))):
+        assert shown.shape == (32, 64, 3) and abs(shown - wanted).max() <= 1
+    assert abs(dense - last).max() > 2
+
     (events,) = finished.glob("**/events.out.tfevents*")
     log = EventAccumulator(str(events.parent), size_guidance={"images": 0}).Reload()
     assert {image.step for image in log.Images("samples/experts")} == {3, 6}
@@ -109,7 +126,7 @@ def test_the_model_card_is_written_from_the_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert card.startswith("---\nlibrary_name: diffusers\n") and "StableDiffusionPipeline.from_pretrained" in card
     assert f"{summary['keep_ratio']:.1%}" in card and f"{summary['macs_experts']:,}" in card
-    assert "output_error" in card and "its folder does not name one" in card
+    assert "output_error" in card and "names none" in card
 
 
 def test_the_card_takes_the_licence_of_the_base_model(small_config):
@@ -182,6 +199,17 @@ def _broken_line(folder):
 
 def _missing_image(folder):
     (folder.parent / "shapes/00002.png").unlink()
+
+
+def test_counts_survive_a_resume(small_config, tmp_path):
+    changes = {"data": {"holdout": 0, "max_unreadable": 0.5}, "train": {"batch_size": 24}, "checkpoint": {"every": 4}}
+    config = small_config("sd", **changes)
+    (tmp_path / "shapes/00003.png").write_bytes(b"")
+    run = train(config)
+    before = (run / "unreadable.jsonl").read_text()
+    train(small_config("sd", output_dir=None, resume=str(run / "checkpoints/step-000004"), **changes))
+    assert json.loads((run / "summary.json").read_text())["skipped_samples"] == 6
+    assert (run / "unreadable.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("spoil, message", [
