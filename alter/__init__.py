@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from .config import load_config as load_config
     from .errors import InputError as InputError
     from .experts import TemporalExperts as TemporalExperts
+    from .pipelines import load_pipeline as load_pipeline
     from .run import train as train
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "TemporalExperts", "load_config", "train"]
-_HOME = {"InputError": ".errors", "TemporalExperts": ".experts", "load_config": ".config", "train": ".run"}
+__all__ = ["InputError", "TemporalExperts", "load_config", "load_pipeline", "train"]
+_HOME = {"InputError": ".errors", "TemporalExperts": ".experts", "load_config": ".config",
+         "load_pipeline": ".pipelines", "train": ".run"}
 
 
 def __getattr__(name: str) -> Any:

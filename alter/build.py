@@ -185,7 +185,7 @@ def describe(config: Config) -> tuple[Backbone, CostTable, Budget, TemporalExper
     """
     folder = _architecture(config)
     with torch.device("meta"):
-        cls, component = _component(folder)
+        cls, component = component_of(folder)
         backbone = cls.from_config(cls.load_config(folder / component))
         tie_embedders(backbone)
     find_sites(backbone)
@@ -253,7 +253,7 @@ def local_folder(pretrained: str, revision: str | None = None, field: str = "bac
 
 def load_backbone(folder: Path) -> Backbone:
     """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files)."""
-    cls, component = _component(folder)
+    cls, component = component_of(folder)
     try:
         return cls.from_pretrained(folder / component, torch_dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:
@@ -390,7 +390,8 @@ def _architecture(config: Config) -> Path:
                      "it: give a diffusers folder")
 
 
-def _component(folder: Path) -> tuple[type[Backbone], str]:
+def component_of(folder: Path) -> tuple[type[Backbone], str]:
+    """The class and the sub-folder of a pipeline folder's backbone; reads JSON only."""
     for cls, component in PIPELINE_COMPONENT.items():
         file = folder / component / "config.json"
         if file.is_file():

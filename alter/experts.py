@@ -1,21 +1,19 @@
 """`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from huggingface_hub import hf_hub_download
-from torch import Tensor, nn
+from huggingface_hub import HfApi, hf_hub_download
 
 from .cost import CostTable
 from .errors import InputError
-from .simulator import HardRows, Simulator
-from .sites import PIPELINE_COMPONENT, find_sites
+from .serving import Applied, backbone_of, remove, serving
+from .simulator import Simulator
+from .trimming import trim_layers
 
 FILE_NAME = "experts.json"
 FORMAT = 1
@@ -64,11 +62,6 @@ class TemporalExperts:
         """The experts that some timestep uses."""
         return np.unique(self.expert_T).tolist()
 
-    def rows(self, timesteps: Tensor, device: torch.device | str = "cpu") -> HardRows:
-        """The gates' rows for a batch of timesteps: CPU tensor [B] of ints or floats; rounded and clamped."""
-        nearest = timesteps.double().round().clamp(0, len(self.expert_T) - 1).long()
-        return HardRows(torch.from_numpy(self.mask_EL[self.expert_T[nearest.numpy()]]), device)
-
     def summary(self) -> str:
         """A few lines for the terminal."""
         lines = [f"{len(self.mask_EL)} experts over {len(self.sites)} sites, {self.keep_ratio:.1%} of all MACs"]
@@ -80,7 +73,11 @@ class TemporalExperts:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `experts.json` into `folder`."""
-        content = {
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / FILE_NAME).write_text(self._to_json(), encoding="utf-8")
+
+    def _to_json(self) -> str:
+        return _compact({
             "format": FORMAT,
             "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
             "macs_total": self.macs_total,
@@ -88,9 +85,16 @@ class TemporalExperts:
                        "timesteps": self.timesteps, "keep_ratio_of_total": self.keep_ratio},
             "masks": self.mask_EL.astype(int).tolist(),
             "expert_of_timestep": self.expert_T.tolist(),
-        }
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE_NAME).write_text(_compact(content), encoding="utf-8")
+        })
+
+    def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
+        """Upload `experts.json` to a model repository, made if there is none; returns the address of the commit.
+
+        The weights go there with the pipeline's own `push_to_hub`.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_file(path_or_fileobj=self._to_json().encode(), path_in_repo=FILE_NAME, repo_id=repo_id)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "TemporalExperts":
@@ -123,52 +127,43 @@ class TemporalExperts:
         return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
                    keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()))
 
-    def apply(self, target: Any) -> None:
+    def apply(self, target: Any) -> Applied:
         """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
 
-        The backbone's own `timestep` argument decides, read at most once a forward.
+        The backbone's own `timestep` argument decides, read at most once a forward. Pipelines that share the
+        backbone are all served.
+
+        Returns: a context manager that removes the experts at the end of its block.
 
         Raises:
             InputError: if the sites differ from this artefact's, or experts are already applied.
         """
-        backbone = _backbone(target)
-        names = tuple(site.name for site in find_sites(backbone))
-        if names != self.sites:
-            raise InputError(f"experts: their {len(self.sites)} sites are not the {len(names)} of this "
-                             f"{type(backbone).__name__}: use the backbone that they were trained on")
-        simulator = Simulator(backbone)
-        backbone._alter_applied = (simulator, self._follow(simulator))
+        return Applied(target, self.sites, self.mask_EL, self.expert_T)
 
     def remove(self, target: Any) -> None:
         """Undo `apply`; the backbone is dense again."""
-        backbone = _backbone(target)
-        if not hasattr(backbone, "_alter_applied"):
-            raise InputError("experts: none are applied to this backbone: call apply first")
-        simulator, hook = backbone._alter_applied
-        hook.remove()
-        simulator.remove()
-        del backbone._alter_applied
+        remove(target)
 
-    @contextmanager
-    def serving(self, simulator: Simulator) -> Iterator[None]:
-        """As `apply`, inside the block, for a backbone that `simulator` has gates on already."""
-        hook = self._follow(simulator)
-        try:
-            yield
-        finally:
-            hook.remove()
-            simulator.set(None)
+    def trim(self, target: Any) -> int:
+        """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.
 
-    def _follow(self, simulator: Simulator) -> Any:
-        """Let the backbone's `timestep` argument choose the rows of its gates; returns the hook's handle."""
-        def choose_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            timesteps = torch.as_tensor(timestep).detach().reshape(-1).cpu()
-            if bool((timesteps == timesteps[0]).all()):
-                timesteps = timesteps[:1]
-            simulator.set(self.rows(timesteps, simulator.backbone.device))
+        The pipeline can be saved as before (with this artefact beside it) and loaded by `alter.load_pipeline`, but
+        by nothing that expects the missing layers.
 
-        return simulator.backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
+        Returns: bytes of parameters freed.
+        """
+        backbone = backbone_of(target)
+        if hasattr(backbone, "_alter_applied"):
+            remove(target)
+        with self.apply(target):
+            pass  # refuses what does not fit
+        freed = trim_layers(backbone, self.mask_EL, self.used)
+        self.apply(target)
+        return freed
+
+    def serving(self, simulator: Simulator) -> AbstractContextManager[None]:
+        """As `apply`, inside a `with` block, for a backbone that `simulator` has gates on already."""
+        return serving(simulator, self.mask_EL, self.expert_T)
 
     @classmethod
     def _parse(cls, file: Path, content: Any) -> "TemporalExperts":
@@ -196,15 +191,6 @@ class TemporalExperts:
             raise refuse("budget.timesteps", f"expected null or a list of timesteps 0 to {len(routes) - 1}")
         return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
                    averaged and tuple(averaged))
-
-
-def _backbone(target: Any) -> Any:
-    if isinstance(target, nn.Module):
-        return target
-    for component in PIPELINE_COMPONENT.values():
-        if isinstance(getattr(target, component, None), nn.Module):
-            return getattr(target, component)
-    raise InputError(f"experts: a {type(target).__name__} has no unet or transformer to apply them to")
 
 
 def _compact(content: dict[str, Any]) -> str:

@@ -36,6 +36,20 @@ class Site:
         return hidden_states if self.channels is None else hidden_states[:, : self.channels]
 
 
+class Removed(nn.Module):
+    """What stands in a site whose layer was taken out of memory; it is still a site, which no expert may run.
+
+    out_channels: of the layer that was here, None for a token layer.
+    """
+
+    def __init__(self, out_channels: int | None) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        raise InputError("experts: this backbone was trimmed and has no dense form: apply its experts first")
+
+
 def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
     """The sites of `backbone`, in the order of its named modules.
 
@@ -52,11 +66,23 @@ def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
     for name, module in backbone.named_modules():
         if isinstance(module, BasicTransformerBlock):
             sites.append(Site(name, None))
+        elif isinstance(module, Removed):
+            sites.append(Site(name, module.out_channels))
         elif isinstance(module, ResnetBlock2D) and hidden_channels.get(name) == module.out_channels:
             sites.append(Site(name, module.out_channels))
     if not sites:
         raise InputError(f"backbone.pretrained: this {type(backbone).__name__} has no prunable layer")
     return tuple(sites)
+
+
+def remove_layer(backbone: nn.Module, site: Site) -> None:
+    """Take the site's layer out of `backbone`, in place, except for what the rest of the model reads in it."""
+    layer, removed = backbone.get_submodule(site.name), Removed(site.channels)
+    if site.name == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
+        removed.norm1 = nn.Module()  # the output head embeds the timestep with the first block's embedder
+        removed.norm1.emb = layer.norm1.emb  # type: ignore[union-attr]
+    parent, _, child = site.name.rpartition(".")
+    setattr(backbone.get_submodule(parent), child, removed)
 
 
 def feature_points(backbone: Backbone) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ import alter
 LEVELS = [
     {"errors"},
     {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora"},
-    {"config", "hypernetwork", "simulator", "cost"},
+    {"config", "hypernetwork", "simulator", "cost", "trimming"},
+    {"serving"},
     {"sources", "budget", "experts", "sampling", "metrics"},
     {"data"},
-    {"build", "checkpoint", "report"},
+    {"build", "checkpoint", "report", "pipelines"},
     {"card", "validation", "demo", "dry_run"},
     {"trainer"},
     {"run"},

@@ -1,0 +1,99 @@
+"""Experts at work in a diffusers pipeline: the backbone's own timestep chooses the rows of its gates.
+
+The choice is made once a forward, in Python, outside compiled code, from at most one host read of the timestep;
+every site then branches on the host. Nothing compares tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError
+from .simulator import HardRows, Simulator
+from .sites import PIPELINE_COMPONENT, find_sites
+from .trimming import check_runnable
+
+
+class Applied:
+    """Experts on a backbone until `remove`, or until the end of a `with` block, which yields the target."""
+
+    def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
+        self.target = target
+        backbone = backbone_of(target)
+        names = tuple(site.name for site in find_sites(backbone))
+        if names != tuple(sites):
+            raise InputError(f"experts: their {len(sites)} sites are not the {len(names)} of this "
+                             f"{type(backbone).__name__}: use the backbone that they were trained on")
+        check_runnable(backbone, mask_EL, np.unique(expert_T).tolist())
+        simulator = Simulator(backbone)
+        backbone._alter_applied = (simulator, _follow(simulator, mask_EL, expert_T))
+
+    def __enter__(self) -> Any:
+        return self.target
+
+    def __exit__(self, *_: Any) -> None:
+        remove(self.target)
+
+
+def remove(target: Any) -> None:
+    """Restore the backbone of `target` to what it was before experts were applied.
+
+    Raises:
+        InputError: if there are none.
+    """
+    backbone = backbone_of(target)
+    if not hasattr(backbone, "_alter_applied"):
+        raise InputError("experts: none are applied to this backbone: call apply first")
+    simulator, hook = backbone._alter_applied
+    hook.remove()
+    simulator.remove()
+    del backbone._alter_applied
+
+
+@contextmanager
+def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Iterator[None]:
+    """As `Applied`, inside the block, for a backbone that has gates already."""
+    hook = _follow(simulator, mask_EL, expert_T)
+    try:
+        yield
+    finally:
+        hook.remove()
+        simulator.set(None)
+
+
+def backbone_of(target: Any) -> Any:
+    """The UNet or DiT of a pipeline, or `target` itself; what `torch.compile` wraps is unwrapped."""
+    if not isinstance(target, nn.Module):
+        for component in PIPELINE_COMPONENT.values():
+            if isinstance(getattr(target, component, None), nn.Module):
+                target = getattr(target, component)
+                break
+        else:
+            raise InputError(f"experts: a {type(target).__name__} has no unet or transformer to apply them to")
+    return getattr(target, "_orig_mod", target)
+
+
+def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
+    """Let the `timestep` argument of each forward choose the gates' rows; returns the hook's handle."""
+    masks, last = torch.from_numpy(mask_EL), len(expert_T) - 1
+    rows_E = [HardRows(mask_L[None]) for mask_L in masks]
+    site = simulator.sites[0].name  # where a copy of the backbone finds the rows of its own gates
+
+    @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
+    def choose_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        nearest = torch.as_tensor(timestep).detach().reshape(-1).cpu().double().round().clamp(0, last)
+        experts = expert_T[nearest.long().numpy()]
+        layer: Any = module.get_submodule(site)
+        state = layer._alter_gate.state
+        if (experts == experts[0]).all():
+            state.rows = rows_E[experts[0]]
+        else:
+            sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            state.rows = HardRows(masks[experts], sample.device)
+
+    return simulator.backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)

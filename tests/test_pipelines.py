@@ -1,0 +1,427 @@
+"""Experts in diffusers' pipelines, against the same pipeline over copies whose layers were removed by hand."""
+
+import copy
+import dataclasses
+import inspect
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from conftest import make_dit, make_vae, save_stable_diffusion
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.hooks import apply_group_offloading
+from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from alter import InputError, TemporalExperts, load_pipeline
+from alter.cost import count_cost
+
+PROMPTS = ["a red circle", "a small green triangle above a blue square"]
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+
+
+def experts_for(backbone, size, count=3, seed=0):
+    cost = count_cost(backbone, size)
+    mask_EL = np.random.default_rng(seed).random((count, len(cost.sites))) < 0.6
+    return TemporalExperts.build(mask_EL, np.arange(1000) * count // 1000, cost, 0.6, "total")
+
+
+class Skip(nn.Module):
+    """What is left of a layer that was taken out."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.channels = layer.out_channels if isinstance(layer, ResnetBlock2D) else None
+        if hasattr(layer, "norm1") and hasattr(layer.norm1, "emb"):  # a DiT's head reads it in block 0
+            self.norm1 = layer.norm1
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states if self.channels is None else hidden_states[:, : self.channels]
+
+
+def serve_by_hand(backbone, experts, option=lambda backbone: None):
+    """Send each forward to a copy of the backbone, with the option, without what its timestep's expert skips."""
+    copies = []
+    for mask_L in experts.mask_EL:
+        copies.append(copy.deepcopy(backbone))
+        for name, runs in zip(experts.sites, mask_L, strict=True):
+            if not runs:
+                parent, _, child = name.rpartition(".")
+                setattr(copies[-1].get_submodule(parent), child, Skip(copies[-1].get_submodule(name)))
+        option(copies[-1])
+    names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+
+    def forward(*args, **kwargs):
+        timestep = {**dict(zip(names, args, strict=False)), **kwargs}["timestep"]
+        nearest = min(max(round(float(torch.as_tensor(timestep).reshape(-1)[0])), 0), 999)
+        return copies[experts.expert_T[nearest]](*args, **kwargs)
+
+    backbone.forward = forward
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_stable_diffusion(tmp_path_factory.mktemp("sd") / "pipe")
+
+
+def load(folder, cls=StableDiffusionPipeline, **components):
+    pipe = cls.from_pretrained(folder, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, prompts=PROMPTS[0], **arguments):
+    settings = {"num_inference_steps": 4, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
+    if isinstance(pipe, StableDiffusionPipeline):
+        settings |= {"height": 32, "width": 32}
+    return pipe(prompts, **{**settings, **arguments}).images
+
+
+def compare(make, before=lambda unet: None, after=lambda unet: None, **arguments):
+    """`make()` with experts and over hand-made copies: the same images, others than the dense ones, which come back.
+
+    before, after: options of the UNet, taken before or after the experts are applied.
+    """
+    pipe, other, dense = make(), make(), make()
+    for each in (pipe, other, dense):
+        before(each.unet)
+    experts = experts_for(make().unet, 16)
+    experts.apply(pipe)
+    serve_by_hand(other.unet, experts, after)
+    after(pipe.unet)
+    after(dense.unet)
+    drawn, plain = draw(pipe, **arguments), draw(dense, **arguments)
+    assert np.array_equal(drawn, draw(other, **arguments))
+    assert np.abs(drawn - plain).max() > 1e-3
+    experts.remove(pipe)
+    assert np.array_equal(draw(pipe, **arguments), plain)
+
+
+@pytest.mark.parametrize("arguments", [
+    {}, {"guidance_scale": 1.0}, {"prompts": PROMPTS}, {"num_images_per_prompt": 3}, {"num_inference_steps": 1},
+    {"num_inference_steps": 30}, {"timesteps": [990, 700, 512, 333, 40]}, {"guidance_rescale": 0.7},
+], ids=str)
+def test_text_to_image(folder, arguments):
+    def make():
+        pipe = load(folder)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        if "timesteps" in arguments:
+            pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    compare(make, **arguments)
+
+
+@pytest.mark.parametrize("scheduler", [
+    DDIMScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler, PNDMScheduler, UniPCMultistepScheduler, LCMScheduler,
+])
+def test_any_scheduler(folder, scheduler):
+    def make():
+        pipe = load(folder)
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    compare(make)
+
+
+def test_image_to_image(folder):
+    compare(lambda: load(folder, StableDiffusionImg2ImgPipeline), image=PICTURE, strength=0.8)
+
+
+def test_inpainting(folder):
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    compare(lambda: load(folder, StableDiffusionInpaintPipeline), image=PICTURE, mask_image=mask, height=32, width=32)
+
+
+def test_controlnet(folder):
+    torch.manual_seed(1)
+    controlnet = ControlNetModel.from_unet(load(folder).unet, conditioning_embedding_out_channels=(4, 8))
+    for parameter in controlnet.parameters():  # its last layers begin at zero
+        nn.init.normal_(parameter, std=0.1)
+    compare(lambda: load(folder, StableDiffusionControlNetPipeline, controlnet=controlnet), image=PICTURE,
+            height=32, width=32)
+
+
+def test_dit(tmp_path):
+    torch.manual_seed(0)
+    transformer = make_dit(channels=4, learned_sigma=True)
+    config = {**transformer.config, "num_embeds_ada_norm": 1000}
+    folder = tmp_path / "dit"
+    DiTPipeline(DiTTransformer2DModel.from_config(config), make_vae(), DDIMScheduler()).save_pretrained(folder)
+    experts = experts_for(DiTPipeline.from_pretrained(folder).transformer, 8)
+    images = []
+    for way in ("experts", "by hand", "dense"):
+        pipe = load(folder, DiTPipeline)
+        if way == "experts":
+            experts.apply(pipe)
+        if way == "by hand":
+            serve_by_hand(pipe.transformer, experts)
+        images.append(draw(pipe, [3, 7], guidance_scale=2.0))
+    assert np.array_equal(images[0], images[1]) and np.abs(images[0] - images[2]).max() > 1e-3
+
+
+def lora(unet):
+    """Adapters whose weights depend on their names alone."""
+    from peft import LoraConfig
+
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    for name, parameter in unet.named_parameters():
+        if ".lora_" in name:
+            torch.manual_seed(zlib.crc32(name.encode()))
+            nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_adapters_loaded_before_or_after(folder, when):
+    pytest.importorskip("peft")
+    compare(lambda: load(folder), **{when: lora})
+
+
+def test_a_lora_file_loads_and_unloads_while_experts_are_on(folder, tmp_path):
+    pytest.importorskip("peft")
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = load(folder)
+    lora(pipe.unet)
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    expected_pipe, experts = pipe, experts_for(load(folder).unet, 16)
+    experts.apply(expected_pipe)
+    expected = draw(expected_pipe)
+    pipe = load(folder)
+    experts.apply(pipe)
+    plain = draw(pipe)
+    pipe.load_lora_weights(tmp_path)
+    assert np.abs(draw(pipe) - expected).max() < 1e-5 < np.abs(plain - expected).max()
+    pipe.unload_lora_weights()
+    assert np.array_equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(folder, dtype):
+    compare(lambda: load(folder, torch_dtype=dtype))
+
+
+def slice_attention(unet):
+    unet.set_attention_slice("max")
+
+
+def offload_model(unet):
+    """What `enable_model_cpu_offload` puts on each model, with the CPU as the device to run on."""
+    cpu_offload_with_hook(unet, torch.device("cpu"))
+
+
+def offload_groups(unet):
+    apply_group_offloading(unet, torch.device("cpu"), offload_type="leaf_level")
+
+
+def store_in_8_bits(unet):
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("option", [slice_attention, offload_model, offload_groups, store_in_8_bits])
+def test_memory_options_after(folder, option):
+    compare(lambda: load(folder), after=option)
+
+
+@pytest.mark.parametrize("option", [slice_attention, offload_groups, store_in_8_bits])
+def test_memory_options_before(folder, option):
+    """Hooks cannot be copied, so the hand-made copies get the option first of all, too."""
+    pipe, other = load(folder), load(folder)
+    experts = experts_for(pipe.unet, 16)
+    option(pipe.unet)
+    experts.apply(pipe)
+    serve_by_hand(other.unet, experts, option)
+    assert np.array_equal(draw(pipe), draw(other))
+
+
+@pytest.mark.parametrize("order", ["compile first", "apply first", pytest.param("in place", marks=pytest.mark.slow)])
+def test_a_backbone_that_the_user_compiles(folder, order):
+    """Traced by dynamo and run by its eager backend: at most one graph an expert, and the same images."""
+    experts, eager, pipe = experts_for(load(folder).unet, 16), load(folder), load(folder)
+    experts.apply(eager)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    if order == "compile first":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        experts.apply(pipe)
+    elif order == "apply first":
+        experts.apply(pipe)
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        experts.apply(pipe)
+        pipe.unet.compile(backend="eager")
+    first = draw(pipe, num_inference_steps=9)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 2 * len(experts.mask_EL)
+    assert np.abs(first - draw(eager, num_inference_steps=9)).max() < 1e-5
+    draw(pipe, num_inference_steps=30)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_two_pipelines_with_one_backbone_are_served_by_one_apply(folder):
+    pipe = load(folder)
+    second = StableDiffusionImg2ImgPipeline(**pipe.components)
+    experts = experts_for(pipe.unet, 16)
+    dense = draw(second, image=PICTURE)
+    experts.apply(pipe)
+    assert not np.array_equal(draw(second, image=PICTURE), dense)
+    with pytest.raises(InputError, match="already has gates"):
+        experts.apply(second)
+    experts.remove(second)
+    assert np.array_equal(draw(second, image=PICTURE), dense)
+    with pytest.raises(InputError, match="none are applied"):
+        experts.remove(pipe)
+
+
+def test_a_with_block_removes_the_experts_also_after_an_error(folder):
+    pipe = load(folder)
+    experts, dense = experts_for(pipe.unet, 16), draw(pipe)
+    with pytest.raises(RuntimeError), experts.apply(pipe) as served:
+        assert served is pipe and not np.array_equal(draw(pipe), dense)
+        raise RuntimeError
+    assert np.array_equal(draw(pipe), dense)
+
+
+def test_a_copy_of_a_served_backbone_chooses_for_itself(folder):
+    pipe = load(folder)
+    experts_for(pipe.unet, 16).apply(pipe)
+    twin = copy.deepcopy(pipe.unet)
+    inputs = {"sample": torch.randn(1, 4, 16, 16), "encoder_hidden_states": torch.randn(1, 16, 12)}
+    with torch.no_grad():
+        expected = pipe.unet(timestep=900, **inputs).sample
+        pipe.unet(timestep=10, **inputs)
+        assert torch.equal(twin(timestep=900, **inputs).sample, expected)
+
+
+def test_models_without_the_sites(folder):
+    experts = experts_for(load(folder).unet, 16)
+    with pytest.raises(InputError, match="their 26 sites are not the 4 of this DiTTransformer2DModel"):
+        experts.apply(make_dit())
+    with pytest.raises(InputError, match="AutoencoderKL has no sites"):
+        experts.apply(make_vae())
+    with pytest.raises(InputError, match="a int has no unet or transformer"):
+        experts.apply(3)
+
+
+def test_push_to_hub_uploads_the_file_alone(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr("alter.experts.HfApi.create_repo", lambda self, *args, **kwargs: calls.append(args))
+    monkeypatch.setattr("alter.experts.HfApi.upload_file", lambda self, **kwargs: calls.append(kwargs) or "address")
+    experts = experts_for(load(folder).unet, 16)
+    assert experts.push_to_hub("me/mine") == "address"
+    assert calls[0] == ("me/mine",) and calls[1]["path_in_repo"] == "experts.json"
+    assert b'"masks"' in calls[1]["path_or_fileobj"]
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_a_step_reads_the_timestep_once_whatever_the_number_of_sites(kind):
+    """Reads of device values by the host, as the profiler sees them; the dense model's own are subtracted."""
+    from conftest import make_inputs, make_unet
+    from torch.profiler import ProfilerActivity, profile
+
+    def reads(model):
+        (sample, _), conditioning = make_inputs(kind, batch=2)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as trace:
+            model(sample, timestep=torch.tensor([700, 700]), **conditioning)
+        return sum(event.count for event in trace.key_averages()
+                   if event.key in ("aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal"))
+
+    small = make_dit(layers=2) if kind == "dit" else make_unet()
+    large = make_dit(layers=8) if kind == "dit" else make_unet()
+    for model in (small, large):
+        dense = reads(model)
+        experts_for(model, 8 if kind == "dit" else 16).apply(model)
+        assert reads(model) - dense <= 1
+
+
+@pytest.fixture
+def trimmed(folder, tmp_path):
+    """A trimmed pipeline in a folder, its experts, and what the untrimmed one draws."""
+    pipe = load(folder)
+    experts = experts_for(pipe.unet, 16, count=2, seed=1)
+    unused = ~experts.mask_EL.any(axis=0)
+    assert unused.any()
+    experts.apply(pipe)
+    expected = draw(pipe)
+    lost = sum(p.numel() * 4 for name, out in zip(experts.sites, unused, strict=True) if out
+               for p in pipe.unet.get_submodule(name).parameters())
+    assert experts.trim(pipe) == lost > 0
+    assert np.array_equal(draw(pipe), expected)
+    pipe.save_pretrained(tmp_path / "trimmed")
+    experts.save_pretrained(tmp_path / "trimmed")
+    return tmp_path / "trimmed", experts, expected
+
+
+def test_a_trimmed_pipeline_is_saved_and_loaded(trimmed):
+    folder, experts, expected = trimmed
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is StableDiffusionPipeline and np.array_equal(draw(pipe), expected)
+    assert load_pipeline(folder, torch_dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    again = folder.parent / "again"
+    pipe.save_pretrained(again)
+    experts.save_pretrained(again)
+    assert np.array_equal(draw(load_pipeline(again)), expected)
+
+
+def test_a_trimmed_pipeline_is_never_loaded_or_run_as_a_dense_one(trimmed):
+    folder, experts, _ = trimmed
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        StableDiffusionPipeline.from_pretrained(folder)
+    pipe = load_pipeline(folder)
+    experts.remove(pipe)
+    with pytest.raises(InputError, match="trimmed and has no dense form"):
+        draw(pipe)
+    with pytest.raises(InputError, match="which this backbone was trimmed of: load it untrimmed"):
+        dataclasses.replace(experts, mask_EL=np.ones_like(experts.mask_EL)).apply(pipe)
+
+
+def test_a_trimmed_dit_keeps_the_embedder_of_its_head(tmp_path):
+    model, twin = make_dit(), make_dit()
+    experts = experts_for(model, 8)
+    experts.mask_EL[:, 0] = False
+    experts.mask_EL[:, 1] = True
+    experts.apply(twin)
+    experts.trim(model)
+    inputs = {"hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.tensor([5, 5]),
+              "class_labels": torch.tensor([1, 2])}
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).sample, twin.eval()(**inputs).sample)
+    model.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "alter_trimmed.safetensors")
+    assert {name.split(".")[2] for name in kept if name.startswith("transformer_blocks.0.")} == {"norm1"}
+
+
+def test_an_untrimmed_folder_loads_with_its_experts_applied(folder, tmp_path):
+    pipe = load(folder)
+    experts = experts_for(pipe.unet, 16)
+    experts.apply(pipe)
+    expected = draw(pipe)
+    experts.remove(pipe)
+    pipe.save_pretrained(tmp_path / "whole")
+    experts.save_pretrained(tmp_path / "whole")
+    assert np.array_equal(draw(load_pipeline(tmp_path / "whole")), expected)
+    with pytest.raises(InputError, match="holds no experts.json"):
+        load_pipeline(folder)
