@@ -292,7 +292,7 @@ def _teacher(config: Config, folder: Path, backbone: Backbone,
             raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the "
                              "backbone's: name a pipeline of the same one")
         tie_embedders(teacher)
-    elif not (folder / EXPERTS).is_file():
+    elif not (folder / EXPERTS).is_file() and config.experts.pretrained != config.backbone.pretrained:
         teacher = copy.deepcopy(backbone)
     elif config.loss.distils:  # weights that were tuned under experts make no dense model
         raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run: set "

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from .cost import CostTable
 from .errors import InputError
-from .serving import Applied, backbone_of, remove, serving
+from .serving import Applied, backbone_of, check_fit, remove, serving
 from .simulator import Simulator
 from .trimming import trim_layers
 
@@ -153,10 +153,9 @@ class TemporalExperts:
         Returns: bytes of parameters freed.
         """
         backbone = backbone_of(target)
+        check_fit(backbone, self.sites, self.mask_EL, self.used)
         if hasattr(backbone, "_alter_applied"):
             remove(target)
-        with self.apply(target):
-            pass  # refuses what does not fit
         freed = trim_layers(backbone, self.mask_EL, self.used)
         self.apply(target)
         return freed

@@ -52,7 +52,6 @@ def train(config: Config) -> Path:
         NonFiniteLoss, Interrupted: see `Trainer.run`.
     """
     started = time.perf_counter()
-    config = _follow_links(config)
     accelerator = make_accelerator(config)
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise InputError(f"accelerate's distributed_type={accelerator.distributed_type.value} is not supported: "
@@ -68,8 +67,8 @@ def train(config: Config) -> Path:
 
     trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
     experts = trainer.run()
+    trainer.close()
     if accelerator.is_main_process:
-        trainer.close()
         summary = _finish(config, parts, experts, accelerator.num_processes, trainer.counts, run_dir, started)
         print(summary_table(summary))
         print(f"run directory: {run_dir}")
@@ -82,7 +81,7 @@ def make_accelerator(config: Config) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
     torch.backends.cudnn.allow_tf32 = config.train.tf32
     tracker = config.log.tracker
-    AcceleratorState._reset_state()  # a process may train several runs, of different precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may train several runs, of different precision
     return Accelerator(
         mixed_precision=config.train.mixed_precision, step_scheduler_with_optimizer=False,
         log_with=None if tracker == "none" else tracker,
@@ -106,11 +105,18 @@ def _with_folders(config: Config, folders: dict[str, str | None]) -> Config:
 
 def _follow_links(config: Config) -> Config:
     """Name what outputs/<name>/latest means now: this run may move that link."""
-    here = os.path.realpath(".")
-    return _with_folders(config, {
-        section: os.path.relpath(os.path.realpath(value), here) if value and not os.path.isabs(value)
-        and os.path.isdir(value) else value for section, value in _folders(config).items()
-    })
+    def follow(value: str | None) -> str | None:
+        if value is None or not _through_link(value):
+            return value
+        return os.path.realpath(value) if os.path.isabs(value) else os.path.relpath(
+            os.path.realpath(value), os.path.realpath("."))
+
+    return _with_folders(config, {section: follow(value) for section, value in _folders(config).items()})
+
+
+def _through_link(folder: str) -> bool:
+    below = os.path.relpath(folder) if os.path.isabs(folder) else os.path.normpath(folder)
+    return os.path.realpath(below) != os.path.join(os.path.realpath("."), below)
 
 
 def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Path | None]:
@@ -122,14 +128,14 @@ def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Pa
         run_dir = Path(config.output_dir)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or set resume=latest")
-        return config, run_dir, None
+        return _follow_links(config), run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
-    return config, Path("outputs") / config.name / stamp, None
+    return _follow_links(config), Path("outputs") / config.name / stamp, None
 
 
 def _resumed(config: Config, run_dir: Path) -> Config:
-    """The configuration with the folders that the run began with, unless they have gone.
+    """The configuration, with the folders that links meant when the run began.
 
     Raises:
         InputError: if it would change the model, the masks or the data.
@@ -137,14 +143,15 @@ def _resumed(config: Config, run_dir: Path) -> Config:
     if config.output_dir and Path(config.output_dir).resolve() != run_dir.resolve():
         raise InputError(f"output_dir={config.output_dir!r} is not the run of resume={config.resume!r}: unset it")
     recorded = load_config(run_dir / "config.yaml")
-    given = _folders(config)
+    began = _folders(recorded)
     config = _with_folders(config, {
-        section: value if value is not None and os.path.isdir(value) else given[section]
-        for section, value in _folders(recorded).items()
+        section: began[section] if value and began[section] and _through_link(value) else value
+        for section, value in _folders(config).items()
     })
     before, now = flatten(recorded), flatten(config)
     for name, value in now.items():
-        if not name.startswith(_MAY_CHANGE) and value != before[name]:
+        moved = name == "experts.pretrained" and value and before[name]  # the checkpoint has them
+        if not name.startswith(_MAY_CHANGE) and value != before[name] and not moved:
             raise InputError(f"{name}={value!r} differs from {before[name]!r}, with which the run began: "
                              "resume with that value, or start a new run")
     return config
@@ -235,6 +242,7 @@ def _held_out_error(config: Config, parts: Parts, batch_size: int, most: int = 2
         total += count * output_error(
             parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first
         )
+    parts.release_teacher()
     return total / len(held_out)
 
 
@@ -260,5 +268,6 @@ def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) ->
         summary[f"fd_{name}"] = frechet_distance(classifier.features(images).numpy(), reference)
         summary[f"accuracy_{name}"] = accuracy(classifier, images, judge.asked)
         pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:_SHOWN]
+    parts.release_teacher()
     plot_samples(pictures, judge.titles[:_SHOWN], run_dir / "samples.png")
     return summary

@@ -24,11 +24,7 @@ class Applied:
     def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
         self.target = target
         backbone = backbone_of(target)
-        names = tuple(site.name for site in find_sites(backbone))
-        if names != tuple(sites):
-            raise InputError(f"experts: their {len(sites)} sites are not the {len(names)} of this "
-                             f"{type(backbone).__name__}: use the backbone that they were trained on")
-        check_runnable(backbone, mask_EL, np.unique(expert_T).tolist())
+        check_fit(backbone, sites, mask_EL, np.unique(expert_T).tolist())
         simulator = Simulator(backbone)
         backbone._alter_applied = (simulator, _follow(simulator, mask_EL, expert_T))
 
@@ -52,6 +48,15 @@ def remove(target: Any) -> None:
     hook.remove()
     simulator.remove()
     del backbone._alter_applied
+
+
+def check_fit(backbone: nn.Module, sites: Sequence[str], mask_EL: np.ndarray, used: list[int]) -> None:
+    """Raises InputError for another backbone's experts, or if one runs a layer that this one was trimmed of."""
+    names = tuple(site.name for site in find_sites(backbone))
+    if names != tuple(sites):
+        raise InputError(f"experts: their {len(sites)} sites are not the {len(names)} of this "
+                         f"{type(backbone).__name__}: use the backbone that they were trained on")
+    check_runnable(backbone, mask_EL, used)
 
 
 @contextmanager

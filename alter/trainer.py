@@ -167,8 +167,8 @@ class Trainer:
             self.ema.copy_to(self.parameters)
         for parameter in self.parameters:
             parameter.grad = None
+        del self.wrapped, self.ema, self.backbone_optim, self.hyper_optim, self.backbone_lr, self.hyper_lr
         self.accelerator.free_memory()
-        del self.wrapped, self.ema, self.backbone_optim, self.hyper_optim
 
     def iteration(self, micro_batches: Any) -> dict[str, float]:
         """One iteration of Algorithm 1, on one global batch."""

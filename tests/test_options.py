@@ -1,10 +1,12 @@
 """Every option of the trainer does what it says, on tiny real models."""
 
+import gc
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,15 @@ def test_a_teacher_in_bf16_is_the_same_model_rounded(small_config, tmp_path):
     gap = (exact.teacher_pred - rounded.teacher_pred.float()).abs().mean() / exact.teacher_pred.abs().mean()
     assert 0 < gap < 0.05
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_closed_trainer_holds_no_optimizer_or_average(small_config, tmp_path):
+    trainer = make_trainer(small_config("dit", train={"ema_decay": 0.9}), tmp_path)
+    kept = [weakref.ref(part) for part in (trainer.backbone_optim, trainer.hyper_optim, trainer.ema)]
+    trainer.run()
+    trainer.close()
+    gc.collect()
+    assert not any(part() for part in kept) and all(p.grad is None for p in trainer.parameters)
 
 
 def test_an_offloaded_teacher_leaves_the_device_after_every_use(small_config, tmp_path):
@@ -232,10 +243,11 @@ def test_a_finished_run_is_tuned_further_with_its_experts_on(small_config, tmp_p
         assert all(".attn" in name for name in moved)
 
 
-def test_the_experts_of_latest_are_those_from_before_the_run(small_config, tmp_path):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_experts_of_latest_are_those_from_before_the_run(small_config, tmp_path, absolute):
     """The new run moves the link outputs/<name>/latest, and goes on from a checkpoint all the same."""
     first = train(small_config("sd", output_dir=None, name="x"))
-    latest = "outputs/x/latest/final"
+    latest = str(tmp_path / "outputs/x/latest/final") if absolute else "outputs/x/latest/final"
     changes = {"output_dir": None, "name": "x", "backbone": {"pretrained": latest}, "experts": {"pretrained": latest},
                "loss": {"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}, "checkpoint": {"every": 4},
                "train": {"steps": 6, "search_steps": 100}}
@@ -263,7 +275,10 @@ def test_the_documented_recipes_are_valid(tmp_path):
     commands = [json.loads(line) for line in shown.splitlines()]
     assert len(commands) == 4
     for overrides in commands:
-        assert load_config("configs/sd21.yaml", overrides).experts.pretrained == "outputs/sd21/latest/final"
+        config = load_config("configs/sd21.yaml", overrides)
+        assert config.experts.pretrained == config.backbone.pretrained == "outputs/sd21/latest/final"
+        assert config.validate.every <= config.train.steps
+        assert config.loss.distils == (config.teacher.pretrained is not None)
 
 
 def test_a_warm_start_from_a_run_searches_nothing_and_keeps_the_masks(small_config, searched):
