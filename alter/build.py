@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
@@ -27,6 +26,7 @@ from .experts import FILE_NAME as EXPERTS
 from .experts import TemporalExperts
 from .hypernetwork import HyperNetwork
 from .lora import add_adapters
+from .sampling import scheduler_class
 from .simulator import FeatureTap, Simulator
 from .sites import (
     PIPELINE_COMPONENT,
@@ -326,11 +326,7 @@ def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> tuple[
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         return Budget(cost.share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
     if budget.sampler is not None:
-        sampler = getattr(diffusers, budget.sampler, None)
-        if not (isinstance(sampler, type) and issubclass(sampler, diffusers.SchedulerMixin)):
-            raise InputError(f"budget.sampler={budget.sampler!r}: diffusers has no such scheduler: use for example "
-                             "DPMSolverMultistepScheduler")
-        solver: Any = sampler.from_config(scheduler.config)  # type: ignore[attr-defined]
+        solver = scheduler_class(budget.sampler, "budget.sampler=").from_config(scheduler.config)
         solver.set_timesteps(budget.sampling_steps)
         last = scheduler.config.num_train_timesteps - 1
         timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)

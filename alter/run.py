@@ -115,8 +115,7 @@ def _follow_links(config: Config) -> Config:
 
 
 def _through_link(folder: str) -> bool:
-    below = os.path.relpath(folder) if os.path.isabs(folder) else os.path.normpath(folder)
-    return os.path.realpath(below) != os.path.join(os.path.realpath("."), below)
+    return os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath("."), folder))
 
 
 def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Path | None]:

@@ -1,12 +1,28 @@
 """Plain sampling from a backbone, batched; users sample through diffusers' pipelines."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from .diffusion import predict
+from .errors import InputError
+
+
+def scheduler_class(name: str, field: str) -> Any:
+    """diffusers' scheduler of that name; `field` stands before the name in the error.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        raise InputError(f"{field}{name!r}: diffusers has no such scheduler: use for example "
+                         "DPMSolverMultistepScheduler")
+    return found
 
 
 @torch.no_grad()

@@ -276,7 +276,7 @@ def test_the_demos_tokenizer_keeps_every_word_whole():
 def test_the_demo_in_short(tmp_path):
     config = load_config("configs/demo_sd.yaml", [
         *SHORT, "demo.steps=4", "demo.vae_steps=4", "demo.images=300", "train.steps=4", "train.search_steps=2",
-        "validate.every=4", "demo.batch_size=8", "train.batch_size=8", "data.holdout=16",
+        "validate.every=4", "demo.batch_size=8", "train.batch_size=8",
     ])
     run = train(config)
     summary = json.loads((run / "summary.json").read_text())
