@@ -1,6 +1,7 @@
 """`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 
+from .compiling import Compiled, compile_fastest, leave
 from .cost import CostTable
 from .errors import InputError
 from .serving import Applied, backbone_of, check_fit, remove, serving
@@ -143,6 +145,28 @@ class TemporalExperts:
     def remove(self, target: Any) -> None:
         """Undo `apply`; the backbone is dense again."""
         remove(target)
+
+    def compile(self, target: Any, batch: int = 2, latent_size: int | None = None,
+                ways: Sequence[str] | None = None, **options: Any) -> Compiled:
+        """Apply the experts to `target`, if they are not, and torch.compile it the way that measures fastest here.
+
+        Args:
+            batch: of the backbone, which guidance doubles. latent_size: side of the latents; None: the backbone's own.
+            ways: of `alter.compiling` to choose from (one alone is taken); None: all that the device has.
+            options: further arguments of torch.compile.
+
+        Returns: the choice and the measurements; print it. Other batches and sizes work too, and compile at first use.
+
+        Raises:
+            InputError: as `apply`; for an unknown way; if the backbone is offloaded already.
+        """
+        backbone = backbone_of(target)
+        if not hasattr(backbone, "_alter_applied"):
+            self.apply(target)
+        simulator = backbone._alter_applied.simulator
+        leave(backbone, simulator)
+        tokens = getattr(getattr(target, "tokenizer", None), "model_max_length", 77)
+        return compile_fastest(backbone, simulator, self.expert_T, batch, latent_size, tokens, ways, options)
 
     def trim(self, target: Any) -> int:
         """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.

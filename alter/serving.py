@@ -6,16 +6,28 @@ every site then branches on the host. Nothing compares tensors.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .compiling import leave
 from .errors import InputError
+from .sharing import SharedEmbedding
 from .simulator import HardRows, Simulator
 from .sites import PIPELINE_COMPONENT, find_sites
 from .trimming import check_runnable
+
+
+@dataclass
+class Installed:
+    """What `apply` put on a backbone."""
+
+    simulator: Simulator
+    hook: Any
+    shared: SharedEmbedding
 
 
 class Applied:
@@ -26,7 +38,8 @@ class Applied:
         backbone = backbone_of(target)
         check_fit(backbone, sites, mask_EL, np.unique(expert_T).tolist())
         simulator = Simulator(backbone)
-        backbone._alter_applied = (simulator, _follow(simulator, mask_EL, expert_T))
+        hook = _follow(simulator, mask_EL, expert_T)
+        backbone._alter_applied = Installed(simulator, hook, SharedEmbedding(backbone))
 
     def __enter__(self) -> Any:
         return self.target
@@ -44,9 +57,11 @@ def remove(target: Any) -> None:
     backbone = backbone_of(target)
     if not hasattr(backbone, "_alter_applied"):
         raise InputError("experts: none are applied to this backbone: call apply first")
-    simulator, hook = backbone._alter_applied
-    hook.remove()
-    simulator.remove()
+    installed: Installed = backbone._alter_applied
+    leave(backbone, installed.simulator)
+    installed.hook.remove()
+    installed.shared.remove()
+    installed.simulator.remove()
     del backbone._alter_applied
 
 
@@ -89,7 +104,9 @@ def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> 
     site = simulator.sites[0].name  # where a copy of the backbone finds the rows of its own gates
 
     @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
-    def choose_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def choose_rows(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if hasattr(module, "_alter_applied"):
+            module._alter_applied.shared.begin()
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         nearest = torch.as_tensor(timestep).detach().reshape(-1).cpu().double().round().clamp(0, last)
         experts = expert_T[nearest.long().numpy()]

@@ -44,17 +44,17 @@ class HardRows:
     def __init__(self, mask_BL: Tensor, device: torch.device | str = "cpu") -> None:
         counts = mask_BL.sum(0).tolist()
         order_LB = mask_BL.T.int().argsort(dim=1, descending=True, stable=True).to(device, non_blocking=True)
-        # None: every sample keeps the site. Otherwise the indices of those that do.
-        self.kept: list[Tensor | None] = [
-            None if count == len(mask_BL) else order_LB[site, :count] for site, count in enumerate(counts)
+        # Whether the site runs, for all samples; or the indices of those that keep it.
+        self.kept: list[Tensor | bool] = [
+            order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
 
     def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         kept = self.kept[index]
-        if kept is None:
+        if kept is True:
             return layer(hidden_states, *args, **kwargs)
         bypass = site.bypass(hidden_states)
-        if len(kept) == 0:
+        if kept is False:
             return bypass
         batch = len(hidden_states)
 
@@ -117,13 +117,24 @@ class Simulator:
         """Put `rows` in force until changed."""
         self._state.rows = rows
 
-    def compile(self) -> None:
-        """torch.compile every site's layer, for batches of any size; the branches stay outside."""
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all samples of a batch run the same sites, by the hard rows in force."""
+        rows = self._state.rows
+        return isinstance(rows, HardRows) and all(isinstance(kept, bool) for kept in rows.kept)
+
+    def compile(self, **options: Any) -> None:
+        """torch.compile every site's layer with these options; the branches stay outside."""
         # One graph for each kind of layer, width and mode; past the limit dynamo would quietly run eagerly.
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self._layers))
         for layer in self._layers:
-            layer.compile(dynamic=True)
+            layer.compile(**options)
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        for layer in self._layers:
+            layer._compiled_call_impl = None
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, with the rows that were in force in *that* forward."""

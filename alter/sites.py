@@ -118,6 +118,14 @@ def null_class(backbone: DiTTransformer2DModel) -> int:
     return backbone.config.num_embeds_ada_norm
 
 
+def embedders(backbone: nn.Module) -> list[Any]:
+    """The copies of a DiT's timestep and label embedder, one a block, each once; none for a UNet."""
+    if not isinstance(backbone, DiTTransformer2DModel):
+        return []
+    return list({id(block.norm1.emb): block.norm1.emb for block in backbone.transformer_blocks
+                 if hasattr(block, "norm1")}.values())
+
+
 def tie_embedders(backbone: Backbone) -> None:
     """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is left as it is.
 

@@ -77,7 +77,7 @@ class Trainer:
         if config.backbone.gradient_checkpointing:
             parts.simulator.enable_gradient_checkpointing()
         if config.backbone.compile:
-            parts.simulator.compile()
+            parts.simulator.compile(dynamic=True)  # any number of a batch's samples may keep a layer
         self.parameters = list(checkpoint.trained_parameters(self.backbone).values())
         self.dtype = self.parameters[0].dtype
         self.ema = EMAModel(self.parameters, decay=train.ema_decay, foreach=True) if train.ema_decay else None

@@ -8,7 +8,8 @@ import alter
 LEVELS = [
     {"errors"},
     {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora"},
-    {"config", "hypernetwork", "simulator", "cost", "trimming"},
+    {"config", "hypernetwork", "simulator", "cost", "trimming", "sharing"},
+    {"compiling"},
     {"serving"},
     {"sources", "budget", "experts", "sampling", "metrics"},
     {"data"},

@@ -367,6 +367,21 @@ def test_a_step_reads_the_timestep_once_whatever_the_number_of_sites(kind, times
     assert reads() - dense == (1 if timesteps[0] == timesteps[1] else 2)
 
 
+def test_a_profiler_trace_shows_no_reads_that_grow_with_the_sites():
+    """What compares tensors on the host, such as `if mask[layer]`, appears as aten::item or aten::is_nonzero."""
+    counts = []
+    for layers in (2, 9):
+        model = make_dit(layers=layers).eval()
+        (sample, _), conditioning = make_inputs("dit", batch=2)
+        experts_for(model, 8).apply(model)
+        with torch.no_grad(), torch.profiler.profile() as trace:
+            model(sample, timestep=torch.tensor([700, 700]), **conditioning)
+            sample[0, 0, 0, 0].item()  # the trace would show one
+        counts.append(sum(event.count for event in trace.key_averages() if event.key in
+                          ("aten::item", "aten::is_nonzero", "aten::equal", "cudaStreamSynchronize")))
+    assert counts == [1, 1]
+
+
 @pytest.fixture
 def trimmed(folder, tmp_path):
     """A trimmed pipeline in a folder, its experts, and what the untrimmed one draws."""

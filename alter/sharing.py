@@ -1,0 +1,83 @@
+"""A DiT's timestep and label, embedded once a forward instead of once a block.
+
+Every diffusers block has its own copy of one and the same embedder. While the copies are equal, the first block's
+result serves all others, to the bit.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor, nn
+
+from .sites import embedders
+
+_PLAIN = (nn.Linear, nn.Embedding, nn.SiLU, Timesteps)  # no adapter, no quantised layer
+
+
+class SharedEmbedding:
+    """Lets the embedders of `backbone` share their result, until `remove`; does nothing to a UNet.
+
+    Weights that are changed, replaced or given adapters later end the sharing: `begin`, which every forward must
+    call first, notices it. Nothing is shared in training mode, where blocks may drop different labels, or while
+    gradients are recorded, which belong to every copy.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.embedders = embedders(backbone)
+        self.arguments: tuple[Any, ...] | None = None
+        self.result: Tensor | None = None
+        if not _are_equal(self.embedders):
+            self.embedders = []
+        modules = [module for embedder in self.embedders for module in embedder.modules()]
+        self._children = [module._modules for module in modules if module._modules]
+        self._weights = [module._parameters for module in modules if module._parameters]
+        self._state = self._current()
+        for embedder in self.embedders:
+            embedder._alter_shared = self
+            embedder.__class__ = _sharing(embedder.__class__)
+
+    def begin(self) -> None:
+        """Forget the last forward's embedding."""
+        self.arguments = self.result = None
+        if self.embedders and self._current() != self._state:
+            self.remove()
+
+    def remove(self) -> None:
+        """Let every block embed for itself again."""
+        for embedder in self.embedders:
+            embedder.__class__ = type(embedder).__mro__[1]
+            del embedder._alter_shared
+        self.embedders = []
+
+    def _current(self) -> tuple[list[int], list[tuple[int, int]]]:
+        return ([id(child) for children in self._children for child in children.values()],
+                [(id(weight), weight._version) for weights in self._weights for weight in weights.values()
+                 if weight is not None])
+
+
+def _are_equal(copies: list[Any]) -> bool:
+    leaves = [[leaf for leaf in copy.modules() if not any(leaf.children())] for copy in copies]
+    if not all(type(leaf) in _PLAIN for own in leaves for leaf in own):
+        return False
+    weights = [list(copy.parameters()) for copy in copies]
+    return all(torch.equal(first, weight) for own in weights[1:] for first, weight in zip(weights[0], own, strict=True))
+
+
+@functools.cache
+def _sharing(cls: Any) -> Any:
+    def call(self: Any, *arguments: Any, **kwargs: Any) -> Tensor:
+        shared: SharedEmbedding = self._alter_shared
+        asked = (*arguments, *kwargs.values())
+        known = shared.arguments
+        if self.training or torch.is_grad_enabled():
+            return super(sharing, self).__call__(*arguments, **kwargs)
+        if known is None or len(known) != len(asked) or any(a is not b for a, b in zip(known, asked, strict=True)):
+            shared.result = super(sharing, self).__call__(*arguments, **kwargs)
+            shared.arguments = asked
+        assert shared.result is not None
+        return shared.result
+
+    sharing: Any = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return sharing
