@@ -20,7 +20,7 @@ TOLERANCE = 0.004
 
 @dataclass(frozen=True)
 class Budget:
-    """The target p and the share of the total that each site costs.
+    """The target p and the share of the total that each site costs, in MACs or in seconds.
 
     share_L: cost of every site / total cost, float64 [L]; its sum is the prunable share.
     keep_ratio: p in the unit named by `over`. over: "total" or "prunable".
@@ -35,7 +35,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.keep_ratio < self.floor:
             raise InputError(
-                f"budget.keep_ratio={self.keep_ratio} is below {self.floor:.4f}, the share of MACs that cannot "
+                f"budget.keep_ratio={self.keep_ratio} is below {self.floor:.4f}, the share of the cost that cannot "
                 f"be pruned (budget.over={self.over}; one layer an expert stays): choose at least that"
             )
 

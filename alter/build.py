@@ -1,7 +1,6 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
 import copy
-import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,35 +12,42 @@ import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.utils import parse_flag_from_env
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
 from .budget import Budget
 from .config import CONFIGS, Config
 from .cost import CostTable, count_cost
 from .data import Tolerant, split
-from .diffusion import PREDICTION_TYPES, predict
+from .diffusion import predict
 from .errors import InputError
 from .experts import FILE_NAME as EXPERTS
 from .experts import TemporalExperts
 from .hypernetwork import HyperNetwork
+from .latency import Latency
 from .lora import add_adapters
-from .sampling import scheduler_class
+from .plan import (
+    DTYPES,
+    check_validation,
+    component_of,
+    describe,
+    latent_size,
+    load_scheduler,
+    local_folder,
+    plan_budget,
+    plan_latency,
+)
 from .simulator import FeatureTap, Simulator
 from .sites import (
-    PIPELINE_COMPONENT,
     Backbone,
     example_inputs,
     feature_points,
-    find_sites,
     null_class,
     tie_embedders,
     timestep_features,
 )
 from .sources import Source, open_source
 from .text import TextEncoder, check_text
-
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Parts:
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
     vae, text: frozen; None where the data is encoded already and no image is asked for.
     experts: those given by `experts.pretrained`, or None where they are to be found.
+    latency: what the budget's time was measured as; None for a budget of MACs.
     """
 
     folder: Path
@@ -67,6 +74,7 @@ class Parts:
     source: Source
     latent_shape: tuple[int, int, int]
     experts: TemporalExperts | None = None
+    latency: Latency | None = None
     simulator: Simulator = field(init=False)
     student_tap: FeatureTap = field(init=False)
     teacher_tap: FeatureTap | None = field(init=False)
@@ -128,8 +136,12 @@ class Parts:
         return {"encoder_hidden_states": torch.where(dropped.to(text.device)[:, None, None], empty, text)}
 
 
-def build(config: Config, processes: int = 1, device: torch.device | str = "cpu") -> Parts:
+def build(config: Config, processes: int = 1, device: torch.device | str = "cpu",
+          latency: Latency | None = None) -> Parts:
     """Load and check everything; the same for equal configurations (weights of Φ are seeded).
+
+    Args:
+        latency: for `budget.cost=latency`, where it is known already; None: read or measured here.
 
     Raises:
         InputError: for whatever does not exist or does not fit.
@@ -149,10 +161,12 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     size = latent_size(config, folder)
     shape = (backbone.config.in_channels, size, size)
     cost = count_cost(backbone, size)
-    budget, experts = _budget(config, cost, scheduler)
-    _check_validation(config, backbone)
+    if config.budget.cost == "latency" and config.experts.pretrained is None:
+        latency = latency or plan_latency(config, device)
+    budget, experts = plan_budget(config, cost, scheduler, latency)
+    check_validation(config, backbone)
     _check_sample(source, config, backbone, shape)
-    dtype = _DTYPES[config.train.mixed_precision]
+    dtype = DTYPES[config.train.mixed_precision]
     vae = text = None
     if not source.encoded or (config.validate.every and (folder / "vae").is_dir()):
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).requires_grad_(False).eval()
@@ -174,24 +188,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     if config.experts.router == "learned":
         hypernetwork.temporal_router.features_TD.copy_(features_TD)
     return Parts(folder, backbone.to(device), teacher, offload, scheduler, vae, text, hypernetwork.to(device), cost,
-                 budget, source, shape, experts)
-
-
-def describe(config: Config) -> tuple[Backbone, CostTable, Budget, TemporalExperts | None]:
-    """The backbone on the meta device, its costs, budget and given experts, from JSON alone: no weights.
-
-    Raises:
-        InputError: if neither `backbone.pretrained` nor configs/models/ holds the backbone's configuration.
-    """
-    folder = _architecture(config)
-    with torch.device("meta"):
-        cls, component = component_of(folder)
-        backbone = cls.from_config(cls.load_config(folder / component))
-        tie_embedders(backbone)
-    find_sites(backbone)
-    _check_validation(config, backbone)
-    cost = count_cost(backbone, latent_size(config, folder))
-    return backbone, cost, *_budget(config, cost, load_scheduler(folder))
+                 budget, source, shape, experts, experts.latency if experts else latency)
 
 
 def check(config: Config, processes: int) -> None:
@@ -239,18 +236,6 @@ def check_batch(config: Config, processes: int) -> None:
         )
 
 
-def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
-    """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first."""
-    if Path(pretrained).is_dir():
-        return Path(pretrained)
-    try:
-        return Path(DiffusionPipeline.download(pretrained, revision=revision))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{field}={pretrained!r}: no such folder, and the hub gave nothing "
-                         f"({reason}): give a diffusers folder or a hub id") from None
-
-
 def load_backbone(folder: Path) -> Backbone:
     """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files)."""
     cls, component = component_of(folder)
@@ -259,28 +244,6 @@ def load_backbone(folder: Path) -> Backbone:
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"backbone.pretrained: {folder / component} cannot be loaded "
                          f"({' '.join(str(error).split())[:300]})") from None
-
-
-def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The training schedule, with the betas and the prediction type of the pipeline's scheduler."""
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise InputError(f"backbone.pretrained={str(folder)!r} has no scheduler/scheduler_config.json")
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    kind = scheduler.config.prediction_type
-    if kind not in PREDICTION_TYPES:
-        raise InputError(f"{folder / 'scheduler'}: prediction_type={kind!r}: use one of {', '.join(PREDICTION_TYPES)}")
-    return scheduler
-
-
-def latent_size(config: Config, folder: Path) -> int:
-    """Side of the latents: `data.resolution`, divided by the VAE's factor where the pipeline has a VAE."""
-    if not (folder / "vae" / "config.json").is_file():
-        return config.data.resolution
-    levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
-    factor = 2 ** (levels - 1)
-    if config.data.resolution % factor:
-        raise InputError(f"data.resolution={config.data.resolution}: choose a multiple of the VAE's {factor}")
-    return config.data.resolution // factor
 
 
 def _teacher(config: Config, folder: Path, backbone: Backbone,
@@ -299,7 +262,7 @@ def _teacher(config: Config, folder: Path, backbone: Backbone,
                          "teacher.pretrained to the original model, or loss.output_kd and loss.feature_kd to 0")
     else:
         return None, None
-    nn.Module.to(teacher, _DTYPES[config.teacher.precision])  # past diffusers' warning of modules to keep in fp32: none
+    nn.Module.to(teacher, DTYPES[config.teacher.precision])  # past diffusers' warning of modules to keep in fp32: none
     teacher.requires_grad_(False).eval()
     if config.teacher.offload or not config.loss.distils:
         return cpu_offload_with_hook(teacher, device)
@@ -308,43 +271,6 @@ def _teacher(config: Config, folder: Path, backbone: Backbone,
 
 def _shape_of(backbone: Backbone) -> dict[str, Any]:
     return {name: value for name, value in backbone.config.items() if not name.startswith("_")}
-
-
-def _budget(config: Config, cost: CostTable, scheduler: DDPMScheduler) -> tuple[Budget, TemporalExperts | None]:
-    """The budget, and the experts of `experts.pretrained`, which then bring theirs."""
-    budget, given = config.budget, config.experts.pretrained
-    timesteps = None
-    if given is not None:
-        experts = TemporalExperts.from_pretrained(given)
-        if experts.sites != cost.sites:
-            raise InputError(f"experts.pretrained={given!r}: its {len(experts.sites)} sites are not the "
-                             f"{len(cost.sites)} of this backbone: use the backbone it was trained with")
-        if len(experts.expert_T) != scheduler.config.num_train_timesteps:
-            raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
-                             f"scheduler's {scheduler.config.num_train_timesteps}")
-        experts = dataclasses.replace(experts, macs=cost.macs, macs_total=cost.macs_total)  # at this resolution
-        timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
-        return Budget(cost.share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
-    if budget.sampler is not None:
-        solver = scheduler_class(budget.sampler, "budget.sampler=").from_config(scheduler.config)
-        solver.set_timesteps(budget.sampling_steps)
-        last = scheduler.config.num_train_timesteps - 1
-        timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
-    return Budget(cost.share_L, budget.keep_ratio, budget.over, timesteps), None
-
-
-def _check_validation(config: Config, backbone: Backbone) -> None:
-    """Refuse validation images that the backbone's conditioning does not allow."""
-    validate = config.validate
-    if validate.every is None:
-        return
-    by_class = "class_labels" in example_inputs(backbone, 1)
-    needed, other = ("labels", "prompts") if by_class else ("prompts", "labels")
-    if not getattr(validate, needed) or getattr(validate, other):
-        raise InputError(f"validate.every={validate.every}: for this backbone set validate.{needed}, and not "
-                         f"validate.{other}; or validate.every=null")
-    if by_class and not all(0 <= label < null_class(backbone) for label in validate.labels):
-        raise InputError(f"validate.labels={list(validate.labels)}: the backbone knows 0 to {null_class(backbone) - 1}")
 
 
 def choose_trained(backbone: Backbone, config: Config) -> None:
@@ -374,31 +300,6 @@ def _reads_captions(source: Source) -> bool:
 
 def _shift(vae: AutoencoderKL) -> float:
     return getattr(vae.config, "shift_factor", None) or 0.0
-
-
-def _architecture(config: Config) -> Path:
-    """Where the backbone's JSON configuration is: its folder, or ours for a known model or a demo."""
-    pretrained = str(config.backbone.pretrained)
-    for folder in (Path(pretrained), CONFIGS / "models" / (config.demo.model or pretrained)):
-        if folder.is_dir() and any((folder / part).is_dir() for part in PIPELINE_COMPONENT.values()):
-            return folder
-    raise InputError(f"backbone.pretrained={pretrained!r}: no such folder, and configs/models/ does not know "
-                     "it: give a diffusers folder")
-
-
-def component_of(folder: Path) -> tuple[type[Backbone], str]:
-    """The class and the sub-folder of a pipeline folder's backbone; reads JSON only."""
-    for cls, component in PIPELINE_COMPONENT.items():
-        file = folder / component / "config.json"
-        if file.is_file():
-            found = cls.load_config(folder / component).get("_class_name", cls.__name__)
-            if found == cls.__name__:
-                return cls, component
-            known = " and ".join(known.__name__ for known in PIPELINE_COMPONENT)
-            raise InputError(f"backbone.pretrained={str(folder)!r}: a {found} has no sites known to alter, "
-                             f"which prunes {known}")
-    raise InputError(f"backbone.pretrained={str(folder)!r} has neither unet/ nor transformer/: "
-                     "give a diffusers pipeline folder")
 
 
 def _check_sample(source: Source, config: Config, backbone: Backbone, shape: tuple[int, ...]) -> None:

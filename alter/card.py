@@ -30,6 +30,8 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
         metadata["base_model"] = origin
     opening = f"`{base}`, tuned under the" if config.experts.pretrained else f"`{base}`, turned into"
     averaged = "the training timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
+    if experts.latency is not None:
+        averaged += f", and {experts.time_ratio:.1%} of its time ({experts.latency.place})"
     lora = "" if adapters is None else (
         f"The weights were trained as low-rank adapters of rank {config.lora.rank} and are merged here; `{adapters}` "
         "holds the adapters alone, for the base model.\n\n"

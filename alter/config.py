@@ -119,11 +119,20 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    keep_ratio: float = key(0.65, "p, the share of MACs to keep, averaged over timesteps.", within="(0, 1]")
+    keep_ratio: float = key(0.65, "p, the share of the cost to keep, averaged over timesteps.", within="(0, 1]")
     over: str = key(
         "total",
-        "What p is a share of. total: all MACs of the backbone. prunable: only those of the sites.",
+        "What p is a share of. total: the whole backbone. prunable: only its sites.",
         choices=("total", "prunable"),
+    )
+    cost: str = key(
+        "macs", "What p counts. macs: operations. latency: seconds of each layer, measured on the run's device in its "
+        "precision when the run begins, and kept in latency.json.", choices=("macs", "latency"),
+    )
+    batch: int = key(2, "Batch at which latency is measured; guidance doubles a pipeline's.", within="[1, inf)")
+    latency_file: str | None = key(
+        None, "Latencies measured elsewhere by scripts/latency.py, for experts that will be used there; null: "
+        "measured here."
     )
     sampler: str | None = key(
         None, "Average p over the timesteps that this diffusers scheduler visits (for example "
@@ -299,6 +308,9 @@ class Config:
         if self.loss.denoise == self.loss.output_kd == self.loss.feature_kd == 0:
             raise InputError("loss.denoise, loss.output_kd and loss.feature_kd are all 0: nothing would train the "
                              "backbone; set one of them above 0")
+        if self.budget.latency_file is not None and self.budget.cost != "latency":
+            raise InputError(f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
+                             "set budget.cost=latency")
         if self.data.source != "digits" and self.data.path is None:
             raise InputError(f"data.path is not set: data.source={self.data.source!r} needs a folder")
 

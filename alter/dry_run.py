@@ -1,8 +1,10 @@
 """What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
 
-from .build import check_batch, check_packages, choose_trained, describe
+from .budget import Budget
+from .build import check_batch, check_packages, choose_trained
 from .checkpoint import trained_parameters
 from .config import Config
+from .plan import describe
 
 _GIB = 2**30
 
@@ -12,8 +14,6 @@ def describe_run(config: Config, processes: int = 1) -> str:
     check_batch(config, processes)
     check_packages(config)
     backbone, cost, budget, experts = describe(config)
-    kept = (budget.keep_ratio - budget.fixed) * budget.scale / cost.prunable_share
-    total = budget.keep_ratio if budget.over == "total" else 1 - cost.prunable_share * (1 - budget.keep_ratio)
     everything = sum(parameter.numel() for parameter in backbone.parameters())
     choose_trained(backbone, config)
     trained = sum(parameter.numel() for parameter in trained_parameters(backbone).values())
@@ -31,8 +31,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / scale:.1f} {unit} a forward "
         "(batch 1; convolutions, matrix and attention products)",
         f"prunable: {cost.prunable_share:.1%} of the MACs",
-        f"budget: keep {budget.keep_ratio:.3f} of the {budget.over} MACs, which is {total:.3f} of all MACs and "
-        f"{kept:.3f} of the prunable ones; {len(experts.mask_EL) if experts else config.experts.count} experts",
+        f"budget: keep {_budget(config, budget)}; {len(experts.mask_EL) if experts else config.experts.count} experts",
         f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
         "memory a process, without activations, VAE and text encoder "
@@ -41,3 +40,15 @@ def describe_run(config: Config, processes: int = 1) -> str:
     lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
     return "\n".join(lines)
+
+
+def _budget(config: Config, budget: Budget | None) -> str:
+    if budget is None:
+        return (f"{config.budget.keep_ratio:.3f} of the {config.budget.over} time, measured when the run begins "
+                "(scripts/latency.py measures it now)")
+    prunable = float(budget.share_L.sum())
+    kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable
+    total = budget.keep_ratio if budget.over == "total" else 1 - prunable * (1 - budget.keep_ratio)
+    unit = {"macs": "MACs", "latency": "time"}[config.budget.cost]
+    return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {total:.3f} of all {unit} and "
+            f"{kept:.3f} of the prunable")

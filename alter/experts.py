@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from .compiling import Compiled, compile_fastest, leave
 from .cost import CostTable
 from .errors import InputError
+from .latency import Latency
 from .serving import Applied, backbone_of, check_fit, remove, serving
 from .simulator import Simulator
 from .trimming import trim_layers
@@ -32,6 +33,7 @@ class TemporalExperts:
         macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
         keep_ratio_target: what was asked for, as a share of `budget_over` ("total" or "prunable").
         timesteps: training timesteps over which the keep ratio is averaged; None: all of them.
+        latency: the measured times that `keep_ratio_target` is a share of; None: it is one of MACs.
     """
 
     sites: tuple[str, ...]
@@ -42,6 +44,7 @@ class TemporalExperts:
     keep_ratio_target: float
     budget_over: str
     timesteps: tuple[int, ...] | None = None
+    latency: Latency | None = None
 
     @property
     def macs_T(self) -> np.ndarray:
@@ -52,12 +55,22 @@ class TemporalExperts:
     @property
     def macs_mean(self) -> float:
         """MACs of one forward, averaged over `timesteps`."""
-        return float((self.macs_T if self.timesteps is None else self.macs_T[list(self.timesteps)]).mean())
+        return self._mean(self.macs_T)
 
     @property
     def keep_ratio(self) -> float:
         """Share of the *total* MACs kept, averaged over `timesteps`."""
         return self.macs_mean / self.macs_total
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Share of the dense forward's measured time that is left, averaged over `timesteps`; None if not measured."""
+        if self.latency is None:
+            return None
+        return self._mean((1 - ~self.mask_EL @ self.latency.share_L)[self.expert_T])
+
+    def _mean(self, value_T: np.ndarray) -> float:
+        return float((value_T if self.timesteps is None else value_T[list(self.timesteps)]).mean())
 
     @property
     def used(self) -> list[int]:
@@ -67,6 +80,8 @@ class TemporalExperts:
     def summary(self) -> str:
         """A few lines for the terminal."""
         lines = [f"{len(self.mask_EL)} experts over {len(self.sites)} sites, {self.keep_ratio:.1%} of all MACs"]
+        if self.latency is not None:
+            lines[0] += f", {self.time_ratio:.1%} of the time ({self.latency.place})"
         for expert, mask_L in enumerate(self.mask_EL):
             timesteps = np.flatnonzero(self.expert_T == expert)
             served = f"{len(timesteps)} timesteps in [{timesteps[0]}, {timesteps[-1]}]" if len(timesteps) else "unused"
@@ -79,12 +94,15 @@ class TemporalExperts:
         (Path(folder) / FILE_NAME).write_text(self._to_json(), encoding="utf-8")
 
     def _to_json(self) -> str:
+        measured = {} if self.latency is None else {"latency": {**asdict(self.latency), "time_ratio": self.time_ratio}}
         return _compact({
             "format": FORMAT,
             "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
             "macs_total": self.macs_total,
-            "budget": {"keep_ratio_target": self.keep_ratio_target, "over": self.budget_over,
+            "budget": {"cost": "macs" if self.latency is None else "latency",
+                       "keep_ratio_target": self.keep_ratio_target, "over": self.budget_over,
                        "timesteps": self.timesteps, "keep_ratio_of_total": self.keep_ratio},
+            **measured,
             "masks": self.mask_EL.astype(int).tolist(),
             "expert_of_timestep": self.expert_T.tolist(),
         })
@@ -124,10 +142,11 @@ class TemporalExperts:
 
     @classmethod
     def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
-              budget_over: str, timesteps: np.ndarray | None = None) -> "TemporalExperts":
+              budget_over: str, timesteps: np.ndarray | None = None,
+              latency: Latency | None = None) -> "TemporalExperts":
         """Join deterministic masks and routes with the costs of the sites."""
         return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
-                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()))
+                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()), latency)
 
     def apply(self, target: Any) -> Applied:
         """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
@@ -212,8 +231,16 @@ class TemporalExperts:
         if averaged is not None and not (isinstance(averaged, list) and averaged and all(
                 isinstance(t, int) and 0 <= t < len(routes) for t in averaged)):
             raise refuse("budget.timesteps", f"expected null or a list of timesteps 0 to {len(routes) - 1}")
+        latency = None
+        if budget.get("cost", "macs") != "macs":
+            try:
+                latency = Latency.parse(content["latency"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise refuse("latency", f"missing or of the wrong type ({error})") from None
+            if latency.sites != sites:
+                raise refuse("latency.sites", "are not those of `sites`")
         return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
-                   averaged and tuple(averaged))
+                   averaged and tuple(averaged), latency)
 
 
 def _compact(content: dict[str, Any]) -> str:

@@ -28,9 +28,11 @@ from .data import Tolerant, collate, split
 from .demo import Exam, exam, make_demo
 from .errors import InputError
 from .experts import TemporalExperts
+from .latency import Latency
 from .lora import FILE_NAME as ADAPTERS
 from .lora import merge_adapters, save_adapters
 from .metrics import accuracy, frechet_distance, output_error, train_classifier
+from .plan import plan_latency
 from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_latents
 from .sites import PIPELINE_COMPONENT
@@ -41,6 +43,7 @@ _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_ac
                "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
                "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
                "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
+LATENCY = "latency.json"
 _SHOWN = 12  # images a row of samples.png
 
 
@@ -62,8 +65,11 @@ def train(config: Config) -> Path:
     if config.demo.model and accelerator.is_main_process:
         make_demo(config, accelerator.device)
     accelerator.wait_for_everyone()
-    parts = build(config, accelerator.num_processes, accelerator.device)
+    latency = _latency(config, accelerator, run_dir if resume_from else None)
+    parts = build(config, accelerator.num_processes, accelerator.device, latency)
     _open(config, accelerator, run_dir, resume_from)
+    if parts.latency is not None and accelerator.is_main_process:
+        parts.latency.save(run_dir / LATENCY)
 
     trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
     experts = trainer.run()
@@ -91,6 +97,16 @@ def make_accelerator(config: Config) -> Accelerator:
         ],
         project_config=ProjectConfiguration(logging_dir="."),  # the run directory, once it is known
     )
+
+
+def _latency(config: Config, accelerator: Accelerator, resumed: Path | None) -> Latency | None:
+    """The times that a budget of time is about: as the run that is resumed began, or process 0's."""
+    if config.budget.cost != "latency" or config.experts.pretrained is not None:
+        return None
+    if resumed is not None:
+        return Latency.load(resumed / LATENCY)
+    measured = plan_latency(config, accelerator.device) if accelerator.is_main_process else None
+    return broadcast_object_list([measured])[0]
 
 
 def _folders(config: Config) -> dict[str, str | None]:
@@ -208,6 +224,8 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, processes: i
         "experts_count": len(experts.mask_EL), "experts_used": len(experts.used),
         "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used], **counts,
     }
+    if experts.latency is not None:
+        summary |= {"time_ratio": experts.time_ratio, "time_measured_on": experts.latency.place}
     experts.apply(parts.backbone)
     micro_batch = config.train.batch_size // (config.train.gradient_accumulation * processes)
     summary["output_error"] = _held_out_error(config, parts, micro_batch)

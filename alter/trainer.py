@@ -299,7 +299,8 @@ class Trainer:
 
     def _experts(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
         budget = self.parts.budget
-        return TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over, budget.timesteps)
+        return TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
+                                     self.parts.latency)
 
     def _validate_start(self, validator: Validator) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""

@@ -26,9 +26,9 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from alter import TemporalExperts  # noqa: E402
-from alter.build import component_of  # noqa: E402
 from alter.config import CONFIGS  # noqa: E402
 from alter.cost import CostTable, count_cost  # noqa: E402
+from alter.plan import component_of  # noqa: E402
 from alter.sites import example_inputs, find_sites, remove_layer  # noqa: E402
 
 CASES = {  # architecture under configs/models/, side of the latents

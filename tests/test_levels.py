@@ -8,11 +8,12 @@ import alter
 LEVELS = [
     {"errors"},
     {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora"},
-    {"config", "hypernetwork", "simulator", "cost", "trimming", "sharing"},
+    {"config", "hypernetwork", "simulator", "cost", "latency", "trimming", "sharing"},
     {"compiling"},
     {"serving"},
     {"sources", "budget", "experts", "sampling", "metrics"},
     {"data"},
+    {"plan"},
     {"build", "checkpoint", "report", "pipelines"},
     {"card", "validation", "demo", "dry_run"},
     {"trainer"},

@@ -15,9 +15,10 @@ from test_run import KEYS, SHORT, script
 from transformers import CLIPTextModel
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.build import build, check, load_scheduler
+from alter.build import build, check
 from alter.config import CONFIGS, save_config
 from alter.demo import make_tokenizer
+from alter.plan import load_scheduler
 from alter.sampling import sample_latents
 from alter.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
 

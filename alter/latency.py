@@ -1,0 +1,127 @@
+"""Seconds of every site and of a whole forward, measured on the device that the experts are meant for."""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import InputError
+from .sites import example_inputs, find_sites
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Medians of one dense forward without gradients.
+
+    Attributes:
+        sites: module path of every site, [L]. seconds: of its layer, [L]; seconds_total: of the whole forward.
+        device: its name. dtype: of weights and latents. batch, latent_size: of the latents, [batch, C, size, size].
+    """
+
+    sites: tuple[str, ...]
+    seconds: tuple[float, ...]
+    seconds_total: float
+    device: str
+    dtype: str
+    batch: int
+    latent_size: int
+
+    @property
+    def share_L(self) -> np.ndarray:
+        """Seconds of every site as a share of the whole forward, float64 [L]."""
+        return np.array(self.seconds) / self.seconds_total
+
+    @property
+    def place(self) -> str:
+        """Where and how it was measured, for the terminal."""
+        return f"{self.device}, {self.dtype}, batch {self.batch}, latents of {self.latent_size} x {self.latent_size}"
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: Path) -> "Latency":
+        """Raises InputError, naming the file, if it is missing or not one that `save` wrote."""
+        try:
+            return cls.parse(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file}: no measured latencies ({' '.join(str(error).split())[:200]}): write one with "
+                             "scripts/latency.py") from None
+
+    @classmethod
+    def parse(cls, content: Any) -> "Latency":
+        """From plain JSON; KeyError, TypeError or ValueError if a field is missing or wrong."""
+        latency = cls(
+            tuple(map(str, content["sites"])), tuple(map(float, content["seconds"])), float(content["seconds_total"]),
+            str(content["device"]), str(content["dtype"]), int(content["batch"]), int(content["latent_size"]),
+        )
+        if len(latency.seconds) != len(latency.sites) or not all(value > 0 for value in latency.seconds):
+            raise ValueError(f"seconds: needs {len(latency.sites)} values above 0, one a site")
+        if not latency.seconds_total >= sum(latency.seconds):
+            raise ValueError("seconds_total: less than the sites' sum")
+        return latency
+
+
+def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20) -> Latency:
+    """Time the layers of `backbone` within whole forwards, on its device and in its dtype.
+
+    On a GPU, times are those between events on its stream, so that gaps in which it waits for the host count.
+
+    Args:
+        backbone: in evaluation mode, without experts. latent_size: side of the latents.
+        batch: of the backbone; guidance doubles that of a pipeline. runs: timed forwards, after five more.
+    """
+    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
+              for name, value in example_inputs(backbone, latent_size).items()}
+    sites = find_sites(backbone)
+    on_gpu = backbone.device.type == "cuda"
+    starts: dict[str, Any] = {}
+    ends: dict[str, Any] = {}
+
+    def now() -> Any:
+        if not on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if on_gpu else end - start
+
+    hooks = []
+    for site in sites:
+        layer: nn.Module = backbone.get_submodule(site.name)
+        hooks += [layer.register_forward_pre_hook(lambda *_, name=site.name: starts.update({name: now()})),
+                  layer.register_forward_hook(lambda *_, name=site.name: ends.update({name: now()}))]
+    times: list[list[float]] = []
+    totals: list[float] = []
+    with torch.no_grad():
+        for run in range(runs + 5):
+            start = now()
+            backbone(**inputs)
+            end = now()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if run >= 5:
+                times.append([between(starts[site.name], ends[site.name]) for site in sites])
+                totals.append(between(start, end))
+    for hook in hooks:
+        hook.remove()
+    seconds = tuple(statistics.median(column) for column in zip(*times, strict=True))
+    return Latency(tuple(site.name for site in sites), seconds, max(statistics.median(totals), sum(seconds)),
+                   device_name(backbone.device), str(backbone.dtype).removeprefix("torch."), batch, latent_size)
+
+
+def device_name(device: torch.device) -> str:
+    """Of a GPU, its model; of a CPU, its architecture and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

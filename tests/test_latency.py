@@ -1,0 +1,118 @@
+"""A budget of time: latencies measured, kept, and met."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_dit
+
+import alter.run
+from alter import InputError, TemporalExperts, train
+from alter.build import build
+from alter.config import ROOT
+from alter.dry_run import describe_run
+from alter.latency import Latency, measure_latency
+
+SITES = tuple(f"transformer_blocks.{i}" for i in range(4))
+
+
+def uneven(**changes) -> Latency:
+    """Blocks of equal MACs of which the first takes most of the time."""
+    return dataclasses.replace(Latency(SITES, (0.6, 0.1, 0.1, 0.1), 1.0, "a device", "float32", 2, 8), **changes)
+
+
+def test_what_is_slow_costs_more():
+    model = make_dit().eval()
+    slow = model.transformer_blocks[2]
+    forward = slow.forward
+    slow.forward = lambda *args, **kwargs: (time.sleep(0.02), forward(*args, **kwargs))[1]
+    latency = measure_latency(model, latent_size=8, batch=3, runs=5)
+    assert latency.sites == SITES and latency.seconds[2] >= 0.02
+    assert latency.seconds_total >= sum(latency.seconds) and latency.share_L.argmax() == 2
+    assert (latency.dtype, latency.batch, latency.latent_size) == ("float32", 3, 8) and "CPU" in latency.device
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_files(tmp_path):
+    file = tmp_path / "latency.json"
+    uneven().save(file)
+    assert Latency.load(file) == uneven()
+    content = json.loads(file.read_text())
+    for field, value in [("seconds", [1, 2]), ("seconds", [0, 1, 1, 1]), ("seconds_total", 0.1), ("batch", "many"),
+                         ("sites", None)]:
+        file.write_text(json.dumps({**content, field: value}))
+        with pytest.raises(InputError, match="no measured latencies"):
+            Latency.load(file)
+    with pytest.raises(InputError, match="nothing.json: no measured latencies"):
+        Latency.load(tmp_path / "nothing.json")
+
+
+def test_the_budget_is_a_share_of_time(small_config, tmp_path):
+    uneven().save(tmp_path / "latency.json")
+    config = small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "latency.json")})
+    parts = build(config)
+    mask_EL = np.array([[0, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]], dtype=bool)
+    expert_T = np.repeat([0, 1, 2], [500, 250, 250])
+    assert parts.budget.measured(mask_EL, expert_T) == pytest.approx(0.5 * 0.4 + 0.25 * 0.8 + 0.25 * 1.0)
+    keep_all = parts.hypernetwork()
+    keep_all.mask_EL.data.fill_(50.0)
+    assert float(parts.budget.expected(keep_all).detach()) == pytest.approx(1.0)
+    experts = TemporalExperts.build(mask_EL, expert_T, parts.cost, 0.6, "total", latency=parts.latency)
+    assert experts.time_ratio == pytest.approx(0.65) and experts.keep_ratio != pytest.approx(0.65, abs=0.02)
+
+
+def test_a_run_keeps_its_measurement_and_its_artefact_tells_of_it(small_config, tmp_path, monkeypatch):
+    changes = {"experts": {"count": 8}, "budget": {"cost": "latency", "keep_ratio": 0.7}}
+    monkeypatch.setattr(alter.run, "plan_latency", lambda config, device: uneven())
+    config = small_config(**changes, train={"steps": 2, "search_steps": 2})
+    train(config)
+    assert Latency.load(tmp_path / "run" / "latency.json") == uneven()
+
+    monkeypatch.setattr(alter.run, "plan_latency", None)  # a resumed run measures nothing
+    config = small_config(**changes, resume="latest", train={"steps": 4, "search_steps": 2})
+    run_dir = train(config)
+    experts = TemporalExperts.from_pretrained(run_dir / "final")
+    assert experts.latency == uneven()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["time_ratio"] == experts.time_ratio == pytest.approx(0.7, abs=0.05)
+    assert "of the time (a device, float32, batch 2" in experts.summary()
+    assert "of its time (a device" in (run_dir / "final" / "README.md").read_text()
+
+    damaged = json.loads((run_dir / "final" / "experts.json").read_text())
+    for latency in ({}, {**damaged["latency"], "sites": ["a", "b", "c", "d"]}):
+        (tmp_path / "experts.json").write_text(json.dumps({**damaged, "latency": latency}))
+        with pytest.raises(InputError, match=r"experts\.json: latency"):
+            TemporalExperts.from_pretrained(tmp_path)
+    given = small_config(experts={"pretrained": str(run_dir / "final")}, output_dir=str(tmp_path / "tuned"))
+    assert build(given).budget.share_L.tolist() == uneven().share_L.tolist()
+
+
+def test_refusals_and_dry_run(small_config, tmp_path):
+    uneven(sites=SITES[:3], seconds=(0.1, 0.1, 0.1)).save(tmp_path / "other.json")
+    with pytest.raises(InputError, match="budget.latency_file=.*3 sites are not the 4"):
+        build(small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "other.json")}))
+    with pytest.raises(InputError, match="has no effect with budget.cost=macs"):
+        small_config(budget={"latency_file": "x.json"})
+    with pytest.raises(InputError, match="is below"):
+        uneven().save(tmp_path / "latency.json")
+        build(small_config(budget={"cost": "latency", "keep_ratio": 0.15,
+                                   "latency_file": str(tmp_path / "latency.json")}))
+    assert "of the total time, measured when the run begins" in describe_run(small_config(budget={"cost": "latency"}))
+    known = {"cost": "latency", "latency_file": str(tmp_path / "latency.json")}
+    assert "keep 0.650 of the total time, which is 0.650 of all time and 0.611 of the prunable" in describe_run(
+        small_config(budget=known))
+
+
+def test_the_script(tmp_path):
+    out = tmp_path / "latency.json"
+    command = [sys.executable, Path(ROOT) / "scripts" / "latency.py", "--config", "configs/demo_dit.yaml"]
+    done = subprocess.run([*command, "--out", out, "budget.batch=3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Latency.load(out).batch == 3
+    refused = subprocess.run([*command, "--out", out, "budget.batch=0"], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: budget.batch")
