@@ -64,9 +64,9 @@ def training_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
 
 def predict(backbone, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
     """The output of a diffusers backbone, in its own precision; inputs of any."""
-    cast = {name: value.to(backbone.dtype) if value.is_floating_point() else value
-            for name, value in conditioning.items()}
-    return backbone(noisy_latents.to(backbone.dtype), timestep=timesteps, **cast).sample
+    dtype = next(backbone.parameters()).dtype  # diffusers' `dtype` property walks over every module
+    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
+    return backbone(noisy_latents.to(dtype), timestep=timesteps, **cast).sample
 
 
 def min_snr_weight(scheduler, timesteps: Tensor, gamma: float) -> Tensor:

@@ -99,7 +99,7 @@ def backbone_of(target: Any) -> Any:
 
 def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
     """Let the `timestep` argument of each forward choose the gates' rows; returns the hook's handle."""
-    masks, last = torch.from_numpy(mask_EL), len(expert_T) - 1
+    masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
     site = simulator.sites[0].name  # where a copy of the backbone finds the rows of its own gates
 
@@ -108,11 +108,11 @@ def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> 
         if hasattr(module, "_alter_applied"):
             module._alter_applied.shared.begin()
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        nearest = torch.as_tensor(timestep).detach().reshape(-1).cpu().double().round().clamp(0, last)
-        experts = expert_T[nearest.long().numpy()]
+        given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
+        experts = [routes[min(max(round(value), 0), last)] for value in (given if isinstance(given, list) else [given])]
         layer: Any = module.get_submodule(site)
         state = layer._alter_gate.state
-        if (experts == experts[0]).all():
+        if experts.count(experts[0]) == len(experts):
             state.rows = rows_E[experts[0]]
         else:
             sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

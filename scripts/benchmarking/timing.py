@@ -1,0 +1,67 @@
+"""Interleaved timing of alternatives in one process, and what makes the host wait."""
+
+import contextlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+def interleave(ways: dict[str, Callable], runs: int, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median seconds of every way, from rounds in which each has every place in turn; and their last results."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Any] = {}
+    for run in range(runs + 1):  # the first is a warm-up
+        shift = run % len(ways)
+        for name, way in [*ways.items()][shift:] + [*ways.items()][:shift]:
+            synchronize(device)
+            started = time.perf_counter()
+            results[name] = way()
+            synchronize(device)
+            if run:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}, results
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(way: Callable, device: torch.device) -> int | None:
+    """Bytes allocated at most while it runs, weights included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    way()
+    return torch.cuda.max_memory_allocated()
+
+
+@contextlib.contextmanager
+def host_reads() -> Iterator[list[str]]:
+    """Yields a list to which every call is added that reads a tensor on the host, on a CPU, too."""
+    calls: list[str] = []
+    own = {name: getattr(torch.Tensor, name) for name in _WAITING}
+
+    def counted(name: str) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return own[name](*args, **kwargs)
+        return call
+
+    for name in own:
+        setattr(torch.Tensor, name, counted(name))
+    try:
+        yield calls
+    finally:
+        for name, function in own.items():
+            setattr(torch.Tensor, name, function)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"

@@ -1,0 +1,145 @@
+"""One iteration of the trainer against a dense simulation of the same update.
+
+The simulation computes every layer, blends by the mask, and asks the teacher for each of the two updates. In forwards
+of the dense model, an iteration of the search at keep ratio k is 3 + 3k against 7, one after it 1 + 3k against 4.
+On a CPU the backbone is cut to a few blocks of the real width.
+"""
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+
+from alter import InputError, load_config
+from alter.build import build
+from alter.config import CONFIGS
+from alter.data import collate
+from alter.plan import component_of
+from alter.run import make_accelerator
+from alter.simulator import SoftRows
+from alter.sites import example_inputs
+from alter.trainer import Trainer
+
+from .cases import CASES
+from .timing import host_reads, interleave, peak_memory, synchronize
+
+CUT = {
+    "dit_xl2": ("configs/dit_xl2.yaml", {"num_layers": 4}),
+    "sd21": ("configs/sd21.yaml", {
+        "block_out_channels": [320, 640], "attention_head_dim": [5, 10],
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}),
+}
+
+
+def iterations(name: str, arguments: Any, batch: int, kinds: list[str],
+               device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each kind, keep ratio, and with and without the optimizer step."""
+    if name not in CUT:
+        raise InputError(f"--cases {name}: training is measured for {', '.join(CUT)}")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(name, Path(folder), batch, device)
+        raw = collate([trainer.parts.source[i, 0] for i in range(batch)]) | {"skipped": []}
+        for keep, kind in itertools.product(arguments.keep, kinds):
+            for row in _compare(trainer, raw, keep, kind, arguments.runs, device):
+                yield {"mask_seed": 0, "sites": len(trainer.parts.cost.sites), **row,
+                       "dtype": "fp32" if device.type == "cpu" else "fp32, bf16 autocast"}
+
+
+def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Trainer:
+    config_file, cut = CUT[name]
+    template, size = CONFIGS / "models" / CASES[name][0], CASES[name][1]
+    on_cpu = device.type == "cpu"
+    cls, component = component_of(template)
+    values = {**cls.load_config(template / component), **(cut if on_cpu else {})}
+    torch.manual_seed(0)
+    with torch.device(device):
+        backbone: Any = cls.from_config(values)
+    backbone.save_pretrained(folder / component)
+    DDPMScheduler.from_pretrained(template / "scheduler").save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    example = example_inputs(backbone, size)
+    for i in range(2 * batch):
+        _save(folder / "train_features" / f"{i}.npy", torch.randn(1, backbone.config.in_channels, size, size))
+        if "class_labels" in example:
+            _save(folder / "train_labels" / f"{i}.npy", torch.tensor([i % 1000]))
+        else:
+            _save(folder / "train_text" / f"{i}.npy", torch.randn(example["encoder_hidden_states"].shape[1:]))
+    if "class_labels" not in example:
+        _save(folder / "empty_text.npy", torch.zeros(example["encoder_hidden_states"].shape[1:]))
+    config = load_config(config_file, [
+        f"backbone.pretrained={folder}", "backbone.revision=null", "data.source=latents", f"data.path={folder}",
+        f"data.resolution={size}", "data.holdout=0", f"train.batch_size={batch}", "train.gradient_accumulation=1",
+        f"train.mixed_precision={'no' if on_cpu else 'bf16'}", "log.tracker=none", "validate.every=null",
+        f"output_dir={folder / 'run'}", "teacher.precision=fp32",
+    ])
+    accelerator = make_accelerator(config)
+    return Trainer(config, build(config, 1, device), accelerator, folder)
+
+
+def _save(file: Path, value: torch.Tensor) -> None:
+    file.parent.mkdir(exist_ok=True)
+    np.save(file, value.cpu().numpy())
+
+
+def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs: int,
+             device: torch.device) -> Iterator[dict[str, Any]]:
+    budget = trainer.parts.budget
+    with torch.no_grad():
+        masks = budget.masks(trainer.parts.hypernetwork(), keep)
+    batches = trainer._prepare(itertools.repeat({**raw}))
+    k = float((1 - ~masks[0] @ trainer.parts.cost.share_L)[masks[1][batches[0].timesteps.numpy()]].mean())
+    floor = (3 + 3 * k) / 7 if kind == "train_search" else (1 + 3 * k) / 4
+    stepping = {"ours": 0.0, "dense": 0.0}
+    times: dict[str, list[float]] = {"ours": [], "dense": []}
+
+    def iterate(way: str) -> None:
+        prepared = trainer._prepare({**raw} for _ in itertools.count())
+        if kind == "train_search":
+            trainer.update_hypernetwork(prepared)
+            trainer.current_masks()
+            if way == "dense":
+                prepared = trainer._prepare({**raw} for _ in itertools.count())
+        if way == "ours":
+            trainer.update_backbone(prepared, *masks)
+        else:
+            with patch("alter.trainer.HardRows", lambda mask_BL, device: SoftRows(mask_BL.to(device).float())):
+                trainer.update_backbone(prepared, *masks)
+
+    step = type(trainer)._step
+
+    def timed(way: str) -> Callable:
+        def run() -> None:
+            spent = 0.0
+
+            def timed_step(optimizer: Any, schedule: Any) -> None:
+                nonlocal spent
+                synchronize(device)
+                started = time.perf_counter()
+                step(trainer, optimizer, schedule)
+                synchronize(device)
+                spent += time.perf_counter() - started
+
+            with patch.object(trainer, "_step", timed_step):
+                iterate(way)
+            times[way].append(spent)
+        return run
+
+    seconds, _ = interleave({way: timed(way) for way in times}, runs, device)
+    stepping = {way: float(np.median(spent[1:])) for way, spent in times.items()}
+    with host_reads() as reads:
+        iterate("ours")
+    peak = peak_memory(lambda: iterate("ours"), device)
+    for with_step in (False, True):
+        ours, dense = (seconds[way] - (0 if with_step else stepping[way]) for way in ("ours", "dense"))
+        yield {"kind": kind, "keep_ratio": keep, "macs_ratio": k, "optimizer_step": with_step, "floor": floor,
+               "time_ratio": ours / dense, "efficiency": floor / (ours / dense), "overhead": ours / dense / floor,
+               "seconds_dense": dense, "peak_memory_bytes": peak, "host_syncs_per_step": len(reads)}
