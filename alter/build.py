@@ -28,6 +28,7 @@ from .latency import Latency
 from .lora import add_adapters
 from .plan import (
     DTYPES,
+    by_time,
     check_validation,
     component_of,
     describe,
@@ -161,9 +162,9 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     size = latent_size(config, folder)
     shape = (backbone.config.in_channels, size, size)
     cost = count_cost(backbone, size)
-    if config.budget.cost == "latency" and config.experts.pretrained is None:
+    if by_time(config):
         latency = latency or plan_latency(config, device)
-    budget, experts = plan_budget(config, cost, scheduler, latency)
+    budget, experts = plan_budget(config, cost, size, scheduler, latency)
     check_validation(config, backbone)
     _check_sample(source, config, backbone, shape)
     dtype = DTYPES[config.train.mixed_precision]
@@ -191,8 +192,8 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
                  budget, source, shape, experts, experts.latency if experts else latency)
 
 
-def check(config: Config, processes: int) -> None:
-    """Everything that can be refused before weights are loaded.
+def check(config: Config, processes: int, latency: Latency | None = None) -> None:
+    """Everything that can be refused before weights are loaded; `latency` as for `build`.
 
     Raises:
         InputError: as `build` would.
@@ -209,7 +210,7 @@ def check(config: Config, processes: int) -> None:
         captioned = _reads_captions(source)
     pretrained = Path(str(config.backbone.pretrained))
     if config.demo.model or pretrained.is_dir() or (CONFIGS / "models" / pretrained).is_dir():
-        backbone, *_ = describe(config)
+        backbone, *_ = describe(config, latency)
         if captioned and pretrained.is_dir():
             check_text(pretrained, backbone.config.cross_attention_dim)
 

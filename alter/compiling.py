@@ -9,13 +9,12 @@ import functools
 import inspect
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from .errors import InputError
@@ -50,27 +49,45 @@ class Compiled:
         return "\n".join(lines + [f"  {way:10} failed: {reason}" for way, reason in self.failed.items()])
 
 
-def compile_fastest(backbone: Any, simulator: Simulator, expert_T: np.ndarray, batch: int, latent_size: int | None,
-                    text_tokens: int, ways: Sequence[str] | None, options: dict[str, Any]) -> Compiled:
-    """Measure `ways` (None: all that the device has) and leave the fastest in force, until `leave`.
-
-    Args:
-        backbone: with experts applied, whose gates `simulator` holds.
-        expert_T: the expert of each training timestep. options: further arguments of torch.compile.
+def check_ways(backbone: Any, ways: Sequence[str] | None, options: dict[str, Any]) -> tuple[str, ...]:
+    """The ways to measure; None: all that the device has.
 
     Raises:
-        InputError: for an unknown way, or if none of them works.
+        InputError: for an unknown way or option, or if the backbone is offloaded already.
     """
     on_gpu = backbone.device.type == "cuda"
     ways = tuple(ways) if ways is not None else WAYS if on_gpu else WAYS[:-1]
     for way in ways:
         if way not in WAYS or (way == "cudagraphs" and not on_gpu):
             raise InputError(f"ways={way!r}: use {', '.join(WAYS[:-1])} or, on a GPU, cudagraphs")
-    if "forward" in vars(backbone):  # accelerate's hooks: they would go round the compiled forward
+    if {"mode", "options"} & options.keys():
+        raise InputError("mode, options: these belong to the ways: choose among `ways`, or call torch.compile yourself")
+    own = vars(backbone).get("forward")
+    hooked = hasattr(backbone, "_hf_hook") or hasattr(backbone, "_diffusers_hook")
+    if own is not None and not hooked and inspect.unwrap(own) is inspect.unwrap(type(backbone).forward):
+        del backbone.forward  # left by accelerate's hooks when they were removed
+    elif own is not None and set(ways) & set(WAYS[2:]):
         raise InputError("experts: this backbone is offloaded already: compile first, then enable offloading")
+    return ways
+
+
+def compile_fastest(backbone: Any, simulator: Simulator, expert_T: np.ndarray, batch: int, latent_size: int | None,
+                    text_tokens: int, ways: tuple[str, ...], options: dict[str, Any]) -> Compiled:
+    """Measure the ways and leave the fastest in force, until `leave`.
+
+    Args:
+        backbone: with experts applied, whose gates `simulator` holds.
+        expert_T: the expert of each training timestep. options: further arguments of torch.compile.
+
+    Raises:
+        InputError: if none of the ways works.
+    """
     size = latent_size or backbone.config.sample_size
-    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
-              for name, value in example_inputs(backbone, size, text_tokens).items()}
+    inputs = example_inputs(backbone, size, text_tokens, batch)
+    # One graph an expert, and again for other shapes; past these limits dynamo would quietly run eagerly.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64 + 8 * (int(expert_T.max()) + 1))
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * dynamo.recompile_limit)
     seconds: dict[str, float] = {}
     graphs: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -79,10 +96,11 @@ def compile_fastest(backbone: Any, simulator: Simulator, expert_T: np.ndarray, b
         _enter(way, backbone, simulator, options)
         try:
             seconds[way] = _measure(backbone, inputs, expert_T)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except RuntimeError as error:  # of dynamo, of a backend, or out of memory
             failed[way] = " ".join(str(error).split())[:200]
+        finally:
+            leave(backbone, simulator)
         graphs[way] = _graphs() - before
-        leave(backbone, simulator)
     if not seconds:
         raise InputError(f"experts: torch.compile failed ({next(iter(failed.values()))})")
     kept = min(seconds, key=seconds.__getitem__)
@@ -102,35 +120,35 @@ def _enter(way: str, backbone: Any, simulator: Simulator, options: dict[str, Any
     if way == "layers":
         simulator.compile(**options)
     elif way != "eager":
-        # One graph an expert, and again for other shapes; past the limit dynamo would quietly run eagerly.
-        dynamo: Any = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 128)
-        if way == "cudagraphs":
-            options = {**options, "mode": "reduce-overhead"}
-        forward = torch.compile(type(backbone).forward, **options)
-        backbone._alter_forward = _replayed(forward) if way == "cudagraphs" else forward
+        backbone._alter_forward = compile_forward(type(backbone), way, **options)
         backbone.__class__ = _compiled(backbone.__class__)
 
 
-def _replayed(forward: Any) -> Any:
-    """CUDA graphs write every output to the same memory: return copies, which schedulers may keep."""
+def compile_forward(cls: Any, way: str, **options: Any) -> Callable:
+    """`cls.forward` as one graph, or one CUDA graph; its first argument is the backbone."""
+    if way != "cudagraphs":
+        return torch.compile(cls.forward, **options)
+    forward = torch.compile(cls.forward, mode="reduce-overhead", **options)
+
     def run(*args: Any, **kwargs: Any) -> Any:
+        """CUDA graphs write every output to the same memory: a copy is returned, which schedulers may keep."""
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map_only(torch.Tensor, torch.clone, forward(*args, **kwargs))
+
     return run
 
 
-def _measure(backbone: nn.Module, inputs: dict[str, Any], expert_T: np.ndarray, runs: int = 5) -> float:
+def _measure(backbone: Any, inputs: dict[str, Any], expert_T: np.ndarray, runs: int = 5) -> float:
     experts, first, counts = np.unique(expert_T, return_index=True, return_counts=True)
     times_E: list[list[float]] = [[] for _ in experts]
     with torch.no_grad():
         for run in range(runs + 2):  # the first two compile and warm up
             for timestep, times in zip(first, times_E, strict=True):
                 arguments = _as_pipelines_do(inputs, int(timestep))
-                _synchronize()
+                synchronize(backbone.device)
                 started = time.perf_counter()
                 backbone(**arguments)
-                _synchronize()
+                synchronize(backbone.device)
                 if run > 1:
                     times.append(time.perf_counter() - started)
     return float(np.dot([statistics.median(times) for times in times_E], counts) / counts.sum())
@@ -144,9 +162,10 @@ def _as_pipelines_do(inputs: dict[str, Any], timestep: int) -> dict[str, Any]:
     return {**inputs, "timestep": value, "return_dict": False}
 
 
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that was sent to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _graphs() -> int:
@@ -159,13 +178,21 @@ def _compiled(cls: Any) -> Any:
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls.forward).parameters.items()
                 if name != "self"}
 
+    @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the class's own; a batch of several experts, which would be a new graph each time, runs eagerly."""
-        run = self._alter_forward if self._alter_applied.simulator.is_uniform else cls.forward
-        # Pipelines write the same call in several ways, each of which would be a graph.
+        """As the class's own, which also serves what would be new graphs each time: batches of several experts.
+
+        It may be called after `leave`, by hooks that have kept it.
+        """
+        if not hasattr(self, "_alter_forward") or not self._alter_applied.simulator.is_uniform:
+            return cls.forward(self, *args, **kwargs)
+        # Pipelines write the same call in several ways, and schedulers the same timestep, each of which would be a
+        # graph; the backbone makes a float of it first of all.
         given = {**dict(zip(defaults, args, strict=False)), **kwargs}
-        return run(self, **{name: given[name] for name in (*defaults, *given)
-                            if name in given and given[name] is not defaults.get(name, missing)})
+        latents = given[next(iter(defaults))]
+        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32, device=latents.device)
+        return self._alter_forward(self, **{name: given[name] for name in (*defaults, *given) if name in given
+                                            and given[name] is not defaults.get(name, missing)})
 
     compiled: Any = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
     return compiled

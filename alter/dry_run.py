@@ -4,6 +4,7 @@ from .budget import Budget
 from .build import check_batch, check_packages, choose_trained
 from .checkpoint import trained_parameters
 from .config import Config
+from .experts import TemporalExperts
 from .plan import describe
 
 _GIB = 2**30
@@ -31,7 +32,8 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / scale:.1f} {unit} a forward "
         "(batch 1; convolutions, matrix and attention products)",
         f"prunable: {cost.prunable_share:.1%} of the MACs",
-        f"budget: keep {_budget(config, budget)}; {len(experts.mask_EL) if experts else config.experts.count} experts",
+        f"budget: keep {_budget(config, budget, experts)}; "
+        f"{len(experts.mask_EL) if experts else config.experts.count} experts",
         f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
         "memory a process, without activations, VAE and text encoder "
@@ -42,13 +44,14 @@ def describe_run(config: Config, processes: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _budget(config: Config, budget: Budget | None) -> str:
+def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | None) -> str:
     if budget is None:
         return (f"{config.budget.keep_ratio:.3f} of the {config.budget.over} time, measured when the run begins "
                 "(scripts/latency.py measures it now)")
     prunable = float(budget.share_L.sum())
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable
     total = budget.keep_ratio if budget.over == "total" else 1 - prunable * (1 - budget.keep_ratio)
-    unit = {"macs": "MACs", "latency": "time"}[config.budget.cost]
+    of_time = experts.latency is not None if experts else config.budget.cost == "latency"
+    unit = "time" if of_time else "MACs"
     return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {total:.3f} of all {unit} and "
             f"{kept:.3f} of the prunable")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 
-from .compiling import Compiled, compile_fastest, leave
+from .compiling import Compiled, check_ways, compile_fastest, leave
 from .cost import CostTable
 from .errors import InputError
 from .latency import Latency
@@ -171,27 +171,32 @@ class TemporalExperts:
 
         Args:
             batch: of the backbone, which guidance doubles. latent_size: side of the latents; None: the backbone's own.
-            ways: of `alter.compiling` to choose from (one alone is taken); None: all that the device has.
-            options: further arguments of torch.compile.
+            ways: of `alter.compiling` to choose from (one alone is taken); None: all that the device has. Leave out
+                cudagraphs where weights will move, as in offloading.
+            options: further arguments of torch.compile (`backend`, `dynamic`, ...).
 
         Returns: the choice and the measurements; print it. Other batches and sizes work too, and compile at first use.
 
         Raises:
-            InputError: as `apply`; for an unknown way; if the backbone is offloaded already.
+            InputError: as `apply`; for an unknown way; if other experts are applied, or the backbone is offloaded
+                already; if nothing compiles.
         """
         backbone = backbone_of(target)
+        ways = check_ways(backbone, ways, options)
         if not hasattr(backbone, "_alter_applied"):
             self.apply(target)
-        simulator = backbone._alter_applied.simulator
-        leave(backbone, simulator)
+        installed = backbone._alter_applied
+        if not (np.array_equal(installed.mask_EL, self.mask_EL) and np.array_equal(installed.expert_T, self.expert_T)):
+            raise InputError("experts: others are applied to this backbone: remove them first")
+        leave(backbone, installed.simulator)
         tokens = getattr(getattr(target, "tokenizer", None), "model_max_length", 77)
-        return compile_fastest(backbone, simulator, self.expert_T, batch, latent_size, tokens, ways, options)
+        return compile_fastest(backbone, installed.simulator, self.expert_T, batch, latent_size, tokens, ways, options)
 
     def trim(self, target: Any) -> int:
         """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.
 
-        The pipeline can be saved as before (with this artefact beside it) and loaded by `alter.load_pipeline`, but
-        by nothing that expects the missing layers.
+        It undoes `compile`. The pipeline can be saved as before (with this artefact beside it) and loaded by
+        `alter.load_pipeline`, but by nothing that expects the missing layers.
 
         Returns: bytes of parameters freed.
         """

@@ -1,5 +1,6 @@
 """Seconds of every site and of a whole forward, measured on the device that the experts are meant for."""
 
+import contextlib
 import dataclasses
 import json
 import platform
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
+from .sharing import SharedEmbedding
 from .sites import example_inputs, find_sites
 
 
@@ -73,14 +75,14 @@ class Latency:
 def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20) -> Latency:
     """Time the layers of `backbone` within whole forwards, on its device and in its dtype.
 
-    On a GPU, times are those between events on its stream, so that gaps in which it waits for the host count.
+    As pipelines run it: eagerly, and a DiT with its embedding shared. On a GPU, times are those between events on its
+    stream, so that gaps in which it waits for the host count.
 
     Args:
         backbone: in evaluation mode, without experts. latent_size: side of the latents.
         batch: of the backbone; guidance doubles that of a pipeline. runs: timed forwards, after five more.
     """
-    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
-              for name, value in example_inputs(backbone, latent_size).items()}
+    inputs = example_inputs(backbone, latent_size, batch=batch)
     sites = find_sites(backbone)
     on_gpu = backbone.device.type == "cuda"
     starts: dict[str, Any] = {}
@@ -96,28 +98,36 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20)
     def between(start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1e3 if on_gpu else end - start
 
-    hooks = []
-    for site in sites:
-        layer: nn.Module = backbone.get_submodule(site.name)
-        hooks += [layer.register_forward_pre_hook(lambda *_, name=site.name: starts.update({name: now()})),
-                  layer.register_forward_hook(lambda *_, name=site.name: ends.update({name: now()}))]
+    hooks: list[Any] = []
+    shared = SharedEmbedding(backbone)
     times: list[list[float]] = []
     totals: list[float] = []
-    with torch.no_grad():
-        for run in range(runs + 5):
-            start = now()
-            backbone(**inputs)
-            end = now()
-            if on_gpu:
-                torch.cuda.synchronize()
-            if run >= 5:
-                times.append([between(starts[site.name], ends[site.name]) for site in sites])
-                totals.append(between(start, end))
-    for hook in hooks:
-        hook.remove()
+    try:
+        for site in sites:
+            layer: nn.Module = backbone.get_submodule(site.name)
+            hooks.append(layer.register_forward_pre_hook(lambda *_, name=site.name: starts.update({name: now()})))
+            hooks.append(layer.register_forward_hook(lambda *_, name=site.name: ends.update({name: now()})))
+        with torch.no_grad(), torch.cuda.device(backbone.device) if on_gpu else contextlib.nullcontext():
+            for run in range(runs + 5):
+                shared.begin()
+                start = now()
+                backbone(**inputs)
+                end = now()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                if run >= 5:
+                    times.append([between(starts[site.name], ends[site.name]) for site in sites])
+                    totals.append(between(start, end))
+    finally:
+        shared.remove()
+        for hook in hooks:
+            hook.remove()
+    arithmetic = str(backbone.dtype).removeprefix("torch.")
+    if on_gpu and backbone.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        arithmetic = "tf32"
     seconds = tuple(statistics.median(column) for column in zip(*times, strict=True))
     return Latency(tuple(site.name for site in sites), seconds, max(statistics.median(totals), sum(seconds)),
-                   device_name(backbone.device), str(backbone.dtype).removeprefix("torch."), batch, latent_size)
+                   device_name(backbone.device), arithmetic, batch, latent_size)
 
 
 def device_name(device: torch.device) -> str:

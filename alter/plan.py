@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,16 @@ from .errors import InputError
 from .experts import TemporalExperts
 from .latency import Latency, measure_latency
 from .sampling import scheduler_class
-from .sites import PIPELINE_COMPONENT, Backbone, example_inputs, find_sites, null_class, tie_embedders
+from .sites import PIPELINE_COMPONENT, Backbone, embedders, example_inputs, find_sites, null_class, tie_embedders
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def describe(config: Config) -> tuple[Backbone, CostTable, Budget | None, TemporalExperts | None]:
+def describe(config: Config, latency: Latency | None = None) -> tuple[
+        Backbone, CostTable, Budget | None, TemporalExperts | None]:
     """The backbone on the meta device, its costs, budget and given experts, from JSON alone: no weights.
 
-    The budget is None where it is one of time that the run will measure.
+    The budget is None where it is one of time that is neither given nor in `budget.latency_file`.
 
     Raises:
         InputError: if neither `backbone.pretrained` nor configs/models/ holds the backbone's configuration.
@@ -36,26 +38,49 @@ def describe(config: Config) -> tuple[Backbone, CostTable, Budget | None, Tempor
         tie_embedders(backbone)
     find_sites(backbone)
     check_validation(config, backbone)
-    cost = count_cost(backbone, latent_size(config, folder))
-    file, scheduler = config.budget.latency_file, load_scheduler(folder)
-    if config.budget.cost == "latency" and file is None and config.experts.pretrained is None:
-        return backbone, cost, None, None
-    return backbone, cost, *plan_budget(config, cost, scheduler, Latency.load(Path(file)) if file else None)
+    size, scheduler = latent_size(config, folder), load_scheduler(folder)
+    cost = count_cost(backbone, size)
+    if by_time(config) and latency is None:
+        if config.budget.latency_file is None:
+            return backbone, cost, None, None
+        latency = Latency.load(Path(config.budget.latency_file))
+    return backbone, cost, *plan_budget(config, cost, size, scheduler, latency)
+
+
+def by_time(config: Config) -> bool:
+    """Whether latencies are needed; experts that are given bring theirs."""
+    return config.budget.cost == "latency" and config.experts.pretrained is None
 
 
 def plan_latency(config: Config, device: torch.device | str) -> Latency:
-    """From `budget.latency_file`, or measured on `device` with random weights, in the run's precision."""
+    """From `budget.latency_file`, or measured on `device`."""
     if config.budget.latency_file is not None:
         return Latency.load(Path(config.budget.latency_file))
-    folder = _architecture(config, download=True)
+    return measure(config, device, download=True)
+
+
+def measure(config: Config, device: torch.device | str, download: bool = False) -> Latency:
+    """The backbone's latencies on `device`, with random weights, in the run's arithmetic.
+
+    download: whether the hub may be asked for the configuration of a backbone that is not known here.
+    """
+    folder = _architecture(config, download)
     cls, component = component_of(folder)
+    set_tf32(config)
     with torch.device(device):
-        backbone = cls.from_config(cls.load_config(folder / component))
+        backbone: Any = cls.from_config(cls.load_config(folder / component))
+    for embedder in embedders(backbone):  # equal copies, as in every trained DiT
+        embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[config.train.mixed_precision])
     return measure_latency(backbone, latent_size(config, folder), config.budget.batch)
 
 
-def plan_budget(config: Config, cost: CostTable, scheduler: DDPMScheduler,
+def set_tf32(config: Config) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+
+
+def plan_budget(config: Config, cost: CostTable, size: int, scheduler: DDPMScheduler,
                 latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
     """The budget, of time if `latency` is given, and the experts of `experts.pretrained`, which then bring theirs."""
     budget, given = config.budget, config.experts.pretrained
@@ -80,6 +105,9 @@ def plan_budget(config: Config, cost: CostTable, scheduler: DDPMScheduler,
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
                          f"{len(cost.sites)} of this backbone: measure this one with scripts/latency.py")
+    if latency is not None and latency.latent_size != size:
+        raise InputError(f"budget.latency_file={budget.latency_file!r}: measured at latents of {latency.latent_size}, "
+                         f"the run's are of {size}: measure them with scripts/latency.py")
     share_L = latency.share_L if latency else cost.share_L
     return Budget(share_L, budget.keep_ratio, budget.over, timesteps), None
 

@@ -32,7 +32,7 @@ from .latency import Latency
 from .lora import FILE_NAME as ADAPTERS
 from .lora import merge_adapters, save_adapters
 from .metrics import accuracy, frechet_distance, output_error, train_classifier
-from .plan import plan_latency
+from .plan import by_time, plan_latency, set_tf32
 from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_latents
 from .sites import PIPELINE_COMPONENT
@@ -60,12 +60,15 @@ def train(config: Config) -> Path:
         raise InputError(f"accelerate's distributed_type={accelerator.distributed_type.value} is not supported: "
                          "use plain data parallelism (accelerate launch --multi_gpu)")
     config, run_dir, resume_from = _run_dir(config, accelerator)
-    check(config, accelerator.num_processes)
+    latency = Latency.load(run_dir / LATENCY) if resume_from and by_time(config) else None
+    check(config, accelerator.num_processes, latency)
     set_seed(config.seed)
     if config.demo.model and accelerator.is_main_process:
         make_demo(config, accelerator.device)
     accelerator.wait_for_everyone()
-    latency = _latency(config, accelerator, run_dir if resume_from else None)
+    if latency is None and by_time(config):
+        measured = plan_latency(config, accelerator.device) if accelerator.is_main_process else None
+        latency = broadcast_object_list([measured])[0]
     parts = build(config, accelerator.num_processes, accelerator.device, latency)
     _open(config, accelerator, run_dir, resume_from)
     if parts.latency is not None and accelerator.is_main_process:
@@ -84,8 +87,7 @@ def train(config: Config) -> Path:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    set_tf32(config)
     tracker = config.log.tracker
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may train several runs, of different precision
     return Accelerator(
@@ -97,16 +99,6 @@ def make_accelerator(config: Config) -> Accelerator:
         ],
         project_config=ProjectConfiguration(logging_dir="."),  # the run directory, once it is known
     )
-
-
-def _latency(config: Config, accelerator: Accelerator, resumed: Path | None) -> Latency | None:
-    """The times that a budget of time is about: as the run that is resumed began, or process 0's."""
-    if config.budget.cost != "latency" or config.experts.pretrained is not None:
-        return None
-    if resumed is not None:
-        return Latency.load(resumed / LATENCY)
-    measured = plan_latency(config, accelerator.device) if accelerator.is_main_process else None
-    return broadcast_object_list([measured])[0]
 
 
 def _folders(config: Config) -> dict[str, str | None]:

@@ -23,8 +23,10 @@ from .trimming import check_runnable
 
 @dataclass
 class Installed:
-    """What `apply` put on a backbone."""
+    """What `apply` put on a backbone, and for which experts."""
 
+    mask_EL: np.ndarray
+    expert_T: np.ndarray
     simulator: Simulator
     hook: Any
     shared: SharedEmbedding
@@ -39,7 +41,7 @@ class Applied:
         check_fit(backbone, sites, mask_EL, np.unique(expert_T).tolist())
         simulator = Simulator(backbone)
         hook = _follow(simulator, mask_EL, expert_T)
-        backbone._alter_applied = Installed(simulator, hook, SharedEmbedding(backbone))
+        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, hook, SharedEmbedding(backbone))
 
     def __enter__(self) -> Any:
         return self.target

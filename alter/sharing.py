@@ -20,8 +20,8 @@ class SharedEmbedding:
     """Lets the embedders of `backbone` share their result, until `remove`; does nothing to a UNet.
 
     Weights that are changed, replaced or given adapters later end the sharing: `begin`, which every forward must
-    call first, notices it. Nothing is shared in training mode, where blocks may drop different labels, or while
-    gradients are recorded, which belong to every copy.
+    call first, notices it by their versions (which writes through `.data` do not change). Nothing is shared in training
+    mode, where blocks may drop different labels, or while gradients are recorded, which belong to every copy.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -62,6 +62,9 @@ def _are_equal(copies: list[Any]) -> bool:
     if not all(type(leaf) in _PLAIN for own in leaves for leaf in own):
         return False
     weights = [list(copy.parameters()) for copy in copies]
+    places = {weight.device for own in weights for weight in own}
+    if len(places) != 1 or any(weight.is_meta or weight.is_inference() for own in weights for weight in own):
+        return False  # offloaded or spread over devices, or made without versions
     return all(torch.equal(first, weight) for own in weights[1:] for first, weight in zip(weights[0], own, strict=True))
 
 

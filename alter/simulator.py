@@ -101,6 +101,7 @@ class Simulator:
         self.sites = find_sites(backbone)
         self._state = _State()
         self._layers: list[Any] = [backbone.get_submodule(site.name) for site in self.sites]
+        self._uncompiled: dict[int, tuple[Any, Any]] = {}  # what `compile` replaced
         if any(hasattr(layer, "_alter_gate") for layer in self._layers):
             raise InputError("backbone: it already has gates: remove them first")
         for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
@@ -129,12 +130,14 @@ class Simulator:
         dynamo: Any = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(self._layers))
         for layer in self._layers:
+            self._uncompiled.setdefault(id(layer), (layer, layer._compiled_call_impl))
             layer.compile(**options)
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        for layer in self._layers:
-            layer._compiled_call_impl = None
+        for layer, former in self._uncompiled.values():
+            layer._compiled_call_impl = former
+        self._uncompiled = {}
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, with the rows that were in force in *that* forward."""

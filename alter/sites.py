@@ -102,14 +102,14 @@ def timestep_features(backbone: Backbone, num_timesteps: int) -> Tensor:
     return backbone.time_proj(timesteps).float()
 
 
-def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77) -> dict[str, Any]:
-    """Keyword arguments of one forward with batch 1, on the backbone's device and in its dtype."""
+def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77, batch: int = 1) -> dict[str, Any]:
+    """Keyword arguments of one forward, zeros, on the backbone's device and in its dtype."""
     like = {"device": backbone.device, "dtype": backbone.dtype}
-    sample = torch.zeros(1, backbone.config.in_channels, latent_size, latent_size, **like)
-    timestep = torch.zeros(1, dtype=torch.long, device=backbone.device)
+    sample = torch.zeros(batch, backbone.config.in_channels, latent_size, latent_size, **like)
+    timestep = torch.zeros(batch, dtype=torch.long, device=backbone.device)
     if isinstance(backbone, DiTTransformer2DModel):
         return {"hidden_states": sample, "timestep": timestep, "class_labels": torch.zeros_like(timestep)}
-    text = torch.zeros(1, text_tokens, backbone.config.cross_attention_dim, **like)
+    text = torch.zeros(batch, text_tokens, backbone.config.cross_attention_dim, **like)
     return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
 
 

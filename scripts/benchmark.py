@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 from benchmarking import inference, training  # noqa: E402
-from benchmarking.cases import CASES, DTYPES, load_case  # noqa: E402
-from benchmarking.timing import device_name  # noqa: E402
+from benchmarking.cases import CASES, load_case  # noqa: E402
 
 from alter import InputError  # noqa: E402
+from alter.latency import device_name  # noqa: E402
 
 KINDS = ("step", "trajectory", "train_search", "train_final")
 
@@ -40,12 +40,15 @@ def main() -> int:
     parser.add_argument("--masks", type=int, default=5, help="random draws at each keep ratio (default 5)")
     parser.add_argument("--run", metavar="DIR", help="a finished run, whose masks are taken instead")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="default 1")
-    parser.add_argument("--runs", type=int, default=5, help="timed runs of each alternative (default 5)")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of inference (default fp32)")
+    parser.add_argument("--runs", type=int, default=6, help="timed runs of each alternative (default 6)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of inference (default fp32)")
     parser.add_argument("--json", metavar="FILE", required=True)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     try:
+        untrained = [name for name in arguments.cases if name not in training.CUT]
+        if set(arguments.kinds) & set(KINDS[2:]) and (untrained or arguments.run):
+            raise InputError(f"--kinds train_*: for --cases {' '.join(training.CUT)}, and without --run")
         for row in _rows(arguments, torch.device("cuda" if on_gpu else "cpu")):
             rows.append(row)
             print(_line(row), flush=True)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from alter import InputError, load_config  # noqa: E402
-from alter.plan import plan_latency  # noqa: E402
+from alter.plan import measure  # noqa: E402
 
 
 def main() -> int:
@@ -24,7 +24,9 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        latency = plan_latency(config, "cuda" if torch.cuda.is_available() else "cpu")
+        if not Path(arguments.out).parent.is_dir():
+            raise InputError(f"--out {arguments.out}: its folder does not exist")
+        latency = measure(config, "cuda" if torch.cuda.is_available() else "cpu")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -96,6 +96,9 @@ def test_refusals_and_dry_run(small_config, tmp_path):
     uneven(sites=SITES[:3], seconds=(0.1, 0.1, 0.1)).save(tmp_path / "other.json")
     with pytest.raises(InputError, match="budget.latency_file=.*3 sites are not the 4"):
         build(small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "other.json")}))
+    uneven(latent_size=16).save(tmp_path / "size.json")
+    with pytest.raises(InputError, match="measured at latents of 16, the run's are of 8"):
+        build(small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "size.json")}))
     with pytest.raises(InputError, match="has no effect with budget.cost=macs"):
         small_config(budget={"latency_file": "x.json"})
     with pytest.raises(InputError, match="is below"):
@@ -108,10 +111,20 @@ def test_refusals_and_dry_run(small_config, tmp_path):
         small_config(budget=known))
 
 
+def test_a_run_is_resumed_without_the_file_that_it_was_given(small_config, tmp_path):
+    file = tmp_path / "latency.json"
+    uneven().save(file)
+    changes = {"budget": {"cost": "latency", "keep_ratio": 0.7, "latency_file": str(file)}}
+    train(small_config(**changes, train={"steps": 1, "search_steps": 1}))
+    file.unlink()
+    train(small_config(**changes, resume="latest", train={"steps": 2, "search_steps": 1}))
+
+
 def test_the_script(tmp_path):
     out = tmp_path / "latency.json"
     command = [sys.executable, Path(ROOT) / "scripts" / "latency.py", "--config", "configs/demo_dit.yaml"]
-    done = subprocess.run([*command, "--out", out, "budget.batch=3"], capture_output=True, text=True)
+    known = ["budget.cost=latency", f"budget.latency_file={out}"]  # measured, although the file is named
+    done = subprocess.run([*command, "--out", out, "budget.batch=3", *known], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Latency.load(out).batch == 3
     refused = subprocess.run([*command, "--out", out, "budget.batch=0"], capture_output=True, text=True)

@@ -8,8 +8,8 @@ import alter
 LEVELS = [
     {"errors"},
     {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora"},
-    {"config", "hypernetwork", "simulator", "cost", "latency", "trimming", "sharing"},
-    {"compiling"},
+    {"config", "hypernetwork", "simulator", "cost", "trimming", "sharing"},
+    {"compiling", "latency"},
     {"serving"},
     {"sources", "budget", "experts", "sampling", "metrics"},
     {"data"},

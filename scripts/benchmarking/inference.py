@@ -1,5 +1,10 @@
-"""One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand."""
+"""One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand.
 
+All of them share a DiT's embedding, so that they differ in their layers alone; what the sharing gains is a ratio of its
+own.
+"""
+
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +14,12 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from alter import TemporalExperts
+from alter.compiling import compile_forward
+from alter.latency import measure_latency
 from alter.sampling import sample_latents
-from alter.sites import example_inputs, find_sites
+from alter.sites import embedders, example_inputs, find_sites
 
-from .cases import Case, draw_experts, shallow_copy, trained_experts, without_layers
+from .cases import Case, draw_experts, shallow_copy, share_embedding, trained_experts, without_layers
 from .timing import host_reads, interleave, peak_memory
 
 DENSE_STEPS, EXPERT_STEPS, EXPERTS = 50, 20, 4  # of a trajectory
@@ -20,18 +27,20 @@ DENSE_STEPS, EXPERT_STEPS, EXPERTS = 50, 20, 4  # of a trajectory
 
 @torch.no_grad()
 def steps(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[str, Any]]:
-    """Every mask by itself."""
-    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
-              for name, value in example_inputs(case.backbone, case.size).items()}
+    """Every mask by itself; in eager mode also the time ratio that the layers' latencies promise."""
+    inputs = example_inputs(case.backbone, case.size, batch=batch)
+    sharing = _sharing(case, inputs, arguments.runs) if mode == "eager" else {}
+    latency = measure_latency(case.backbone, case.size, batch, arguments.runs) if mode == "eager" else None
     for about, experts in _experts(case, arguments, count=1):
         for expert in experts.used:
             timestep = int(np.flatnonzero(experts.expert_T == expert)[0])
             given = {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
-            models = _models(case, experts, [expert], batch, mode)
-            way = models.pop("way")
+            models, way = _models(case, experts, [expert], batch, mode)
             ways = {name: (lambda model=model, given=given: model(**given).sample) for name, model in models.items()}
             macs = float(experts.macs_T[timestep]) / experts.macs_total
-            row = {**about, **_measure(case, ways, arguments.runs, macs, 1), "way": way}
+            row = {**about, **_measure(case, ways, arguments.runs, macs, 1), "way": way, **sharing}
+            if latency is not None:
+                row["time_ratio_by_latency"] = 1 - float(latency.share_L[~experts.mask_EL[expert]].sum())
             yield {**row, "expert": expert} if arguments.run else row
 
 
@@ -42,8 +51,7 @@ def trajectories(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
     solver.set_timesteps(EXPERT_STEPS)
     visited = solver.timesteps.numpy()
-    inputs = {name: value.repeat(batch, *[1] * (value.dim() - 1))
-              for name, value in example_inputs(case.backbone, case.size).items()
+    inputs = {name: value for name, value in example_inputs(case.backbone, case.size, batch=batch).items()
               if name in ("class_labels", "encoder_hidden_states")}
     shape = (case.backbone.config.in_channels, case.size, case.size)
 
@@ -52,12 +60,21 @@ def trajectories(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[
 
     for about, experts in _experts(case, arguments, count=EXPERTS):
         order = experts.expert_T[visited].tolist()
-        models = _models(case, experts, order, batch, mode)
-        way = models.pop("way")
+        models, way = _models(case, experts, order, batch, mode)
         ways = {name: (lambda model=model, name=name: sample(model, DENSE_STEPS if name == "dense" else EXPERT_STEPS))
                 for name, model in models.items()}
         macs = float(experts.macs_T[visited].sum()) / (DENSE_STEPS * experts.macs_total)
         yield {**about, **_measure(case, ways, arguments.runs, macs, EXPERT_STEPS), "way": way}
+
+
+def _sharing(case: Case, inputs: dict[str, Any], runs: int) -> dict[str, float]:
+    """The dense model's time with its embedding shared, as a ratio to that without; nothing for a UNet."""
+    if not embedders(case.backbone):
+        return {}
+    models = {"plain": case.backbone, "shared": share_embedding(shallow_copy(case.backbone))}
+    ways = {name: (lambda model=model: model(**inputs)) for name, model in models.items()}
+    seconds, _ = interleave(ways, runs, case.backbone.device)
+    return {"time_ratio_of_sharing": seconds["shared"] / seconds["plain"]}
 
 
 def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str, Any], TemporalExperts]]:
@@ -70,11 +87,13 @@ def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str,
             yield {"keep_ratio": keep, "mask_seed": seed}, draw_experts(case.cost, keep, seed, count)
 
 
-def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int, mode: str) -> dict[str, Any]:
+def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
+            mode: str) -> tuple[dict[str, Any], str]:
     """The three to compare, compiled in the same way if at all, and that way's name."""
-    dense, served = shallow_copy(case.backbone), shallow_copy(case.backbone)
+    dense, served = share_embedding(shallow_copy(case.backbone)), shallow_copy(case.backbone)
     experts.apply(served)
-    copies = {expert: without_layers(case.backbone, experts.mask_EL[expert]) for expert in sorted(set(order))}
+    copies = {expert: share_embedding(without_layers(case.backbone, experts.mask_EL[expert]))
+              for expert in sorted(set(order))}
     way = "eager"
     if mode == "compiled":
         torch.compiler.reset()
@@ -83,7 +102,7 @@ def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int, 
         way = report.kept
         for model in (dense, *copies.values()):
             _compile(model, way)
-    return {"dense": dense, "experts": served, "by_hand": _InTurn(copies, order), "way": way}
+    return {"dense": dense, "experts": served, "by_hand": _InTurn(copies, order)}, way
 
 
 def _compile(model: Any, way: str) -> None:
@@ -91,7 +110,7 @@ def _compile(model: Any, way: str) -> None:
         for site in find_sites(model):
             model.get_submodule(site.name).compile()
     elif way != "eager":
-        model.compile(mode="reduce-overhead" if way == "cudagraphs" else None)
+        model.forward = functools.partial(compile_forward(type(model), way), model)
 
 
 class _InTurn(torch.nn.Module):
@@ -110,8 +129,8 @@ def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, coun
     device = case.backbone.device
     seconds, results = interleave(ways, runs, device)
     if case.backbone.dtype == torch.float32:
-        torch.testing.assert_close(results["experts"], results["by_hand"], rtol=1e-3, atol=1e-3, equal_nan=True)
-    with host_reads() as reads:
+        torch.testing.assert_close(results["experts"], results["by_hand"], rtol=1e-3, atol=1e-3)
+    with host_reads(device) as reads:
         ways["experts"]()
     return {"macs_ratio": macs, "time_ratio": seconds["experts"] / seconds["dense"],
             "efficiency": seconds["dense"] / seconds["experts"] * macs,

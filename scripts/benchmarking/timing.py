@@ -1,13 +1,14 @@
 """Interleaved timing of alternatives in one process, and what makes the host wait."""
 
 import contextlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from alter.compiling import synchronize
 
 _WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
@@ -28,11 +29,6 @@ def interleave(ways: dict[str, Callable], runs: int, device: torch.device) -> tu
     return {name: statistics.median(times) for name, times in seconds.items()}, results
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak_memory(way: Callable, device: torch.device) -> int | None:
     """Bytes allocated at most while it runs, weights included; None on a CPU."""
     if device.type != "cuda":
@@ -43,14 +39,15 @@ def peak_memory(way: Callable, device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def host_reads() -> Iterator[list[str]]:
-    """Yields a list to which every call is added that reads a tensor on the host, on a CPU, too."""
+def host_reads(device: torch.device) -> Iterator[list[str]]:
+    """Yields a list to which every call is added that reads a tensor of the device; on a CPU, of host memory."""
     calls: list[str] = []
     own = {name: getattr(torch.Tensor, name) for name in _WAITING}
 
     def counted(name: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(name)
+            if args[0].device.type == device.type:
+                calls.append(name)
             return own[name](*args, **kwargs)
         return call
 
@@ -61,7 +58,3 @@ def host_reads() -> Iterator[list[str]]:
     finally:
         for name, function in own.items():
             setattr(torch.Tensor, name, function)
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"

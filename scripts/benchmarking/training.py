@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from alter import InputError, load_config
+from alter import load_config
 from alter.build import build
+from alter.compiling import synchronize
 from alter.config import CONFIGS
+from alter.cost import CostTable
 from alter.data import collate
 from alter.plan import component_of
 from alter.run import make_accelerator
@@ -28,23 +30,21 @@ from alter.simulator import SoftRows
 from alter.sites import example_inputs
 from alter.trainer import Trainer
 
-from .cases import CASES
-from .timing import host_reads, interleave, peak_memory, synchronize
+from .cases import CASES, T, draw_mask
+from .timing import host_reads, interleave, peak_memory
 
-CUT = {
-    "dit_xl2": ("configs/dit_xl2.yaml", {"num_layers": 4}),
+CUT = {  # configuration of the run; on a CPU: what is cut of the backbone, and the latents' size
+    "dit_xl2": ("configs/dit_xl2.yaml", {"num_layers": 4}, 32),
     "sd21": ("configs/sd21.yaml", {
-        "block_out_channels": [320, 640], "attention_head_dim": [5, 10],
+        "block_out_channels": [320, 640], "attention_head_dim": [5, 10], "layers_per_block": 1,
         "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}),
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}, 32),
 }
 
 
 def iterations(name: str, arguments: Any, batch: int, kinds: list[str],
                device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each kind, keep ratio, and with and without the optimizer step."""
-    if name not in CUT:
-        raise InputError(f"--cases {name}: training is measured for {', '.join(CUT)}")
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(name, Path(folder), batch, device)
         raw = collate([trainer.parts.source[i, 0] for i in range(batch)]) | {"skipped": []}
@@ -55,9 +55,9 @@ def iterations(name: str, arguments: Any, batch: int, kinds: list[str],
 
 
 def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Trainer:
-    config_file, cut = CUT[name]
-    template, size = CONFIGS / "models" / CASES[name][0], CASES[name][1]
-    on_cpu = device.type == "cpu"
+    config_file, cut, small = CUT[name]
+    template, on_cpu = CONFIGS / "models" / CASES[name][0], device.type == "cpu"
+    size = small if on_cpu else CASES[name][1]
     cls, component = component_of(template)
     values = {**cls.load_config(template / component), **(cut if on_cpu else {})}
     torch.manual_seed(0)
@@ -90,15 +90,24 @@ def _save(file: Path, value: torch.Tensor) -> None:
     np.save(file, value.cpu().numpy())
 
 
+def _masks(cost: CostTable, keep: float, timesteps_B: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], float]:
+    """Random masks, one for each sample, and routes to them; and their mean share of the MACs, near `keep`."""
+    rows: list[np.ndarray] = []
+    kept = 0.0
+    for i in range(len(timesteps_B)):
+        rows.append(draw_mask(cost, keep * (i + 1) - kept, [0, i]))
+        kept += 1 - float(cost.share_L[~rows[-1]].sum())
+    assert len(set(timesteps_B.tolist())) == len(timesteps_B), "each sample needs a route of its own"
+    expert_T = np.zeros(T, dtype=np.int64)
+    expert_T[timesteps_B] = np.arange(len(timesteps_B))
+    return (np.stack(rows), expert_T), kept / len(rows)
+
+
 def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs: int,
              device: torch.device) -> Iterator[dict[str, Any]]:
-    budget = trainer.parts.budget
-    with torch.no_grad():
-        masks = budget.masks(trainer.parts.hypernetwork(), keep)
-    batches = trainer._prepare(itertools.repeat({**raw}))
-    k = float((1 - ~masks[0] @ trainer.parts.cost.share_L)[masks[1][batches[0].timesteps.numpy()]].mean())
+    [batch] = trainer._prepare(iter([{**raw}]))
+    masks, k = _masks(trainer.parts.cost, keep, batch.timesteps.numpy())
     floor = (3 + 3 * k) / 7 if kind == "train_search" else (1 + 3 * k) / 4
-    stepping = {"ours": 0.0, "dense": 0.0}
     times: dict[str, list[float]] = {"ours": [], "dense": []}
 
     def iterate(way: str) -> None:
@@ -135,7 +144,7 @@ def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs
 
     seconds, _ = interleave({way: timed(way) for way in times}, runs, device)
     stepping = {way: float(np.median(spent[1:])) for way, spent in times.items()}
-    with host_reads() as reads:
+    with host_reads(device) as reads:
         iterate("ours")
     peak = peak_memory(lambda: iterate("ours"), device)
     for with_step in (False, True):

@@ -1,0 +1,80 @@
+"""scripts/benchmark.py: complete rows, and the update that training is compared with."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+
+from alter.config import ROOT
+from alter.cost import count_cost
+
+sys.path.insert(0, str(Path(ROOT) / "scripts"))
+
+import benchmark  # noqa: E402
+from benchmarking import cases, training  # noqa: E402
+from benchmarking.timing import host_reads, interleave  # noqa: E402
+
+KEYS = {"case", "kind", "mode", "batch", "device", "keep_ratio", "macs_ratio", "mask_seed", "time_ratio", "efficiency",
+        "overhead", "peak_memory_bytes", "host_syncs_per_step"}
+
+
+def rows(tmp_path, monkeypatch, *arguments):
+    file = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--json", str(file), *map(str, arguments)])
+    assert benchmark.main() == 0
+    return json.loads(file.read_text())
+
+
+def test_rows_of_use(tmp_path, monkeypatch):
+    found = rows(tmp_path, monkeypatch, "--cases", "demo_dit", "--masks", 2, "--runs", 1, "--batch", 1, 2)
+    assert len(found) == 2 * 2 * 2 * 2 and all(KEYS <= row.keys() for row in found)
+    for row in found:
+        assert row["macs_ratio"] == pytest.approx(row["keep_ratio"] * (1 if row["kind"] == "step" else 0.4), abs=0.06)
+        assert row["efficiency"] == pytest.approx(row["macs_ratio"] / row["time_ratio"])
+        assert row["host_syncs_per_step"] == (1 if row["kind"] == "step" else pytest.approx(1, abs=3))
+
+
+def test_rows_of_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(training.CUT, "dit_xl2", ("configs/dit_xl2.yaml", {
+        "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}, 8))
+    found = rows(tmp_path, monkeypatch, "--cases", "dit_xl2", "--kinds", "train_search", "train_final", "--runs", 1,
+                 "--batch", 4, "--keep", 0.6)
+    assert [(row["kind"], row["optimizer_step"]) for row in found] == [
+        (kind, step) for kind in ("train_search", "train_final") for step in (False, True)]
+    for row in found:
+        assert KEYS <= row.keys()
+        k = row["macs_ratio"]
+        assert row["floor"] == pytest.approx((3 + 3 * k) / 7 if row["kind"] == "train_search" else (1 + 3 * k) / 4)
+        assert row["overhead"] == pytest.approx(row["time_ratio"] / row["floor"])
+
+
+def test_masks_hit_their_target():
+    cost = count_cost(make_dit(layers=10), 8)
+    for seed in range(3):
+        kept = 1 - cost.share_L[~cases.draw_mask(cost, 0.65, [seed])].sum()
+        assert abs(kept - 0.65) <= cost.share_L.max() / 2 + 1e-9
+    (mask_EL, expert_T), k = training._masks(cost, 0.65, np.array([5, 900, 33, 400]))
+    kept_B = 1 - (~mask_EL[expert_T[[5, 900, 33, 400]]] * cost.share_L).sum(1)
+    assert kept_B.mean() == pytest.approx(k) and abs(k - 0.65) <= cost.share_L.max() / 2 / 4 + 1e-9
+
+
+def test_refusals(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--json", str(tmp_path / "x"), "--cases", "demo_dit", "--kinds",
+                                      "train_final"])
+    assert benchmark.main() == 2 and "--kinds train_*" in capsys.readouterr().err
+
+
+def test_every_way_has_every_place_and_reads_are_counted():
+    order = []
+    ways = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    interleave(ways, 3, torch.device("cpu"))
+    assert ["".join(order[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    with host_reads(torch.device("cpu")) as reads:
+        torch.ones(2).tolist()
+        bool(torch.tensor(True))
+        torch.ones(2).sum()
+    assert reads == ["tolist", "__bool__"]
