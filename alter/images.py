@@ -34,7 +34,7 @@ def load_pixels(content: Path | bytes, resolution: int, crop: tuple[float, float
     Raises:
         Unreadable: if it is not a complete image, or has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
     """
-    image = _decode(content)
+    image, _ = decode(content)
     side = min(image.size)
     left, top = (round(position * (length - side)) for position, length in zip(crop, image.size, strict=True))
     square = (left, top, left + side, top + side)
@@ -43,8 +43,19 @@ def load_pixels(content: Path | bytes, resolution: int, crop: tuple[float, float
     return pixels.flip(-1) if mirror else pixels
 
 
-def _decode(content: Path | bytes) -> Image.Image:
-    """The RGB image. Broken files make Pillow's decoders raise exceptions of every kind: all mean Unreadable."""
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square, resized to size × size (bicubic, antialiased)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def decode(content: Path | bytes) -> tuple[Image.Image, str]:
+    """An image file, or its bytes, as RGB, and the mode that it had.
+
+    Raises:
+        Unreadable: for anything else: broken files make Pillow's decoders raise exceptions of every kind.
+    """
     if isinstance(content, Path) and not content.is_file():
         raise Unreadable("no such file")
     try:
@@ -55,7 +66,7 @@ def _decode(content: Path | bytes) -> Image.Image:
                 if limit is not None and pixels > limit:
                     raise Unreadable(f"{pixels} pixels, more than the limit of {limit}")
                 ImageOps.exif_transpose(image, in_place=True)
-                return _rgb(image)
+                return _rgb(image), image.mode
     except Unreadable:
         raise
     except UnidentifiedImageError:

@@ -1,27 +1,10 @@
-"""What a run achieved: Fréchet distance, class accuracy, and error against the teacher."""
+"""The demos' judge: a small classifier, and how far a student's output is from its teacher's."""
 
-import numpy as np
 import torch
-from scipy.linalg import eigvalsh
 from torch import Tensor, nn
 
-from .diffusion import draw, generator, predict
-from .sites import Backbone
-
-
-def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """|μ1 - μ2|² + tr(Σ1 + Σ2 - 2·(Σ1Σ2)^½) between Gaussians fitted to both (Heusel et al., arXiv 1706.08500).
-
-    Args:
-        features, reference: [N, D] and [M, D]; computed in float64.
-    """
-    a, b = features.astype(np.float64), reference.astype(np.float64)
-    sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # tr (Σ1Σ2)^½ is the sum of the roots of the eigenvalues of the symmetric Σ1^½ Σ2 Σ1^½.
-    values, vectors = np.linalg.eigh(sigma_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(eigvalsh(root @ sigma_b @ root).clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sigma_a) + np.trace(sigma_b) - 2 * cross)
+from ..diffusion import draw, generator, predict
+from ..sites import Backbone
 
 
 class SmallClassifier(nn.Module):

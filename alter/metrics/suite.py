@@ -1,0 +1,306 @@
+"""Which features each metric is made of, by which protocol; and a set of metrics of one image set."""
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+
+from ..errors import InputError
+from .distances import (
+    bootstrap_deviation,
+    frechet,
+    gaussian_mmd,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
+from .features import extract
+from .image_sets import ImageSet, load_npz
+from .networks import Network
+from .preferences import PREFERENCES
+
+LIBRARIES = ("torch", "timm", "open_clip_torch", "clean-fid", "torch-fidelity", "transformers", "scipy", "numpy")
+ADM = {"mu": "mean legacy pool", "sigma": "covariance legacy pool",
+       "mu_s": "mean legacy spatial", "sigma_s": "covariance legacy spatial"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a value comes from the features [N, D] of the images and something to compare them with.
+
+    Attributes:
+        network, features: what is extracted.
+        against: "statistics" (mean, covariance) or "features" of the reference, "texts" (embeddings of the prompts),
+            or "" for nothing.
+        measure: from features and those to a dictionary with "value".
+        resampled: whether its deviation is estimated by bootstrap, which for others takes too long.
+    """
+
+    network: str
+    features: str
+    against: str
+    protocol: str
+    measure: Callable[[np.ndarray, Any], dict[str, float]]
+    resampled: bool = False
+
+
+def _frechet(x: np.ndarray, y: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    return {"value": frechet(*moments(x), *y)}
+
+
+def _kid(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    value, deviation = kernel_distance(x, y)
+    return {"value": value, "deviation_of_subsets": deviation}
+
+
+def _inception_score(x: np.ndarray, _: None) -> dict[str, float]:
+    value, deviation = inception_score(x)
+    return {"value": value, "deviation_of_splits": deviation}
+
+
+def _precision_recall(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    precision, recall = precision_recall(x, y)
+    return {"value": precision, "precision": precision, "recall": recall}
+
+
+def _clip_score(x: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+    """100 · mean max(0, cos) (Hessel et al., arXiv 2104.08718)."""
+    a, b = x.astype(np.float64), texts.astype(np.float64)
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return {"value": float(100 * cosines.clip(min=0).mean())}
+
+
+_FD = "Fréchet distance of pool features"
+METRICS = {
+    "fid": Metric("clean", "pool", "statistics", f"{_FD}, clean-fid's resizing", _frechet, True),
+    "fid_legacy": Metric("legacy", "pool", "statistics", f"{_FD}, TensorFlow 1's resizing (ADM)", _frechet, True),
+    "kid": Metric("clean", "pool", "features", "100 subsets of at most 1000, cubic kernel, unbiased, clean-fid's "
+                  "resizing", _kid),
+    "is": Metric("legacy", "logits", "", "10 parts of a random order, logits without bias", _inception_score, True),
+    "prc": Metric("legacy", "pool", "features", "precision (value) and recall, 3 neighbours", _precision_recall),
+    "sfid": Metric("legacy", "spatial", "statistics", "Fréchet distance of ADM's spatial features", _frechet, True),
+    "fd_dinov2": Metric("dinov2", "token", "statistics", "Fréchet distance of class tokens", _frechet, True),
+    "clip": Metric("clip", "embedding", "texts", "100 times the mean cosine, at least 0, of image and prompt",
+                   _clip_score, True),
+    "cmmd": Metric("cmmd", "embedding", "features", "Gaussian kernel, sigma 10, biased, times 1000",
+                   lambda x, y: {"value": gaussian_mmd(x, y)}),
+}
+
+
+class Features:
+    """Features of image sets under lazily made networks, each extracted once.
+
+    Args:
+        make: from a network's key ("clean", "legacy", "dinov2", "clip", "cmmd") to the network.
+    """
+
+    def __init__(self, make: Callable[[str], Network], cache: Path, batch_size: int, workers: int,
+                 state: PartialState) -> None:
+        self.make, self.cache, self.batch_size, self.workers, self.state = make, cache, batch_size, workers, state
+        self.networks: dict[str, Network] = {}
+        self.warnings: list[str] = []
+        self._known: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+
+    def network(self, key: str) -> Network:
+        if key not in self.networks:
+            self.networks[key] = self.make(key)
+        return self.networks[key]
+
+    def __call__(self, images: ImageSet, key: str, name: str) -> np.ndarray:
+        """float32 [N, D]."""
+        known = (images.digest, key)
+        if known not in self._known:
+            network = self.network(key)
+            found, odd = extract(images, network, self.cache, self.batch_size, self.workers, self.state)
+            self._known[known] = found
+            self.warnings += [line for line in (*odd, *images.warnings()) if line not in self.warnings]
+        if name not in self._known[known]:
+            raise InputError(f"{self.network(key).name} has no {name} features: leave out the metrics that need them")
+        return self._known[known][name]
+
+
+class Reference:
+    """Real images, or their statistics: a folder, an ADM reference batch, or a file that `save` wrote."""
+
+    def __init__(self, source: str | Path, features: Features, resize: int | None) -> None:
+        self.source, self.features, self.resize = str(source), features, resize
+        self.images: ImageSet | None = None
+        self.statistics: dict[str, np.ndarray] = {}
+        self.about: dict[str, Any] = {}
+        if Path(source).suffix == ".npz":
+            arrays = load_npz(Path(source))
+            self.about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+            self.statistics = {ADM.get(name, name): value for name, value in arrays.items() if name != "arr_0"}
+            if "arr_0" not in arrays:
+                return
+        self.images = ImageSet(source, resize)
+
+    def __call__(self, metric: Metric) -> Any:
+        """Mean and covariance, or the features, whichever the metric is measured against."""
+        key = f"{metric.network} {metric.features}"
+        if self._has_statistics(metric):
+            return self.statistics[f"mean {key}"], self.statistics[f"covariance {key}"]
+        found = self.extract(metric)
+        return moments(found) if metric.against == "statistics" else found
+
+    def extract(self, metric: Metric) -> Any:
+        """The features that the metric needs; None where statistics are there.
+
+        Raises:
+            InputError: if neither is to be had, or the statistics are of other weights or another resizing.
+        """
+        if self._has_statistics(metric):
+            recorded = self.about.get("networks", {}).get(metric.network)
+            if recorded is not None and recorded["sha256"] != self.features.network(metric.network).digest:
+                raise InputError(f"--reference {self.source}: its statistics are of {recorded['name']} with other "
+                                 "weights: make them again")
+            if self.about and self.about["resize"] != self.resize:
+                raise InputError(f"--reference {self.source}: made with --resize {self.about['resize']}, not "
+                                 f"{self.resize}: make it again")
+            return None
+        if self.images is None:
+            raise InputError(f"--reference {self.source}: has no images and no statistics of {metric.network} "
+                             f"{metric.features} features, which this metric needs: name a folder of images")
+        return self.features(self.images, metric.network, metric.features)
+
+    def _has_statistics(self, metric: Metric) -> bool:
+        return metric.against == "statistics" and f"mean {metric.network} {metric.features}" in self.statistics
+
+    @property
+    def count(self) -> int | None:
+        return len(self.images) if self.images is not None else self.about.get("images")
+
+    def save(self, file: Path, metrics: Sequence[Metric]) -> None:
+        """Write the statistics that these metrics need; read back as a reference without its images."""
+        arrays: dict[str, np.ndarray] = {}
+        networks = {}
+        for metric in metrics:
+            if metric.against == "statistics":
+                key = f"{metric.network} {metric.features}"
+                arrays[f"mean {key}"], arrays[f"covariance {key}"] = self(metric)
+                network = self.features.network(metric.network)
+                networks[metric.network] = {"name": network.name, "sha256": network.digest}
+        about = {"images": self.count, "source": Path(self.source).name, "networks": networks, "resize": self.resize}
+        partial = file.with_name(f".{file.name}")
+        with open(partial, "wb") as content:
+            np.savez(content, **{"about": np.array(json.dumps(about)), **arrays})  # type: ignore[arg-type]
+        partial.replace(file)
+
+
+def evaluate(images: ImageSet, names: Sequence[str], features: Features, reference: Reference | None,
+             prompts: list[str] | None, resamples: int,
+             prefer: Callable[[str, list[str]], list[float]] | None = None) -> dict[str, dict[str, Any]]:
+    """Every metric's value, and all that is needed to repeat it; on processes other than the first, nothing.
+
+    Args:
+        names: of METRICS or PREFERENCES. prompts: one an image. resamples: of the bootstrap; 0: no intervals.
+        prefer: from one of PREFERENCES and the prompts to a score an image.
+
+    Raises:
+        InputError: if a metric lacks its reference or prompts.
+    """
+    for name in names:
+        against = METRICS[name].against if name in METRICS else "texts"
+        if against in ("statistics", "features") and reference is None:
+            raise InputError(f"--metrics {name}: needs --reference")
+        if against == "texts" and (prompts is None or len(prompts) != len(images)):
+            raise InputError(f"--metrics {name}: needs a prompt for each of the {len(images)} images, in the order of "
+                             f"their names, found {len(prompts or [])}: use --prompts")
+    for metric in (METRICS[name] for name in names if name in METRICS):  # on all processes
+        features(images, metric.network, metric.features)
+        if reference is not None and metric.against in ("statistics", "features"):
+            reference.extract(metric)
+    if not features.state.is_main_process:
+        return {}
+    results = {}
+    for name in names:
+        if name in METRICS:
+            results[name] = _one(METRICS[name], images, features, reference, prompts, resamples)
+        else:
+            assert prefer is not None and prompts is not None
+            results[name] = _preference(name, prefer, prompts) | _common(images)
+    return results
+
+
+def _one(metric: Metric, images: ImageSet, features: Features, reference: Reference | None,
+         prompts: list[str] | None, resamples: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    x, network = features(images, metric.network, metric.features), features.network(metric.network)
+    against: Any = None
+    if metric.against == "texts":
+        assert prompts is not None
+        against = network.embed(prompts)  # type: ignore[attr-defined]
+    elif metric.against:
+        assert reference is not None
+        against = reference(metric)
+    if metric.against == "statistics":
+        for which, count in ((str(images.source), len(x)), ("the reference", reference.count if reference else None)):
+            if count is not None and count <= x.shape[1]:
+                features.warnings.append(f"{which}: {count} images for {x.shape[1]} features: its covariance is "
+                                         "rank-deficient, and the distance is biased")
+    result = metric.measure(x, against)
+    if metric.resampled and resamples > 1:
+        def resampled(rows: np.ndarray) -> float:
+            return metric.measure(x[rows], against[rows] if metric.against == "texts" else against)["value"]
+
+        deviation = bootstrap_deviation(resampled, len(x), resamples)
+        result["ci95"] = [result["value"] - 1.96 * deviation, result["value"] + 1.96 * deviation]  # type: ignore
+    return {
+        **result, "protocol": metric.protocol,
+        "reference": reference and {"source": reference.source, "images": reference.count} if metric.against in (
+            "statistics", "features") else None,
+        "network": {"name": network.name, "sha256": network.digest}, "seconds": time.perf_counter() - started,
+        **_common(images),
+    }
+
+
+def _preference(name: str, prefer: Callable[[str, list[str]], list[float]], prompts: list[str]) -> dict[str, Any]:
+    started = time.perf_counter()
+    scores = np.array(prefer(name, prompts))
+    margin = 1.96 * float(scores.std()) / len(scores) ** 0.5
+    return {"value": float(scores.mean()), "ci95": [scores.mean() - margin, scores.mean() + margin],
+            "protocol": PREFERENCES[name], "reference": None, "network": {"name": name, "sha256": None},
+            "seconds": time.perf_counter() - started}
+
+
+def _common(images: ImageSet) -> dict[str, Any]:
+    return {
+        "images": len(images), "images_protocol": images.protocol, "peak_memory_bytes": _peak_memory(),
+        "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+    }
+
+
+def _peak_memory() -> int:
+    """Of this process, in main memory, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A row a metric, a column a set of results by name; value ± 1.96 standard deviations where they are known."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    rows = [["", *results]]
+    for name in names:
+        keys = ["precision", "recall"] if name == "prc" else ["value"]
+        for key in keys:
+            cells = (_cell(result.get(name), key) for result in results.values())
+            rows.append([name if key == "value" else key, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def _cell(result: dict[str, Any] | None, key: str) -> str:
+    if result is None:
+        return "-"
+    interval = f" ± {(result['ci95'][1] - result['ci95'][0]) / 2:.3g}" if "ci95" in result and key == "value" else ""
+    return f"{result[key]:.5g}{interval}"

@@ -1,0 +1,160 @@
+"""Measure images: `python scripts/evaluate.py --images DIR --reference DIR --metrics fid kid --out metrics.json`.
+
+With `accelerate launch` in place of `python`, features are extracted on every GPU. They are kept in --cache, so that
+a second call with the same images, or an interrupted one, does not compute them again. Nothing is downloaded.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from accelerate import PartialState  # noqa: E402
+
+from alter import InputError  # noqa: E402
+from alter.metrics.image_sets import ImageSet  # noqa: E402
+from alter.metrics.networks import (  # noqa: E402
+    HUB,
+    INCEPTION_FILE,
+    ClipVision,
+    Dino,
+    Inception,
+    Network,
+    OpenClip,
+)
+from alter.metrics.preferences import PREFERENCES, preference_scores  # noqa: E402
+from alter.metrics.suite import METRICS, Features, Reference, evaluate, table  # noqa: E402
+
+CACHE = Path.home() / ".cache" / "alter"
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    state = PartialState()
+    try:
+        if arguments.compare:
+            print(table({folder: _read_results(Path(folder)) for folder in arguments.compare}))
+        else:
+            _evaluate(arguments, state)
+    except InputError as error:
+        if state.is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        state.destroy_process_group()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    protocols = {name: metric.protocol for name, metric in METRICS.items()} | PREFERENCES
+    known = "\n".join(f"  {name:12} {protocol}" for name, protocol in protocols.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"metrics:\n{known}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="DIR", help="folder, or .npz with arr_0")
+    source.add_argument("--run", metavar="DIR", help="a demo's run, whose images are drawn first")
+    source.add_argument("--compare", nargs="+", metavar="FILE", help="show these metrics.json side by side")
+    parser.add_argument("--reference", metavar="PATH", help="folder, ADM reference batch (.npz) or saved statistics")
+    parser.add_argument("--metrics", nargs="+", choices=protocols, default=["fid", "kid", "is", "prc"],
+                        metavar="NAME", help="see below (default fid kid is prc)")
+    parser.add_argument("--prompts", metavar="FILE", help="a line an image, in the order of the images' names "
+                        "(default: manifest.json of scripts/sample.py, if it is there)")
+    parser.add_argument("--out", metavar="FILE", help="JSON to write (default: metrics.json beside the images)")
+    parser.add_argument("--save-stats", metavar="FILE", help="write the reference's statistics to this .npz")
+    parser.add_argument("--num", type=int, help="refuse another number of images")
+    parser.add_argument("--resize", type=int, metavar="SIDE", help="first make all images squares of this side "
+                        "(bicubic, antialiased), as papers do that generate at 768 and measure at 256")
+    parser.add_argument("--bootstrap", type=int, default=20, metavar="N", help="resamples for the intervals; 0: none")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"default {CACHE}")
+    parser.add_argument("--feature-network", choices=("standard", "demo"), default="standard",
+                        help="demo: a classifier of digits, trained here, in Inception's place; for dry runs")
+    parser.add_argument("--inception-weights", type=Path, default=HUB / INCEPTION_FILE, metavar="FILE")
+    parser.add_argument("--dinov2-weights", type=Path, metavar="FILE",
+                        default=HUB / "vit_large_patch14_dinov2.lvd142m.safetensors")
+    parser.add_argument("--dinov2-model", default="vit_large_patch14_dinov2", metavar="NAME", help="timm's name")
+    parser.add_argument("--clip-model", default="ViT-g-14", metavar="NAME",
+                        help="open_clip's name: ViT-g-14 (laion2b, as APTP and ALTER) or ViT-L-14-quickgelu (openai)")
+    parser.add_argument("--clip-model-path", type=Path, default=HUB / "open_clip_model.safetensors", metavar="FILE")
+    parser.add_argument("--cmmd-model-path", type=Path, default=HUB / "clip-vit-large-patch14-336", metavar="DIR")
+    parser.add_argument("--pickscore-path", type=Path, default=HUB / "PickScore_v1", metavar="DIR")
+    return parser
+
+
+def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
+    source, reference_source, out = arguments.images, arguments.reference, arguments.out
+    prompts_file = arguments.prompts
+    if arguments.run:
+        from alter.metrics.demo_images import draw_run
+
+        run = Path(arguments.run)
+        run = run if (run / "config.yaml").is_file() else run / "latest"
+        if not (run / "config.yaml").is_file():
+            raise InputError(f"--run {arguments.run}: no run: it has no config.yaml")
+        drawn = draw_run(run, run / "evaluation", state)
+        source, reference_source = drawn / "images", reference_source or drawn / "real"
+        prompts_file = prompts_file or drawn / "prompts.txt"
+        out = out or run / "metrics.json"
+    images = ImageSet(source, arguments.resize)
+    if arguments.num is not None and len(images) != arguments.num:
+        raise InputError(f"--images {source}: holds {len(images)} images, not --num {arguments.num}")
+    features = Features(lambda key: _network(key, arguments, state), arguments.cache, arguments.batch,
+                        arguments.workers, state)
+    reference = Reference(reference_source, features, arguments.resize) if reference_source else None
+    results = evaluate(
+        images, arguments.metrics, features, reference, _prompts(prompts_file, images), arguments.bootstrap,
+        lambda name, prompts: preference_scores(name, images, prompts, state.device, arguments.pickscore_path))
+    if not state.is_main_process:
+        return
+    if arguments.save_stats and reference is not None:
+        reference.save(Path(arguments.save_stats), [METRICS[name] for name in arguments.metrics if name in METRICS])
+    for line in features.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    file = Path(out) if out else images.source.with_name(f"{images.source.stem}-metrics.json")
+    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table({images.source.name: results}))
+    print(f"written to {file}")
+
+
+def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Network:
+    if arguments.feature_network == "demo":
+        if key not in ("clean", "legacy"):
+            raise InputError("--feature-network demo: stands in for Inception alone: choose among fid, fid_legacy, "
+                             "kid, is, prc")
+        from alter.metrics.demo_images import demo_network
+
+        return demo_network(arguments.cache, state)
+    if key in ("clean", "legacy"):
+        return Inception(arguments.inception_weights, key)
+    if key == "dinov2":
+        return Dino(arguments.dinov2_weights, arguments.dinov2_model)
+    if key == "clip":
+        return OpenClip(arguments.clip_model, arguments.clip_model_path)
+    return ClipVision(arguments.cmmd_model_path)
+
+
+def _prompts(file: str | Path | None, images: ImageSet) -> list[str] | None:
+    if file is not None:
+        if not Path(file).is_file():
+            raise InputError(f"--prompts {file}: no such file")
+        return Path(file).read_text(encoding="utf-8").splitlines()
+    manifest = images.source / "manifest.json"
+    if not manifest.is_file():
+        return None
+    conditions = {image["file"]: image["condition"] for image in json.loads(manifest.read_text())["images"]}
+    return [str(conditions[name]) for name in images.names] if set(images.names) <= conditions.keys() else None
+
+
+def _read_results(file: Path) -> dict:
+    file = file / "metrics.json" if file.is_dir() else file
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--compare {file}: no metrics.json that can be read ({error})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

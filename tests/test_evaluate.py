@@ -1,0 +1,382 @@
+"""Images on disk to metrics: sets, networks with their real architectures, caching, and the scripts."""
+
+import json
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from alter import InputError
+from alter.config import ROOT
+from alter.metrics import distances, features, image_sets, networks, preferences, suite
+from alter.metrics.demo_images import demo_network
+
+SCRIPTS = Path(ROOT) / "scripts"
+
+
+def save_images(folder, count=12, size=24, seed=0, shift=0):
+    folder.mkdir(parents=True)
+    source = np.random.default_rng(seed)
+    for i in range(count):
+        pixels = source.integers(shift, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def run(script, *arguments, processes=1):
+    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+                                        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return subprocess.run([sys.executable, *launch, SCRIPTS / script, *map(str, arguments)], capture_output=True,
+                          text=True)
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    file = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(fidelity.torch, "load", lambda *_, **__: {})
+        net = fidelity.FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    torch.save(net.state_dict(), file)
+    return file
+
+
+def test_inception_is_torch_fidelitys(inception_weights, tmp_path):
+    theirs = fidelity.FeatureExtractorInceptionV3("own", ["2048", "logits_unbiased"],
+                                                  feature_extractor_weights_path=str(inception_weights))
+    seen = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    images = image_sets.ImageSet(save_images(tmp_path / "images", count=2, size=40))
+    loaded = [images.load(i)[0] for i in range(2)]
+    pool, logits = theirs(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in loaded]))
+    legacy = networks.Inception(inception_weights, "legacy")
+    ours = legacy.features(torch.stack([legacy.prepare(image) for image in loaded]))
+    torch.testing.assert_close(ours["pool"], pool, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["logits"], logits, rtol=1e-4, atol=1e-4)
+    assert ours["spatial"].shape == (2, 2023)
+    torch.testing.assert_close(ours["spatial"].view(2, 17, 17, 7).permute(0, 3, 1, 2), seen[0][:, :7], rtol=1e-4,
+                               atol=1e-5)
+    clean = networks.Inception(inception_weights, "clean")
+    picture = loaded[0].resize((299, 299))
+    torch.testing.assert_close(clean.prepare(picture), legacy.prepare(picture))
+    assert (clean.prepare(loaded[0]) - legacy.prepare(loaded[0])).abs().max() > 1  # another filter
+    assert clean.name != legacy.name and clean.digest == legacy.digest
+
+
+def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
+    import open_clip
+    import timm
+
+    torch.manual_seed(0)
+    picture = image_sets.ImageSet(save_images(tmp_path / "images", count=1, size=50)).load(0)[0]
+
+    net = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0).eval()
+    save_file(net.state_dict(), tmp_path / "dino.safetensors")
+    dino = networks.Dino(tmp_path / "dino.safetensors", "vit_small_patch14_dinov2")
+    with torch.no_grad():
+        token = dino.eval().features(dino.prepare(picture)[None])["token"]
+        assert token.shape == (1, 384)
+        resized = timm.layers.resample_abs_pos_embed(net.pos_embed, [16, 16])
+        same = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0).eval()
+        same.load_state_dict({**net.state_dict(), "pos_embed": resized})
+        torch.testing.assert_close(token, same.forward_features(dino.prepare(picture)[None])[:, 0])
+
+    clip, _, prepare = open_clip.create_model_and_transforms("ViT-S-32-alt")
+    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
+    ours = networks.OpenClip("ViT-S-32-alt", tmp_path / "clip.safetensors")
+    with torch.no_grad():
+        image = clip.eval().encode_image(prepare(picture)[None])
+        text = clip.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(["a red circle"]))
+        torch.testing.assert_close(ours.eval().features(ours.prepare(picture)[None])["embedding"], image)
+    embedded = ours.embed(["a red circle"])
+    np.testing.assert_allclose(embedded, text.numpy(), rtol=1e-4, atol=1e-5)
+    expected = 100 * max(0.0, float(torch.nn.functional.cosine_similarity(image, text)))
+    assert suite.METRICS["clip"].measure(image.numpy(), embedded)["value"] == pytest.approx(expected, abs=1e-4)
+
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                              image_size=28, patch_size=14, projection_dim=8)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "cmmd")
+    vision = networks.ClipVision(tmp_path / "cmmd").eval()
+    assert vision.prepare(picture).shape == (3, 28, 28)
+    assert vision.features(vision.prepare(picture)[None])["embedding"].shape == (1, 8)
+
+
+class Harmless:
+    def __reduce__(self):
+        return (open, ("unpickled", "w"))
+
+
+def test_missing_damaged_and_hostile_weights(tmp_path, inception_weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--inception-weights .*none.pth: no such file: put weights-inception"):
+        networks.Inception(Path("none.pth"), "clean")
+    Path("hostile.pth").write_bytes(pickle.dumps(Harmless()))
+    with pytest.raises(InputError, match="not readable as plain weights"):
+        networks.Inception(Path("hostile.pth"), "clean")
+    assert not Path("unpickled").exists()
+    torch.save({"a": torch.zeros(1)}, "other.pth")
+    with pytest.raises(InputError, match="other weights than"):
+        networks.Inception(Path("other.pth"), "clean")
+    with pytest.raises(InputError, match="--dinov2-weights"):
+        networks.Dino(Path("none.safetensors"), "vit_small_patch14_dinov2")
+    with pytest.raises(InputError, match="--clip-model-path"):
+        networks.OpenClip("ViT-S-32-alt", Path("none.safetensors"))
+    with pytest.raises(InputError, match="openai/clip-vit-large-patch14-336"):
+        networks.ClipVision(Path("none"))
+
+
+class Mean:
+    """A network that is its own ground truth: the mean colour."""
+
+    name, digest = "mean colour", "0"
+
+    def __init__(self, dimensions=3):
+        self.seen, self.dimensions = 0, dimensions
+
+    def to(self, device):
+        return self
+
+    def prepare(self, image):
+        return torch.from_numpy(np.array(image)).float().mean((0, 1))[: self.dimensions]
+
+    def features(self, images):
+        self.seen += len(images)
+        return {"pool": images}
+
+
+def extract(images, network, cache):
+    return features.extract(images, network, cache, batch_size=4, workers=0, state=PartialState())
+
+
+def test_features_are_extracted_once_and_go_on_after_an_interruption(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "PART", 5)
+    images = image_sets.ImageSet(save_images(tmp_path / "images"))
+    network = Mean()
+    expected = np.stack([np.asarray(images.load(i)[0], dtype=np.float32).mean((0, 1)) for i in range(12)])
+    done = Mean.features
+
+    def interrupted(self, batch):
+        if self.seen >= 8:
+            raise KeyboardInterrupt
+        return done(self, batch)
+
+    monkeypatch.setattr(Mean, "features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, network, tmp_path / "cache")
+    monkeypatch.setattr(Mean, "features", done)
+    rest = Mean()
+    found, _ = extract(images, rest, tmp_path / "cache")
+    np.testing.assert_allclose(found["pool"], expected, rtol=1e-5)
+    assert rest.seen == 12 - 5  # the first part was there
+    again = Mean()
+    extract(image_sets.ImageSet(images.source), again, tmp_path / "cache")
+    assert again.seen == 0
+    Image.new("RGB", (24, 24)).save(images.source / "003.png")
+    extract(image_sets.ImageSet(images.source), again, tmp_path / "cache")
+    assert again.seen == 12  # other content, other features
+
+
+def test_odd_images_are_converted_and_counted_or_refused(tmp_path):
+    folder = save_images(tmp_path / "images", count=3)
+    Image.new("L", (30, 24), 200).save(folder / "grey.png")
+    Image.new("CMYK", (24, 24)).save(folder / "print.jpg")
+    Image.new("RGBA", (24, 24)).save(folder / "glass.png")
+    found, odd = extract(image_sets.ImageSet(folder), Mean(), tmp_path / "cache")
+    assert found["pool"][3].tolist() == [255, 255, 255]  # transparent is white: names are sorted
+    text = "\n".join(odd)
+    assert "1 images of mode L" in text and "1 images of mode CMYK" in text and "2 different sizes" in text
+    (folder / "cut.png").write_bytes((folder / "000.png").read_bytes()[:90])
+    (folder / "empty.png").touch()
+    with pytest.raises(InputError, match="2 images cannot be read .*cut.png: .*empty.png: "):
+        extract(image_sets.ImageSet(folder), Mean(), tmp_path / "cache")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        image_sets.ImageSet(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no such folder"):
+        image_sets.ImageSet(tmp_path / "missing")
+    twice = save_images(tmp_path / "twice", count=2)
+    (twice / "copy.png").write_bytes((twice / "000.png").read_bytes())
+    assert "1 of 3 images repeat another one" in image_sets.ImageSet(twice).warnings()[0]
+
+
+def test_features_that_are_not_finite_name_the_image(tmp_path):
+    class Broken(Mean):
+        def features(self, images):
+            images[0, 0] = torch.inf
+            return {"pool": images}
+
+    with pytest.raises(InputError, match=r"3 images features that are not finite, first 000.png"):
+        extract(image_sets.ImageSet(save_images(tmp_path / "images")), Broken(), tmp_path / "cache")
+
+
+def test_resizing_is_part_of_the_protocol_and_of_the_key(tmp_path):
+    folder = save_images(tmp_path / "images", count=2, size=32)
+    plain, small = image_sets.ImageSet(folder), image_sets.ImageSet(folder, resize=8)
+    assert small.load(0)[0].size == (8, 8) and plain.digest != small.digest and "resized to 8" in small.protocol
+    average = np.asarray(plain.load(0)[0], dtype=float).mean()  # antialiasing keeps the mean; picking pixels does not
+    assert np.asarray(small.load(0)[0], dtype=float).mean() == pytest.approx(average, abs=3)
+
+
+def make_features(tmp_path, network=None):
+    return suite.Features(lambda key: network or Mean(), tmp_path / "cache", 4, 0, PartialState())
+
+
+def test_references_of_every_kind_give_the_same_distance(tmp_path):
+    images = image_sets.ImageSet(save_images(tmp_path / "images", count=20))
+    real = save_images(tmp_path / "real", count=18, seed=1, shift=100)
+    found = make_features(tmp_path)
+    folder = suite.Reference(real, found, None)
+    expected = suite.evaluate(images, ["fid", "kid", "prc"], found, folder, None, 0)
+    x, y = (found(part, "clean", "pool") for part in (images, image_sets.ImageSet(real)))
+    assert expected["fid"]["value"] == pytest.approx(distances.frechet_distance(x, y))
+    assert expected["fid"]["reference"]["images"] == 18 and expected["fid"]["images"] == 20
+
+    pixels = np.stack([np.asarray(image_sets.ImageSet(real).load(i)[0]) for i in range(18)])
+    np.savez(tmp_path / "batch.npz", pixels)
+    batch = suite.Reference(tmp_path / "batch.npz", found, None)
+    assert suite.evaluate(images, ["kid", "fid"], found, batch, None, 0)["fid"]["value"] == pytest.approx(
+        expected["fid"]["value"])
+
+    folder.save(tmp_path / "stats.npz", [suite.METRICS["fid"]])
+    saved = suite.Reference(tmp_path / "stats.npz", make_features(tmp_path), None)
+    assert saved.count == 18
+    assert suite.evaluate(images, ["fid"], make_features(tmp_path), saved, None, 0)["fid"]["value"] == pytest.approx(
+        expected["fid"]["value"])
+    with pytest.raises(InputError, match="needs: name a folder of images"):
+        suite.evaluate(images, ["kid"], make_features(tmp_path), saved, None, 0)
+
+    mean, covariance = distances.moments(y)
+    np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance)
+    adm = suite.Reference(tmp_path / "adm.npz", found, None)
+    assert suite.evaluate(images, ["fid_legacy"], found, adm, None, 0)["fid_legacy"]["value"] == pytest.approx(
+        expected["fid"]["value"])  # the network of this test is the same for both
+
+    class Other(Mean):
+        digest = "1"
+
+    other = make_features(tmp_path, Other())
+    with pytest.raises(InputError, match="other weights: make them again"):
+        suite.evaluate(images, ["fid"], other, suite.Reference(tmp_path / "stats.npz", other, None), None, 0)
+    np.savez(tmp_path / "hostile.npz", arr_0=np.array([Harmless()], dtype=object))
+    with pytest.raises(InputError, match="hostile.npz: not a readable"):
+        suite.Reference(tmp_path / "hostile.npz", found, None)
+
+
+def test_intervals_warnings_and_refusals(tmp_path):
+    images = image_sets.ImageSet(save_images(tmp_path / "images", count=20))
+    found = make_features(tmp_path)
+    reference = suite.Reference(save_images(tmp_path / "real", count=3, seed=1), found, None)
+    result = suite.evaluate(images, ["fid"], found, reference, None, 10)["fid"]
+    low, high = result["ci95"]
+    assert low < result["value"] < high
+    assert any("3 images for 3 features" in line for line in found.warnings)
+    with pytest.raises(InputError, match="fid: needs --reference"):
+        suite.evaluate(images, ["fid"], found, None, None, 0)
+    with pytest.raises(InputError, match="a prompt for each of the 20 images, .*found 1"):
+        suite.evaluate(images, ["clip"], found, None, ["one"], 0)
+    text = suite.table({"a": {"fid": result}, "b": {}})
+    assert "±" in text and text.splitlines()[1].endswith("-")
+
+
+def test_preferences_of_installed_packages(tmp_path, monkeypatch):
+    images = image_sets.ImageSet(save_images(tmp_path / "images", count=3))
+    found = make_features(tmp_path)
+
+    def measure(name):
+        return suite.evaluate(images, [name], found, None, ["a", "bb", "ccc"], 0, lambda name, prompts: (
+            preferences.preference_scores(name, images, prompts, torch.device("cpu"), tmp_path / "pick")))[name]
+
+    for name in ("image_reward", "hpsv2"):
+        with pytest.raises(InputError, match=f"--metrics {name}: the package .* cannot be imported"):
+            measure(name)
+    hpsv2 = types.SimpleNamespace(score=lambda images, prompt, hps_version: [len(prompt)])
+    reward = types.SimpleNamespace(load=lambda name, device: types.SimpleNamespace(
+        score=lambda prompt, images: -len(prompt)))
+    monkeypatch.setitem(sys.modules, "hpsv2", hpsv2)
+    monkeypatch.setitem(sys.modules, "ImageReward", reward)
+    assert (measure("hpsv2")["value"], measure("image_reward")["value"]) == (2, -2)
+    with pytest.raises(InputError, match="put a copy of yuvalkirstain/PickScore_v1"):
+        measure("pickscore")
+
+
+def test_the_demo_network_takes_any_image_and_is_trained_once(tmp_path):
+    network = demo_network(tmp_path, PartialState())
+    assert demo_network(tmp_path, PartialState()).digest == network.digest
+    shapes = {network.prepare(Image.new("RGB", size)).shape for size in ((8, 8), (100, 30))}
+    assert shapes == {torch.Size([1, 8, 8])}
+    (file,) = tmp_path.glob("*.safetensors")
+    assert "body.0.weight" in load_file(file)
+
+
+def test_the_script_from_one_and_two_processes(tmp_path):
+    images, real = save_images(tmp_path / "images", 40), save_images(tmp_path / "real", 30, seed=1)
+    common = ["--images", images, "--reference", real, "--feature-network", "demo", "--bootstrap", 3]
+    single = run("evaluate.py", *common, "--out", tmp_path / "1.json", "--cache", tmp_path / "c1")
+    assert single.returncode == 0, single.stderr
+    assert "rank-deficient" in single.stderr and "fid" in single.stdout
+    double = run("evaluate.py", *common, "--out", tmp_path / "2.json", "--cache", tmp_path / "c2", processes=2)
+    assert double.returncode == 0, double.stderr
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert one.keys() == two.keys() == {"fid", "kid", "is", "prc"}
+    for name in one:
+        assert one[name]["value"] == pytest.approx(two[name]["value"], rel=1e-5)
+        assert {"protocol", "images", "network", "libraries", "seconds", "peak_memory_bytes"} <= one[name].keys()
+        assert len(one[name]["network"]["sha256"]) == 64
+    compared = run("evaluate.py", "--compare", tmp_path / "1.json", tmp_path / "2.json")
+    assert compared.returncode == 0 and compared.stdout.count("±") >= 2
+    refused = run("evaluate.py", "--images", images, "--num", 41)
+    assert refused.returncode == 2 and "holds 40 images, not --num 41" in refused.stderr
+    missing = run("evaluate.py", "--images", images, "--metrics", "fid", "--reference", real, "--inception-weights",
+                  tmp_path / "no.pth")
+    assert missing.returncode == 2 and "no such file: put weights-inception" in missing.stderr
+
+
+def coco(tmp_path, count=6, damage=None):
+    folder = save_images(tmp_path / "val", count=count, size=30)
+    content = {"images": [{"id": 10 + i, "file_name": f"{i:03d}.png"} for i in range(count)],
+               "annotations": [{"id": 100 - k, "image_id": 10 + k % count, "caption": f"caption {k}\n"}
+                               for k in range(2 * count)]}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    return ["--captions", tmp_path / "captions.json", "--images", folder]
+
+
+def test_evaluation_sets_from_official_files(tmp_path):
+    source = coco(tmp_path)
+    for name in ("a", "b"):
+        done = run("prepare_eval.py", "coco2014", *source, "--count", 4, "--size", 16, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "a" / "about.json").read_text())
+    assert about == json.loads((tmp_path / "b" / "about.json").read_text()) and len(about["images"]) == 4
+    prompts = (tmp_path / "a" / "prompts.txt").read_text().splitlines()
+    assert prompts == [f"caption {image['id'] - 10 + 6}" for image in about["images"]]  # the lowest annotation id
+    assert image_sets.ImageSet(tmp_path / "a" / "images").load(0)[0].size == (16, 16)
+
+    few = run("prepare_eval.py", "coco2017", *source, "--out", tmp_path / "c")
+    assert few.returncode == 2 and "6 images with captions, 5000 are needed" in few.stderr
+    (tmp_path / "val" / "002.png").unlink()
+    lacking = run("prepare_eval.py", "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
+    assert lacking.returncode == 2 and "lacks 1 of 6 images (002.png)" in lacking.stderr
+    (tmp_path / "val" / "002.png").write_bytes(b"no image")
+    damaged = run("prepare_eval.py", "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
+    assert damaged.returncode == 2 and "1 of 6 images cannot be read (002.png: " in damaged.stderr
+    assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".partial*"))
+
+    (tmp_path / "cc.tsv").write_text("a dog\thttp://x\na cat\thttp://y\n")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    Image.new("RGB", (20, 30)).save(rows / "00001.jpg")
+    done = run("prepare_eval.py", "cc3m", "--captions", tmp_path / "cc.tsv", "--images", rows, "--out", tmp_path / "d")
+    assert done.returncode == 0 and (tmp_path / "d" / "prompts.txt").read_text() == "a cat\n"
+    assert run("prepare_eval.py", "imagenet", "--out", tmp_path / "e").returncode == 0
+    assert (tmp_path / "e" / "labels.txt").read_text().split() == [str(i) for i in range(1000)]
