@@ -22,6 +22,10 @@ from alter.metrics import distances, features, image_sets, networks, preferences
 from alter.metrics.demo_images import demo_network
 
 SCRIPTS = Path(ROOT) / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import evaluate  # noqa: E402
+import prepare_eval  # noqa: E402
 
 
 def save_images(folder, count=12, size=24, seed=0, shift=0):
@@ -33,11 +37,16 @@ def save_images(folder, count=12, size=24, seed=0, shift=0):
     return folder
 
 
-def run(script, *arguments, processes=1):
-    launch = [] if processes == 1 else ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
-                                        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return subprocess.run([sys.executable, *launch, SCRIPTS / script, *map(str, arguments)], capture_output=True,
-                          text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Calls a script's main; returns its exit code, and what it wrote to both streams."""
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        code = module.main()
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +94,7 @@ def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
     save_file(net.state_dict(), tmp_path / "dino.safetensors")
     dino = networks.Dino(tmp_path / "dino.safetensors", "vit_small_patch14_dinov2")
     with torch.no_grad():
-        token = dino.eval().features(dino.prepare(picture)[None])["token"]
+        token = dino.features(dino.prepare(picture)[None])["token"]
         assert token.shape == (1, 384)
         resized = timm.layers.resample_abs_pos_embed(net.pos_embed, [16, 16])
         same = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0).eval()
@@ -98,7 +107,7 @@ def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
     with torch.no_grad():
         image = clip.eval().encode_image(prepare(picture)[None])
         text = clip.encode_text(open_clip.get_tokenizer("ViT-S-32-alt")(["a red circle"]))
-        torch.testing.assert_close(ours.eval().features(ours.prepare(picture)[None])["embedding"], image)
+        torch.testing.assert_close(ours.features(ours.prepare(picture)[None])["embedding"], image)
     embedded = ours.embed(["a red circle"])
     np.testing.assert_allclose(embedded, text.numpy(), rtol=1e-4, atol=1e-5)
     expected = 100 * max(0.0, float(torch.nn.functional.cosine_similarity(image, text)))
@@ -107,7 +116,7 @@ def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
     config = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                               image_size=28, patch_size=14, projection_dim=8)
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "cmmd")
-    vision = networks.ClipVision(tmp_path / "cmmd").eval()
+    vision = networks.ClipVision(tmp_path / "cmmd")
     assert vision.prepare(picture).shape == (3, 28, 28)
     assert vision.features(vision.prepare(picture)[None])["embedding"].shape == (1, 8)
 
@@ -319,13 +328,15 @@ def test_the_demo_network_takes_any_image_and_is_trained_once(tmp_path):
     assert "body.0.weight" in load_file(file)
 
 
-def test_the_script_from_one_and_two_processes(tmp_path):
+def test_the_script_from_one_and_two_processes(tmp_path, run):
     images, real = save_images(tmp_path / "images", 40), save_images(tmp_path / "real", 30, seed=1)
     common = ["--images", images, "--reference", real, "--feature-network", "demo", "--bootstrap", 3]
-    single = run("evaluate.py", *common, "--out", tmp_path / "1.json", "--cache", tmp_path / "c1")
-    assert single.returncode == 0, single.stderr
-    assert "rank-deficient" in single.stderr and "fid" in single.stdout
-    double = run("evaluate.py", *common, "--out", tmp_path / "2.json", "--cache", tmp_path / "c2", processes=2)
+    code, out, err = run(evaluate, *common, "--out", tmp_path / "1.json", "--cache", tmp_path / "c1")
+    assert code == 0 and "rank-deficient" in err and "fid" in out
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
+              "1", "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPTS / "evaluate.py"]
+    double = subprocess.run([*map(str, [*launch, *common, "--out", tmp_path / "2.json", "--cache", tmp_path / "c2"])],
+                            capture_output=True, text=True)
     assert double.returncode == 0, double.stderr
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert one.keys() == two.keys() == {"fid", "kid", "is", "prc"}
@@ -333,13 +344,13 @@ def test_the_script_from_one_and_two_processes(tmp_path):
         assert one[name]["value"] == pytest.approx(two[name]["value"], rel=1e-5)
         assert {"protocol", "images", "network", "libraries", "seconds", "peak_memory_bytes"} <= one[name].keys()
         assert len(one[name]["network"]["sha256"]) == 64
-    compared = run("evaluate.py", "--compare", tmp_path / "1.json", tmp_path / "2.json")
-    assert compared.returncode == 0 and compared.stdout.count("±") >= 2
-    refused = run("evaluate.py", "--images", images, "--num", 41)
-    assert refused.returncode == 2 and "holds 40 images, not --num 41" in refused.stderr
-    missing = run("evaluate.py", "--images", images, "--metrics", "fid", "--reference", real, "--inception-weights",
-                  tmp_path / "no.pth")
-    assert missing.returncode == 2 and "no such file: put weights-inception" in missing.stderr
+    code, out, _ = run(evaluate, "--compare", tmp_path / "1.json", tmp_path / "2.json")
+    assert code == 0 and out.count("±") >= 2
+    code, _, err = run(evaluate, "--images", images, "--num", 41)
+    assert code == 2 and "holds 40 images, not --num 41" in err
+    code, _, err = run(evaluate, "--images", images, "--metrics", "fid", "--reference", real, "--inception-weights",
+                       tmp_path / "no.pth", "--cache", tmp_path / "c1")
+    assert code == 2 and "no such file: put weights-inception" in err
 
 
 def coco(tmp_path, count=6, damage=None):
@@ -351,32 +362,32 @@ def coco(tmp_path, count=6, damage=None):
     return ["--captions", tmp_path / "captions.json", "--images", folder]
 
 
-def test_evaluation_sets_from_official_files(tmp_path):
+def test_evaluation_sets_from_official_files(tmp_path, run):
     source = coco(tmp_path)
     for name in ("a", "b"):
-        done = run("prepare_eval.py", "coco2014", *source, "--count", 4, "--size", 16, "--out", tmp_path / name)
-        assert done.returncode == 0, done.stderr
+        code, *_ = run(prepare_eval, "coco2014", *source, "--count", 4, "--size", 16, "--out", tmp_path / name)
+        assert code == 0
     about = json.loads((tmp_path / "a" / "about.json").read_text())
     assert about == json.loads((tmp_path / "b" / "about.json").read_text()) and len(about["images"]) == 4
     prompts = (tmp_path / "a" / "prompts.txt").read_text().splitlines()
     assert prompts == [f"caption {image['id'] - 10 + 6}" for image in about["images"]]  # the lowest annotation id
     assert image_sets.ImageSet(tmp_path / "a" / "images").load(0)[0].size == (16, 16)
 
-    few = run("prepare_eval.py", "coco2017", *source, "--out", tmp_path / "c")
-    assert few.returncode == 2 and "6 images with captions, 5000 are needed" in few.stderr
+    code, _, err = run(prepare_eval, "coco2017", *source, "--out", tmp_path / "c")
+    assert code == 2 and "6 images with captions, 5000 are needed" in err
     (tmp_path / "val" / "002.png").unlink()
-    lacking = run("prepare_eval.py", "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
-    assert lacking.returncode == 2 and "lacks 1 of 6 images (002.png)" in lacking.stderr
+    code, _, err = run(prepare_eval, "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
+    assert code == 2 and "lacks 1 of 6 images (002.png)" in err
     (tmp_path / "val" / "002.png").write_bytes(b"no image")
-    damaged = run("prepare_eval.py", "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
-    assert damaged.returncode == 2 and "1 of 6 images cannot be read (002.png: " in damaged.stderr
+    code, _, err = run(prepare_eval, "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
+    assert code == 2 and "1 of 6 images cannot be read (002.png: " in err
     assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".partial*"))
 
     (tmp_path / "cc.tsv").write_text("a dog\thttp://x\na cat\thttp://y\n")
     rows = tmp_path / "rows"
     rows.mkdir()
     Image.new("RGB", (20, 30)).save(rows / "00001.jpg")
-    done = run("prepare_eval.py", "cc3m", "--captions", tmp_path / "cc.tsv", "--images", rows, "--out", tmp_path / "d")
-    assert done.returncode == 0 and (tmp_path / "d" / "prompts.txt").read_text() == "a cat\n"
-    assert run("prepare_eval.py", "imagenet", "--out", tmp_path / "e").returncode == 0
+    code, *_ = run(prepare_eval, "cc3m", "--captions", tmp_path / "cc.tsv", "--images", rows, "--out", tmp_path / "d")
+    assert code == 0 and (tmp_path / "d" / "prompts.txt").read_text() == "a cat\n"
+    assert run(prepare_eval, "imagenet", "--out", tmp_path / "e")[0] == 0
     assert (tmp_path / "e" / "labels.txt").read_text().split() == [str(i) for i in range(1000)]

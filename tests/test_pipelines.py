@@ -24,6 +24,8 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    TorchAoConfig,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 from diffusers.hooks import apply_group_offloading
@@ -255,6 +257,24 @@ def test_memory_options_before(folder, option):
     experts.apply(pipe)
     serve_by_hand(other.unet, experts, option)
     assert np.array_equal(draw(pipe), draw(other))
+
+
+def test_quantised_linear_layers(folder):
+    torchao = pytest.importorskip("torchao.quantization")
+
+    def make():
+        quantised = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32,
+                                                    quantization_config=quantised)
+        weight = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight
+        assert type(weight.data) is not torch.Tensor
+        return load(folder, unet=unet)
+
+    pipe, other = make(), make()
+    plain, experts = draw(pipe), experts_for(load(folder).unet, 16)
+    experts.apply(pipe)
+    serve_by_hand(other.unet, experts)
+    assert np.array_equal(draw(pipe), draw(other)) and np.abs(draw(pipe) - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("order", ["compile first", "apply first", pytest.param("in place", marks=pytest.mark.slow)])

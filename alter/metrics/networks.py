@@ -109,6 +109,7 @@ class Dino(nn.Module):
             raise InputError(f"--dinov2-weights {weights}: not of {architecture} "
                              f"({' '.join(str(error).split())[:200]})") from None
         self.name, self.digest = f"timm {architecture}, 224 px", file_digest(weights)
+        self.eval().requires_grad_(False)
 
     def prepare(self, image: Image.Image) -> Tensor:
         return _normalized(image, 224, IMAGENET)
@@ -134,6 +135,7 @@ class ClipVision(nn.Module):
         self.size = self.net.config.image_size
         self.name = f"CLIP vision of {folder.name}, {self.size} px"
         self.digest = file_digest(folder / "model.safetensors")
+        self.eval().requires_grad_(False)
 
     def prepare(self, image: Image.Image) -> Tensor:
         return _normalized(image, self.size, CLIP)
@@ -159,6 +161,7 @@ class OpenClip(nn.Module):
                              f"({' '.join(str(error).split())[:200]})") from None
         self._tokenize = open_clip.get_tokenizer(architecture)
         self.name, self.digest = f"open_clip {architecture}", file_digest(weights)
+        self.eval().requires_grad_(False)
 
     def prepare(self, image: Image.Image) -> Tensor:
         return self._prepare(image)
