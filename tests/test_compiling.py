@@ -94,6 +94,7 @@ def test_the_fastest_way_is_kept_and_weighted_by_the_timesteps(folder, monkeypat
     assert next(line for line in str(report).splitlines() if "kept" in line).split()[:2] == ["eager", "1000.00"]
 
 
+@pytest.mark.slow
 def test_float_timesteps_use_the_same_graphs(folder):
     """As integer ones, which the other tests use."""
     pipe = load(folder)

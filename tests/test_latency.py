@@ -1,11 +1,10 @@
 """A budget of time: latencies measured, kept, and met."""
 
 import dataclasses
+import importlib
 import json
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,12 +119,16 @@ def test_a_run_is_resumed_without_the_file_that_it_was_given(small_config, tmp_p
     train(small_config(**changes, resume="latest", train={"steps": 2, "search_steps": 1}))
 
 
-def test_the_script(tmp_path):
-    out = tmp_path / "latency.json"
-    command = [sys.executable, Path(ROOT) / "scripts" / "latency.py", "--config", "configs/demo_dit.yaml"]
+def test_the_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script, out = importlib.import_module("latency"), tmp_path / "latency.json"
+
+    def call(*overrides):
+        monkeypatch.setattr(sys, "argv", ["latency.py", "--config", "configs/demo_dit.yaml", "--out", str(out),
+                                          *overrides])
+        return script.main()
+
     known = ["budget.cost=latency", f"budget.latency_file={out}"]  # measured, although the file is named
-    done = subprocess.run([*command, "--out", out, "budget.batch=3", *known], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert Latency.load(out).batch == 3
-    refused = subprocess.run([*command, "--out", out, "budget.batch=0"], capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: budget.batch")
+    assert call("budget.batch=3", *known) == 0 and Latency.load(out).batch == 3
+    capsys.readouterr()
+    assert call("budget.batch=0") == 2 and capsys.readouterr().err.startswith("error: budget.batch")

@@ -277,7 +277,8 @@ def test_quantised_linear_layers(folder):
     assert np.array_equal(draw(pipe), draw(other)) and np.abs(draw(pipe) - plain).max() > 1e-3
 
 
-@pytest.mark.parametrize("order", ["compile first", "apply first", pytest.param("in place", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", ["compile first", *(
+    pytest.param(order, marks=pytest.mark.slow) for order in ("apply first", "in place"))])
 def test_a_backbone_that_the_user_compiles(folder, order):
     """Traced by dynamo and run by its eager backend: at most one graph an expert, and the same images."""
     experts, eager, pipe = experts_for(load(folder).unet, 16), load(folder), load(folder)

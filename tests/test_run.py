@@ -252,7 +252,8 @@ def test_a_broken_file_is_one_line_also_from_a_loader_process(small_config, tmp_
     assert last.startswith("error: data.path: ") and "cannot be read" in last and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "SIGINT", "SIGUSR1"))])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, tmp_path, name):
     save_config(small_config("dit", train={"steps": 100_000}), tmp_path / "long.yaml")
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts/train.py"), "--config", "long.yaml"],

@@ -16,6 +16,10 @@ from test_pipelines import experts_for
 from alter.config import CONFIGS
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
+sys.path.insert(0, str(CONFIGS.parent / "scripts"))
+
+import sample  # noqa: E402
+
 PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square"]
 
 
@@ -71,20 +75,31 @@ def test_processes_batches_and_interruptions_do_not_change_the_images(folder):
     assert abs(images(folder, "one")["000002.png"] - alone["000002.png"]).max() <= 1
 
 
-def test_dense_images_differ_and_another_setting_is_not_mixed_in(folder):
+@pytest.fixture
+def draw(folder, monkeypatch, capsys):
+    """The script in this process; returns its exit code and the last line of its errors."""
+    def call(out, *arguments):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, "--run", str(folder / "run"), "--out", str(folder / out), "--steps",
+                                          "3", *arguments])
+        code = sample.main()
+        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+    return call
+
+
+def test_dense_images_differ_and_another_setting_is_not_mixed_in(folder, draw):
     prompts = ["--prompts", str(folder / "prompts.txt"), "--scheduler", "DDIMScheduler", "--guidance", "2"]
-    (plain, served), _ = finish(start(folder, "dense", *prompts, "--dense"), start(folder, "served", *prompts))
-    assert plain == served == 0
+    assert draw("dense", *prompts, "--dense")[0] == draw("served", *prompts)[0] == 0
     assert abs(images(folder, "dense")["000000.png"] - images(folder, "served")["000000.png"]).max() > 2
-    codes, (errors,) = finish(start(folder, "dense", *prompts))
-    assert codes == [2] and "was drawn with dense=True, not False" in errors.strip().splitlines()[-1]
+    code, error = draw("dense", *prompts)
+    assert code == 2 and "was drawn with dense=True, not False" in error
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--labels", "3"], "a StableDiffusionPipeline takes --prompts"),
     (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
 ])
-def test_bad_input(folder, arguments, message):
-    codes, (errors,) = finish(start(folder, "bad", *arguments))
-    assert codes == [2] and message in errors.strip().splitlines()[-1]
+def test_bad_input(folder, draw, arguments, message):
+    code, error = draw("bad", *arguments)
+    assert code == 2 and message in error
     assert not (folder / "bad").exists()
