@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
 from alter import InputError  # noqa: E402
@@ -35,7 +36,10 @@ def main() -> int:
     state = PartialState()
     try:
         if arguments.compare:
-            print(table({folder: _read_results(Path(folder)) for folder in arguments.compare}))
+            results = {folder: _read_results(Path(folder)) for folder in arguments.compare}
+            print(table(results))
+            for line in _differences(results):
+                print(f"warning: {line}", file=sys.stderr)
         else:
             _evaluate(arguments, state)
     except InputError as error:
@@ -61,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
                         metavar="NAME", help="see below (default fid kid is prc)")
     parser.add_argument("--prompts", metavar="FILE", help="a line an image, in the order of the images' names "
                         "(default: manifest.json of scripts/sample.py, if it is there)")
-    parser.add_argument("--out", metavar="FILE", help="JSON to write (default: metrics.json beside the images)")
+    parser.add_argument("--out", metavar="FILE",
+                        help="JSON to write (default: <name of the images>-metrics.json beside them)")
     parser.add_argument("--save-stats", metavar="FILE", help="write the reference's statistics to this .npz")
     parser.add_argument("--num", type=int, help="refuse another number of images")
     parser.add_argument("--resize", type=int, metavar="SIDE", help="first make all images squares of this side "
@@ -98,7 +103,14 @@ def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
         source, reference_source = drawn / "images", reference_source or drawn / "real"
         prompts_file = prompts_file or drawn / "prompts.txt"
         out = out or run / "metrics.json"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = ImageSet(source, arguments.resize)
+    file = Path(out) if out else images.source.absolute().with_name(f"{images.source.absolute().name}-metrics.json")
+    for option, written in (("--out", file), ("--save-stats", Path(arguments.save_stats or file))):
+        if not written.parent.is_dir():
+            raise InputError(f"{option} {written}: its folder does not exist")
+    if arguments.save_stats and Path(arguments.save_stats).suffix != ".npz":
+        raise InputError(f"--save-stats {arguments.save_stats}: name an .npz file")
     if arguments.num is not None and len(images) != arguments.num:
         raise InputError(f"--images {source}: holds {len(images)} images, not --num {arguments.num}")
     features = Features(lambda key: _network(key, arguments, state), arguments.cache, arguments.batch,
@@ -113,8 +125,9 @@ def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
         reference.save(Path(arguments.save_stats), [METRICS[name] for name in arguments.metrics if name in METRICS])
     for line in features.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    file = Path(out) if out else images.source.with_name(f"{images.source.stem}-metrics.json")
-    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial = file.with_name(f".{file.name}")
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)
     print(table({images.source.name: results}))
     print(f"written to {file}")
 
@@ -146,6 +159,18 @@ def _prompts(file: str | Path | None, images: ImageSet) -> list[str] | None:
         return None
     conditions = {image["file"]: image["condition"] for image in json.loads(manifest.read_text())["images"]}
     return [str(conditions[name]) for name in images.names] if set(images.names) <= conditions.keys() else None
+
+
+def _differences(results: dict[str, dict]) -> list[str]:
+    """Metrics whose columns were measured in different ways."""
+    lines = []
+    for name in dict.fromkeys(name for result in results.values() for name in result):
+        found = [result[name] for result in results.values() if name in result]
+        for key in ("protocol", "images_protocol", "network", "reference", "images"):
+            if any(result[key] != found[0][key] for result in found):
+                lines.append(f"{name}: the columns differ in {key}: "
+                             + ", ".join(dict.fromkeys(str(result[key]) for result in found)))
+    return lines
 
 
 def _read_results(file: Path) -> dict:

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("set", choices=("coco2014", "coco2017", "cc3m", "imagenet"))
     parser.add_argument("--captions", type=Path, metavar="FILE")
     parser.add_argument("--images", type=Path, metavar="DIR")
-    parser.add_argument("--count", type=int, help="images (default: the protocol's)")
+    parser.add_argument("--count", type=_positive, help="images (default: the protocol's)")
     parser.add_argument("--size", type=int, default=256, help="side of the reference images (default 256)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     arguments = parser.parse_args()
@@ -44,6 +44,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -74,7 +80,7 @@ def _coco(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         captions: dict[int, str] = {}
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
             captions.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"--captions {arguments.captions}: no COCO captions file ({error!r} is missing)") from None
     ids = sorted(files.keys() & captions.keys())
     count = arguments.count or COUNT[arguments.set]
@@ -89,10 +95,14 @@ def _coco(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _cc3m(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if not arguments.captions.is_file():
         raise InputError(f"--captions {arguments.captions}: no such file")
-    rows = [line.split("\t") for line in arguments.captions.read_text(encoding="utf-8").splitlines()]
-    if any(len(row) != 2 for row in rows):
-        raise InputError(f"--captions {arguments.captions}: expected a caption, a tab and an address a line")
-    there = {int(file.stem): file.name for file in arguments.images.glob("*.jpg") if file.stem.isdigit()}
+    try:
+        rows = [line.split("\t") for line in arguments.captions.read_text(encoding="utf-8").split("\n")[:-1]]
+    except UnicodeDecodeError as error:
+        raise InputError(f"--captions {arguments.captions}: not UTF-8 text ({error})") from None
+    wrong = [number for number, row in enumerate(rows, 1) if len(row) != 2]
+    if wrong:
+        raise InputError(f"--captions {arguments.captions}: line {wrong[0]}: expected a caption, a tab and an address")
+    there = {int(file.stem): file.name for file in arguments.images.glob("*.jpg") if file.stem.isdecimal()}
     chosen = [{"id": i, "file": there[i], "caption": " ".join(row[0].split())} for i, row in enumerate(rows)
               if i in there][: arguments.count]
     print(f"{len(chosen)} of {len(rows)} rows have an image", file=sys.stderr)
@@ -114,8 +124,8 @@ def _write_pairs(arguments: argparse.Namespace, out: Path, pairs: list[dict[str,
             damaged.append(f"{pair['file']}: {error}")
     _refuse(damaged, f"--images {arguments.images}: {len(damaged)} of {len(pairs)} images cannot be read")
     (out / "prompts.txt").write_text("".join(f"{pair['caption']}\n" for pair in pairs), encoding="utf-8")
-    about = {"set": arguments.set, "size": arguments.size, "resizing": "centre square, bicubic, antialiased",
-             "captions": arguments.captions.name,
+    about = {"set": arguments.set, "sampling": __doc__, "size": arguments.size,
+             "resizing": "centre square, bicubic, antialiased", "captions": arguments.captions.name,
              "images": [{"id": pair["id"], "file": pair["file"]} for pair in pairs]}
     (out / "about.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

@@ -117,6 +117,14 @@ def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
                               image_size=28, patch_size=14, projection_dim=8)
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "cmmd")
     vision = networks.ClipVision(tmp_path / "cmmd")
+    wide = Image.new("RGB", (100, 28))
+    wide.paste((255, 255, 255), (36, 0, 64, 28))
+    assert vision.prepare(wide).min() > 1  # the centre square, which is white, not the whole squeezed
+    state = load_file(tmp_path / "cmmd" / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "projection" not in name},
+              tmp_path / "cmmd" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="its weights lack visual_projection"):
+        networks.ClipVision(tmp_path / "cmmd")
     assert vision.prepare(picture).shape == (3, 28, 28)
     assert vision.features(vision.prepare(picture)[None])["embedding"].shape == (1, 8)
 
@@ -169,7 +177,6 @@ def extract(images, network, cache):
 
 
 def test_features_are_extracted_once_and_go_on_after_an_interruption(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "PART", 5)
     images = image_sets.ImageSet(save_images(tmp_path / "images"))
     network = Mean()
     expected = np.stack([np.asarray(images.load(i)[0], dtype=np.float32).mean((0, 1)) for i in range(12)])
@@ -181,13 +188,14 @@ def test_features_are_extracted_once_and_go_on_after_an_interruption(tmp_path, m
         return done(self, batch)
 
     monkeypatch.setattr(Mean, "features", interrupted)
+    assert len(images) == 12  # parts of 8 and 4
     with pytest.raises(KeyboardInterrupt):
         extract(images, network, tmp_path / "cache")
     monkeypatch.setattr(Mean, "features", done)
     rest = Mean()
     found, _ = extract(images, rest, tmp_path / "cache")
     np.testing.assert_allclose(found["pool"], expected, rtol=1e-5)
-    assert rest.seen == 12 - 5  # the first part was there
+    assert rest.seen == 12 - 8  # the first part was there
     again = Mean()
     extract(image_sets.ImageSet(images.source), again, tmp_path / "cache")
     assert again.seen == 0
@@ -259,14 +267,14 @@ def test_references_of_every_kind_give_the_same_distance(tmp_path):
 
     folder.save(tmp_path / "stats.npz", [suite.METRICS["fid"]])
     saved = suite.Reference(tmp_path / "stats.npz", make_features(tmp_path), None)
-    assert saved.count == 18
+    assert saved.count(suite.METRICS["fid"]) == 18
     assert suite.evaluate(images, ["fid"], make_features(tmp_path), saved, None, 0)["fid"]["value"] == pytest.approx(
         expected["fid"]["value"])
     with pytest.raises(InputError, match="needs: name a folder of images"):
         suite.evaluate(images, ["kid"], make_features(tmp_path), saved, None, 0)
 
     mean, covariance = distances.moments(y)
-    np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance)
+    np.savez(tmp_path / "adm.npz", pixels[:5], mu=mean, sigma=covariance)  # some images beside statistics of all
     adm = suite.Reference(tmp_path / "adm.npz", found, None)
     assert suite.evaluate(images, ["fid_legacy"], found, adm, None, 0)["fid_legacy"]["value"] == pytest.approx(
         expected["fid"]["value"])  # the network of this test is the same for both
@@ -282,14 +290,47 @@ def test_references_of_every_kind_give_the_same_distance(tmp_path):
         suite.Reference(tmp_path / "hostile.npz", found, None)
 
 
+def test_order_and_names(tmp_path, run):
+    folder = tmp_path / "images"
+    for name in ("10.png", "9.png", "a/9.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(folder / name)
+    images = image_sets.ImageSet(folder)
+    assert images.names[:2] == ["9.png", "10.png"] and images.repeated_names == ["9"]
+    with pytest.raises(InputError, match="3 images is too small"):
+        suite.evaluate(images, ["is"], make_features(tmp_path), None, None, 0)
+    Image.new("RGB", (8, 8)).save(folder / "11.png")
+    with pytest.raises(InputError, match="several images are named 9"):
+        suite.evaluate(image_sets.ImageSet(folder), ["clip"], make_features(tmp_path), None, ["a"] * 4, 0)
+    code, _, err = run(evaluate, "--images", folder, "--out", tmp_path / "nowhere" / "m.json")
+    assert code == 2 and "its folder does not exist" in err
+
+
+def test_foreign_statistics_are_checked(tmp_path):
+    images, found = image_sets.ImageSet(save_images(tmp_path / "images", count=5)), make_features(tmp_path)
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(InputError, match="statistics of 7 features, mean colour has 3"):
+        suite.evaluate(images, ["fid_legacy"], found, suite.Reference(tmp_path / "adm.npz", found, None), None, 0)
+    small = image_sets.ImageSet(images.source, 8)
+    with pytest.raises(InputError, match="made with --resize None, not 8"):
+        suite.evaluate(small, ["fid_legacy"], found, suite.Reference(tmp_path / "adm.npz", found, 8), None, 0)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "adm.npz").read_bytes()[:200])
+    with pytest.raises(InputError, match="cut.npz: not a readable"):
+        suite.Reference(tmp_path / "cut.npz", found, None)
+
+
 def test_intervals_warnings_and_refusals(tmp_path):
+    class Wide(Mean):
+        def features(self, images):
+            return {"pool": torch.cat([images, images**2], dim=1)}
+
     images = image_sets.ImageSet(save_images(tmp_path / "images", count=20))
-    found = make_features(tmp_path)
-    reference = suite.Reference(save_images(tmp_path / "real", count=3, seed=1), found, None)
+    found = make_features(tmp_path, Wide())
+    reference = suite.Reference(save_images(tmp_path / "real", count=4, seed=1), found, None)
     result = suite.evaluate(images, ["fid"], found, reference, None, 10)["fid"]
     low, high = result["ci95"]
     assert low < result["value"] < high
-    assert any("3 images for 3 features" in line for line in found.warnings)
+    assert any("4 images for 6 features" in line for line in found.warnings)
     with pytest.raises(InputError, match="fid: needs --reference"):
         suite.evaluate(images, ["fid"], found, None, None, 0)
     with pytest.raises(InputError, match="a prompt for each of the 20 images, .*found 1"):
@@ -299,11 +340,11 @@ def test_intervals_warnings_and_refusals(tmp_path):
 
 
 def test_preferences_of_installed_packages(tmp_path, monkeypatch):
-    images = image_sets.ImageSet(save_images(tmp_path / "images", count=3))
+    images = image_sets.ImageSet(save_images(tmp_path / "images", count=4))
     found = make_features(tmp_path)
 
     def measure(name):
-        return suite.evaluate(images, [name], found, None, ["a", "bb", "ccc"], 0, lambda name, prompts: (
+        return suite.evaluate(images, [name], found, None, ["a", "bb", "ccc", "dd"], 0, lambda name, prompts: (
             preferences.preference_scores(name, images, prompts, torch.device("cpu"), tmp_path / "pick")))[name]
 
     for name in ("image_reward", "hpsv2"):
@@ -335,8 +376,11 @@ def test_the_script_from_one_and_two_processes(tmp_path, run):
     assert code == 0 and "rank-deficient" in err and "fid" in out
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
               "1", "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPTS / "evaluate.py"]
-    double = subprocess.run([*map(str, [*launch, *common, "--out", tmp_path / "2.json", "--cache", tmp_path / "c2"])],
-                            capture_output=True, text=True)
+
+    def run_two(*arguments):
+        return subprocess.run([*map(str, [*launch, *common, *arguments])], capture_output=True, text=True, timeout=200)
+
+    double = run_two("--out", tmp_path / "2.json", "--cache", tmp_path / "c2")
     assert double.returncode == 0, double.stderr
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert one.keys() == two.keys() == {"fid", "kid", "is", "prc"}
@@ -344,6 +388,11 @@ def test_the_script_from_one_and_two_processes(tmp_path, run):
         assert one[name]["value"] == pytest.approx(two[name]["value"], rel=1e-5)
         assert {"protocol", "images", "network", "libraries", "seconds", "peak_memory_bytes"} <= one[name].keys()
         assert len(one[name]["network"]["sha256"]) == 64
+    content = (images / "009.png").read_bytes()
+    (images / "009.png").write_bytes(content[:90])  # in the second process's share, which alone reads it
+    failed = run_two("--cache", tmp_path / "c3")
+    assert failed.returncode != 0 and "1 images cannot be read (009.png: " in failed.stderr
+    (images / "009.png").write_bytes(content)
     code, out, _ = run(evaluate, "--compare", tmp_path / "1.json", tmp_path / "2.json")
     assert code == 0 and out.count("±") >= 2
     code, _, err = run(evaluate, "--images", images, "--num", 41)

@@ -19,19 +19,22 @@ from ..experts import TemporalExperts
 from ..sampling import sample_latents
 from ..sources import Digits
 from .classifier import SmallClassifier, train_classifier
-from .networks import Demo
+from .networks import Demo, file_digest
 
 
 def draw_run(run: Path, out: Path, state: PartialState) -> Path:
     """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out."""
     config = _own_weights(load_config(run / "config.yaml"), run / "final")
     done = out / "drawn.json"
-    key = hashlib.sha256((run / "final" / "experts.json").read_bytes() + repr(config.evaluate).encode()).hexdigest()
+    files = sorted(file for file in (run / "final").rglob("*") if file.suffix in (".json", ".safetensors"))
+    made_of = "".join(map(file_digest, files)) + repr((config.evaluate, config.seed))
+    key = hashlib.sha256(made_of.encode()).hexdigest()
     if not (done.is_file() and json.loads(done.read_text())["key"] == key) and state.is_main_process:
         parts = build(config, 1, state.device)
         judge = exam(config, parts.source)
         if judge is None:
             raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
+        done.unlink(missing_ok=True)
         batch = {name: value.to(state.device) if isinstance(value, Tensor) else value
                  for name, value in judge.batch.items()}
         everything = torch.ones(len(judge.asked), dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Features of an image set under a network: extracted once, on all processes, and kept on disk by content."""
 
 import hashlib
-import shutil
-import sys
+import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +22,7 @@ from ..images import Unreadable
 from .image_sets import ImageSet
 from .networks import Network
 
-PART = 1024  # images of one file of features, the unit of going on after an interruption
+MOST = 1024  # images of one file of features, the unit of going on after an interruption
 
 
 class _Prepared(Dataset):
@@ -51,36 +51,34 @@ def extract(images: ImageSet, network: Network, cache: Path, batch_size: int, wo
         InputError: naming images that cannot be read, or whose features are not finite.
     """
     key = hashlib.sha256(f"{images.digest} {network.name} {network.digest}".encode()).hexdigest()[:32]
-    done, parts = cache / f"{key}.safetensors", cache / f"{key}.parts"
-    if not done.is_file():
-        _extract_parts(images, network, parts, batch_size, workers, state)
+    done, size = cache / f"{key}.safetensors", min(MOST, max(8, math.ceil(len(images) / 32)))
+    parts = {first: cache / f"{key}.parts" / f"{first:09d}-{size}.safetensors" for first in range(0, len(images), size)}
+    missing = None if done.is_file() else [first for first, part in parts.items() if not part.is_file()]
+    missing = broadcast_object_list([missing])[0]  # as the first process sees it: another run may be at work here
+    if missing is not None:
+        mine = {first: parts[first] for first in missing[state.process_index :: state.num_processes]}
+        _extract_parts(images, network, mine, size, batch_size, workers, state)
         state.wait_for_everyone()
-        if state.is_main_process:
-            _merge(parts, done, len(images))
+        if state.is_main_process and not done.is_file():
+            _merge(list(parts.values()), done, len(images))
         state.wait_for_everyone()
     tensors = load_file(done)
     counts = {key: int(value) for key, value in tensors.items() if key.startswith(("mode ", "size "))}
     features = {key: value.numpy() for key, value in tensors.items() if key not in counts}
-    for name, values in features.items():
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if len(bad):
-            raise InputError(f"{images.source}: {network.name} gives {len(bad)} images features that are not finite, "
-                             f"first {images.names[bad[0]]} ({name}): check the weights and that image")
     return features, _oddities(images, counts)
 
 
-def _extract_parts(images: ImageSet, network: Network, parts: Path, batch_size: int, workers: int,
-                   state: PartialState) -> None:
-    parts.mkdir(parents=True, exist_ok=True)
-    firsts = range(0, len(images), PART)[state.process_index :: state.num_processes]
-    missing = [first for first in firsts if not (parts / f"{first:09d}.safetensors").is_file()]
+def _extract_parts(images: ImageSet, network: Network, parts: dict[int, Path], size: int, batch_size: int,
+                   workers: int, state: PartialState) -> None:
+    """Write the parts that begin at the keys of `parts`."""
     network.to(state.device)
     unreadable: list[str] = []
-    count = sum(min(PART, len(images) - first) for first in missing)
+    infinite: list[str] = []
+    count = sum(min(size, len(images) - first) for first in parts)
     with tqdm(total=count, unit="image", desc=f"{network.name}: {images.source.name}",
               disable=not state.is_main_process, dynamic_ncols=True) as bar:
-        for first in missing:
-            indices = list(range(first, min(first + PART, len(images))))
+        for first, part in parts.items():
+            indices = list(range(first, min(first + size, len(images))))
             loader = DataLoader(_Prepared(images, network, indices), batch_size, num_workers=workers,
                                 collate_fn=lambda items: items)
             rows: dict[str, list[Tensor]] = {}
@@ -97,27 +95,37 @@ def _extract_parts(images: ImageSet, network: Network, parts: Path, batch_size: 
                 bar.update(len(items))
             if not unreadable:
                 content = {name: torch.cat(values).contiguous() for name, values in rows.items()}
-                content |= {name: torch.tensor(count) for name, count in counts.items()}
-                partial = parts / f".{first:09d}"
-                save_file(content, partial)
-                partial.replace(parts / f"{first:09d}.safetensors")
-    unreadable = gather_object(unreadable)
+                bad = ~torch.stack([values.isfinite().all(dim=1) for values in content.values()]).all(dim=0)
+                infinite += [images.names[first + i] for i in bad.nonzero().flatten().tolist()]
+                if not bad.any():
+                    _write(content | {name: torch.tensor(number) for name, number in counts.items()}, part)
+    unreadable, infinite = gather_object(unreadable), gather_object(infinite)
+    if infinite:
+        raise InputError(f"{images.source}: {network.name} gives {len(infinite)} images features that are not finite, "
+                         f"first {infinite[0]}: check the weights and that image")
     if unreadable:
         shown = "; ".join(unreadable[:5]) + (" ..." if len(unreadable) > 5 else "")
         raise InputError(f"{images.source}: {len(unreadable)} images cannot be read ({shown}): mend or remove them")
 
 
-def _merge(parts: Path, done: Path, count: int) -> None:
-    contents = [load_file(parts / f"{first:09d}.safetensors") for first in range(0, count, PART)]
+def _write(content: dict[str, Tensor], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}-{os.getpid()}")
+    save_file(content, partial)
+    partial.replace(file)
+
+
+def _merge(parts: list[Path], done: Path, count: int) -> None:
+    contents = [load_file(part) for part in parts]
     names = {name for content in contents for name in content}
     merged: dict[str, Tensor] = {}
     for name in names:
         values = [content[name] for content in contents if name in content]
         merged[name] = torch.stack(values).sum() if values[0].dim() == 0 else torch.cat(values)
-    partial = done.with_suffix(".partial")
-    save_file(merged, partial)
-    partial.replace(done)
-    shutil.rmtree(parts)
+    assert all(len(value) == count for value in merged.values() if value.dim())
+    _write(merged, done)
+    for part in parts:
+        part.unlink(missing_ok=True)
 
 
 def _oddities(images: ImageSet, counts: Mapping[str, int]) -> list[str]:
@@ -130,8 +138,3 @@ def _oddities(images: ImageSet, counts: Mapping[str, int]) -> list[str]:
         lines.append(f"{images.source}: {len(sizes)} different sizes (" + ", ".join(
             f"{sizes[size]} of {size}" for size in most) + ")")
     return lines
-
-
-def warn(lines: list[str]) -> None:
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr)

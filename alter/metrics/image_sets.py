@@ -1,7 +1,7 @@
 """Image sets to be measured: a folder, or the images of a reference batch in one .npz file."""
 
 import hashlib
-import zipfile
+import re
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,9 @@ class ImageSet:
     """RGB images by index, of any size each.
 
     Attributes:
-        names: of the images, relative to the folder, sorted. resize: side of the square that every image is made to,
-        from its centre, with antialiasing, before anything else; None: as it is.
+        names: of the images, relative to the folder, sorted, 2 before 10.
+        resize: side of the square that every image is made to, from its centre, with antialiasing, before anything
+            else; None: as it is.
     """
 
     def __init__(self, source: str | Path, resize: int | None = None) -> None:
@@ -36,7 +37,7 @@ class ImageSet:
         elif self.source.is_dir():
             files = [file for file in self.source.rglob("*") if file.suffix.lower() in ENDINGS
                      and not any(part.startswith(".") for part in file.relative_to(self.source).parts)]
-            self.names = sorted(file.relative_to(self.source).as_posix() for file in files)
+            self.names = sorted((file.relative_to(self.source).as_posix() for file in files), key=_by_number)
         else:
             raise InputError(f"{source}: no such folder or .npz file")
         if not self.names:
@@ -77,10 +78,22 @@ class ImageSet:
         return "images as they are" if self.resize is None else (
             f"centre square resized to {self.resize} (bicubic, antialiased)")
 
+    @property
+    def repeated_names(self) -> list[str]:
+        """File names, without folder and ending, that several images have."""
+        return [stem for stem, count in Counter(Path(name).stem for name in self.names).items() if count > 1]
+
     def warnings(self) -> list[str]:
-        """What may be a mistake: equal images."""
+        """What may be a mistake: equal images, equal names."""
         repeated = sum(count - 1 for count in Counter(self.hashes).values())
-        return [f"{self.source}: {repeated} of {len(self)} images repeat another one"] if repeated else []
+        lines = [f"{self.source}: {repeated} of {len(self)} images repeat another one"] if repeated else []
+        names = self.repeated_names
+        return lines + ([f"{self.source}: {len(names)} names occur several times ({names[0]}, ...)"] if names else [])
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Splits at numbers, so that names sort by them."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def load_npz(file: Path) -> dict[str, np.ndarray]:
@@ -92,6 +105,6 @@ def load_npz(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of a damaged archive: zip, zlib, header and pickle errors of every kind
         raise InputError(f"{file}: not a readable .npz file ({' '.join(str(error).split())[:200]})") from None
 

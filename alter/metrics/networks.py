@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..images import square
 from .classifier import SmallClassifier
 
 HUB = Path(torch.hub.get_dir()) / "checkpoints"
@@ -42,7 +43,9 @@ class Network(Protocol):
         """From [B, C, H, W] to features [B, D] each."""
         ...
 
-    def to(self, device: torch.device) -> Any: ...
+    def to(self, device: torch.device) -> Any:
+        """Move it there."""
+        ...
 
 
 class Inception(nn.Module):
@@ -70,7 +73,7 @@ class Inception(nn.Module):
         checked.seek(0)
         try:
             self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=checked)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise InputError(f"--inception-weights {weights}: other weights than {INCEPTION_FILE} "
                              f"({' '.join(str(error).split())[:200]})") from None
         self.name, self.digest, self.resize = f"inception, {resize} resizing", file_digest(weights), resize
@@ -129,16 +132,21 @@ class ClipVision(nn.Module):
             raise InputError(f"--cmmd-model-path {folder}: no such model: put a copy of "
                              "openai/clip-vit-large-patch14-336 there (config.json and model.safetensors)")
         try:
-            self.net = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True)
+            self.net, found = CLIPVisionModelWithProjection.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"--cmmd-model-path {folder}: {' '.join(str(error).split())[:200]}") from None
+        if found["missing_keys"]:  # which would be random
+            raise InputError(f"--cmmd-model-path {folder}: its weights lack {sorted(found['missing_keys'])[0]} and "
+                             "maybe more: name a CLIP with its image projection")
         self.size = self.net.config.image_size
-        self.name = f"CLIP vision of {folder.name}, {self.size} px"
-        self.digest = file_digest(folder / "model.safetensors")
+        self.name = f"CLIP vision of {folder.name}, centre square of {self.size} px"
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+        self.digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
         self.eval().requires_grad_(False)
 
     def prepare(self, image: Image.Image) -> Tensor:
-        return _normalized(image, self.size, CLIP)
+        return _normalized(square(image, self.size), self.size, CLIP)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return {"embedding": self.net(pixel_values=images).image_embeds}
@@ -154,6 +162,10 @@ class OpenClip(nn.Module):
         read_weights(weights, "--clip-model-path", f"open_clip's weights of {architecture}")
         if architecture not in open_clip.list_models():
             raise InputError(f"--clip-model {architecture}: open_clip knows no such model: use for example ViT-g-14")
+        text = open_clip.get_model_config(architecture)["text_cfg"]
+        if "hf_tokenizer_name" in text or "hf_model_name" in text:
+            raise InputError(f"--clip-model {architecture}: open_clip would download its tokenizer: use for example "
+                             "ViT-g-14")
         try:
             self.net, _, self._prepare = open_clip.create_model_and_transforms(architecture, pretrained=str(weights))
         except RuntimeError as error:

@@ -26,10 +26,11 @@ from .distances import (
 )
 from .features import extract
 from .image_sets import ImageSet, load_npz
-from .networks import Network
+from .networks import Demo, Network
 from .preferences import PREFERENCES
 
-LIBRARIES = ("torch", "timm", "open_clip_torch", "clean-fid", "torch-fidelity", "transformers", "scipy", "numpy")
+LIBRARIES = ("torch", "torchvision", "pillow", "timm", "open_clip_torch", "clean-fid", "torch-fidelity",
+             "transformers", "scipy", "numpy")
 ADM = {"mu": "mean legacy pool", "sigma": "covariance legacy pool",
        "mu_s": "mean legacy spatial", "sigma_s": "covariance legacy spatial"}
 
@@ -81,11 +82,12 @@ def _clip_score(x: np.ndarray, texts: np.ndarray) -> dict[str, float]:
 
 
 _FD = "Fréchet distance of pool features"
+_KD = "100 subsets of at most 1000, cubic kernel, unbiased"
 METRICS = {
     "fid": Metric("clean", "pool", "statistics", f"{_FD}, clean-fid's resizing", _frechet, True),
     "fid_legacy": Metric("legacy", "pool", "statistics", f"{_FD}, TensorFlow 1's resizing (ADM)", _frechet, True),
-    "kid": Metric("clean", "pool", "features", "100 subsets of at most 1000, cubic kernel, unbiased, clean-fid's "
-                  "resizing", _kid),
+    "kid": Metric("clean", "pool", "features", f"{_KD}, clean-fid's resizing", _kid),
+    "kid_legacy": Metric("legacy", "pool", "features", f"{_KD}, TensorFlow 1's resizing", _kid),
     "is": Metric("legacy", "logits", "", "10 parts of a random order, logits without bias", _inception_score, True),
     "prc": Metric("legacy", "pool", "features", "precision (value) and recall, 3 neighbours", _precision_recall),
     "sfid": Metric("legacy", "spatial", "statistics", "Fréchet distance of ADM's spatial features", _frechet, True),
@@ -164,8 +166,8 @@ class Reference:
             if recorded is not None and recorded["sha256"] != self.features.network(metric.network).digest:
                 raise InputError(f"--reference {self.source}: its statistics are of {recorded['name']} with other "
                                  "weights: make them again")
-            if self.about and self.about["resize"] != self.resize:
-                raise InputError(f"--reference {self.source}: made with --resize {self.about['resize']}, not "
+            if self.about.get("resize") != self.resize:
+                raise InputError(f"--reference {self.source}: made with --resize {self.about.get('resize')}, not "
                                  f"{self.resize}: make it again")
             return None
         if self.images is None:
@@ -176,12 +178,20 @@ class Reference:
     def _has_statistics(self, metric: Metric) -> bool:
         return metric.against == "statistics" and f"mean {metric.network} {metric.features}" in self.statistics
 
-    @property
-    def count(self) -> int | None:
-        return len(self.images) if self.images is not None else self.about.get("images")
+    def count(self, metric: Metric) -> int | None:
+        """Images that the metric compares with; None where a file of statistics does not say it."""
+        if self._has_statistics(metric):
+            return self.about.get("images")
+        return len(self.images) if self.images is not None else None
 
     def save(self, file: Path, metrics: Sequence[Metric]) -> None:
-        """Write the statistics that these metrics need; read back as a reference without its images."""
+        """Write the statistics that these metrics need; read back as a reference without its images.
+
+        Raises:
+            InputError: if they need none, or this reference has no images itself.
+        """
+        if self.images is None or not any(metric.against == "statistics" for metric in metrics):
+            raise InputError(f"--save-stats {file}: needs a --reference with images, and a metric of statistics (fid)")
         arrays: dict[str, np.ndarray] = {}
         networks = {}
         for metric in metrics:
@@ -190,7 +200,8 @@ class Reference:
                 arrays[f"mean {key}"], arrays[f"covariance {key}"] = self(metric)
                 network = self.features.network(metric.network)
                 networks[metric.network] = {"name": network.name, "sha256": network.digest}
-        about = {"images": self.count, "source": Path(self.source).name, "networks": networks, "resize": self.resize}
+        about = {"images": len(self.images), "source": Path(self.source).name, "networks": networks,
+                 "resize": self.resize}
         partial = file.with_name(f".{file.name}")
         with open(partial, "wb") as content:
             np.savez(content, **{"about": np.array(json.dumps(about)), **arrays})  # type: ignore[arg-type]
@@ -216,7 +227,16 @@ def evaluate(images: ImageSet, names: Sequence[str], features: Features, referen
         if against == "texts" and (prompts is None or len(prompts) != len(images)):
             raise InputError(f"--metrics {name}: needs a prompt for each of the {len(images)} images, in the order of "
                              f"their names, found {len(prompts or [])}: use --prompts")
-    for metric in (METRICS[name] for name in names if name in METRICS):  # on all processes
+    sizes = [len(images), *([len(reference.images)] if reference and reference.images else [])]
+    if min(sizes) < 4:
+        raise InputError(f"{images.source}: a set of {min(sizes)} images is too small for any of these metrics")
+    wanted = [METRICS[name] for name in names if name in METRICS]
+    if any(metric.against == "texts" for metric in wanted) and images.repeated_names:
+        raise InputError(f"{images.source}: several images are named {images.repeated_names[0]}: which prompt is whose "
+                         "cannot be told; put them in one folder, under one name each")
+    for metric in wanted:
+        features.network(metric.network)  # whatever is missing, before anything is computed
+    for metric in wanted:  # on all processes
         features(images, metric.network, metric.features)
         if reference is not None and metric.against in ("statistics", "features"):
             reference.extract(metric)
@@ -239,12 +259,17 @@ def _one(metric: Metric, images: ImageSet, features: Features, reference: Refere
     against: Any = None
     if metric.against == "texts":
         assert prompts is not None
+        network.to(features.state.device)
         against = network.embed(prompts)  # type: ignore[attr-defined]
     elif metric.against:
         assert reference is not None
         against = reference(metric)
     if metric.against == "statistics":
-        for which, count in ((str(images.source), len(x)), ("the reference", reference.count if reference else None)):
+        assert reference is not None
+        if against[0].shape != x.shape[1:]:
+            raise InputError(f"--reference {reference.source}: statistics of {len(against[0])} features, "
+                             f"{network.name} has {x.shape[1]}: use a reference made with it")
+        for which, count in ((str(images.source), len(x)), ("the reference", reference.count(metric))):
             if count is not None and count <= x.shape[1]:
                 features.warnings.append(f"{which}: {count} images for {x.shape[1]} features: its covariance is "
                                          "rank-deficient, and the distance is biased")
@@ -256,9 +281,9 @@ def _one(metric: Metric, images: ImageSet, features: Features, reference: Refere
         deviation = bootstrap_deviation(resampled, len(x), resamples)
         result["ci95"] = [result["value"] - 1.96 * deviation, result["value"] + 1.96 * deviation]  # type: ignore
     return {
-        **result, "protocol": metric.protocol,
-        "reference": reference and {"source": reference.source, "images": reference.count} if metric.against in (
-            "statistics", "features") else None,
+        **result, "protocol": f"{'of a demo classifier, ' if isinstance(network, Demo) else ''}{metric.protocol}",
+        "reference": {"source": reference.source, "images": reference.count(metric)} if reference and (
+            metric.against in ("statistics", "features")) else None,
         "network": {"name": network.name, "sha256": network.digest}, "seconds": time.perf_counter() - started,
         **_common(images),
     }
