@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,12 @@ def test_refusals(tmp_path, monkeypatch, capsys):
 
 def test_every_way_has_every_place_and_reads_are_counted():
     order = []
-    ways = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    ways = {name: (lambda name=name: (order.append(name), time.sleep(0.11))) for name in "abc"}
     interleave(ways, 3, torch.device("cpu"))
-    assert ["".join(order[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    assert ["".join(order[i : i + 3]) for i in range(0, 15, 3)] == ["bca", "cab", "abc", "bca", "cab"]
+    order.clear()
+    interleave({"quick": lambda: (order.append(0), time.sleep(0.02))}, 2, torch.device("cpu"))
+    assert 2 + 2 * 3 <= len(order) <= 2 + 2 * 5  # turns of a tenth of a second
     with host_reads(torch.device("cpu")) as reads:
         torch.ones(2).tolist()
         bool(torch.tensor(True))

@@ -114,6 +114,12 @@ def test_inception_score_bounds_and_agreement():
         pytest.approx(theirs["inception_score_mean"], rel=1e-6), pytest.approx(theirs["inception_score_std"], rel=1e-5))
 
 
+def test_deviation_of_gaussian_mmd_against_resampling_itself(pair):
+    x, y = pair
+    direct = distances.bootstrap_deviation(lambda rows: distances.gaussian_mmd(x[rows], y), len(x), 25, seed=4)
+    assert distances.gaussian_mmd_deviation(x, y, 25, seed=4, block=64) == pytest.approx(direct, rel=1e-6)
+
+
 def test_bootstrap_deviation_of_a_mean():
     values = np.random.default_rng(1).standard_normal(400)
     found = distances.bootstrap_deviation(lambda rows: float(values[rows].mean()), 400, resamples=300)

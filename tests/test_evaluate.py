@@ -322,7 +322,8 @@ def test_foreign_statistics_are_checked(tmp_path):
 def test_intervals_warnings_and_refusals(tmp_path):
     class Wide(Mean):
         def features(self, images):
-            return {"pool": torch.cat([images, images**2], dim=1)}
+            wide = torch.cat([images, images**2], dim=1)
+            return {"pool": wide, "logits": wide / wide.max()}
 
     images = image_sets.ImageSet(save_images(tmp_path / "images", count=20))
     found = make_features(tmp_path, Wide())
@@ -330,6 +331,8 @@ def test_intervals_warnings_and_refusals(tmp_path):
     result = suite.evaluate(images, ["fid"], found, reference, None, 10)["fid"]
     low, high = result["ci95"]
     assert low < result["value"] < high
+    others = suite.evaluate(images, ["kid", "prc", "is"], found, reference, None, 5)
+    assert all(other["ci95"][0] <= other["value"] <= other["ci95"][1] for other in others.values())
     assert any("4 images for 6 features" in line for line in found.warnings)
     with pytest.raises(InputError, match="fid: needs --reference"):
         suite.evaluate(images, ["fid"], found, None, None, 0)

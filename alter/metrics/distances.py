@@ -75,6 +75,23 @@ def gaussian_mmd(features: np.ndarray, reference: np.ndarray, sigma: float = 10.
     return 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
 
 
+def gaussian_mmd_deviation(features: np.ndarray, reference: np.ndarray, resamples: int, sigma: float = 10.0,
+                           block: int = BLOCK, seed: int = 0) -> float:
+    """Standard deviation of `gaussian_mmd` over bootstrap resamples of the features, in one pass over the pairs."""
+    x, y = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in
+            (features.astype(np.float64), reference.astype(np.float64)))
+    count, source = len(x), np.random.default_rng(seed)
+    share_NR = np.stack([np.bincount(source.integers(count, size=count), minlength=count) / count
+                         for _ in range(resamples)], axis=1)
+    within, across, first = np.zeros(resamples), np.zeros(resamples), 0
+    for rows in _blocks(x, block):
+        weights = share_NR[first : first + len(rows)]
+        within += (weights * (np.exp(-_squared(rows, x) / (2 * sigma**2)) @ share_NR)).sum(0)
+        across += (weights * np.exp(-_squared(rows, y) / (2 * sigma**2)).mean(1)[:, None]).sum(0)
+        first += len(rows)
+    return float(1000 * np.std(within - 2 * across, ddof=1))
+
+
 def precision_recall(features: np.ndarray, reference: np.ndarray, neighbours: int = 3,
                      block: int = BLOCK) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991).
@@ -101,7 +118,7 @@ def _blocks(points: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared distances of all pairs [len(a), len(b)]; of a point to itself exactly 0 in sum, at least 0 always."""
+    """Squared distances of all pairs [len(a), len(b)], up to rounding, at least 0."""
     return ((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T).clip(min=0)
 
 

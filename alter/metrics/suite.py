@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from ..errors import InputError
 from .distances import (
     bootstrap_deviation,
     frechet,
     gaussian_mmd,
+    gaussian_mmd_deviation,
     inception_score,
     kernel_distance,
     moments,
@@ -44,7 +47,8 @@ class Metric:
         against: "statistics" (mean, covariance) or "features" of the reference, "texts" (embeddings of the prompts),
             or "" for nothing.
         measure: from features and those to a dictionary with "value".
-        resampled: whether its deviation is estimated by bootstrap, which for others takes too long.
+        deviation: the standard deviation of its value, from features, those to compare with, the value and the number
+            of bootstrap resamples.
     """
 
     network: str
@@ -52,7 +56,14 @@ class Metric:
     against: str
     protocol: str
     measure: Callable[[np.ndarray, Any], dict[str, float]]
-    resampled: bool = False
+    deviation: Callable[[np.ndarray, Any, float, int], float]
+
+
+def _bootstrap(measure: Callable[[np.ndarray, Any], dict[str, float]], paired: bool = False) -> Callable:
+    """Of any measure; `paired` resamples what it is compared with alike."""
+    def deviation(x: np.ndarray, y: Any, value: float, resamples: int) -> float:
+        return bootstrap_deviation(lambda rows: measure(x[rows], y[rows] if paired else y)["value"], len(x), resamples)
+    return deviation
 
 
 def _frechet(x: np.ndarray, y: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
@@ -81,21 +92,38 @@ def _clip_score(x: np.ndarray, texts: np.ndarray) -> dict[str, float]:
     return {"value": float(100 * cosines.clip(min=0).mean())}
 
 
+def _few_subsets(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    return {"value": kernel_distance(x, y, subsets=10)[0]}
+
+
+def _share_deviation(x: np.ndarray, y: Any, value: float, resamples: int) -> float:
+    """Of a share of N features: what a bootstrap with the manifold as it is tends to."""
+    return float(np.sqrt(value * (1 - value) / len(x)))
+
+
+def _mmd_deviation(x: np.ndarray, y: np.ndarray, value: float, resamples: int) -> float:
+    return gaussian_mmd_deviation(x, y, resamples)
+
+
 _FD = "Fréchet distance of pool features"
+_SPREAD = _bootstrap(_frechet)
 _KD = "100 subsets of at most 1000, cubic kernel, unbiased"
 METRICS = {
-    "fid": Metric("clean", "pool", "statistics", f"{_FD}, clean-fid's resizing", _frechet, True),
-    "fid_legacy": Metric("legacy", "pool", "statistics", f"{_FD}, TensorFlow 1's resizing (ADM)", _frechet, True),
-    "kid": Metric("clean", "pool", "features", f"{_KD}, clean-fid's resizing", _kid),
-    "kid_legacy": Metric("legacy", "pool", "features", f"{_KD}, TensorFlow 1's resizing", _kid),
-    "is": Metric("legacy", "logits", "", "10 parts of a random order, logits without bias", _inception_score, True),
-    "prc": Metric("legacy", "pool", "features", "precision (value) and recall, 3 neighbours", _precision_recall),
-    "sfid": Metric("legacy", "spatial", "statistics", "Fréchet distance of ADM's spatial features", _frechet, True),
-    "fd_dinov2": Metric("dinov2", "token", "statistics", "Fréchet distance of class tokens", _frechet, True),
+    "fid": Metric("clean", "pool", "statistics", f"{_FD}, clean-fid's resizing", _frechet, _SPREAD),
+    "fid_legacy": Metric("legacy", "pool", "statistics", f"{_FD}, TensorFlow 1's resizing (ADM)", _frechet, _SPREAD),
+    "kid": Metric("clean", "pool", "features", f"{_KD}, clean-fid's resizing", _kid, _bootstrap(_few_subsets)),
+    "kid_legacy": Metric("legacy", "pool", "features", f"{_KD}, TensorFlow 1's resizing", _kid,
+                         _bootstrap(_few_subsets)),
+    "is": Metric("legacy", "logits", "", "10 parts of a random order, logits without bias", _inception_score,
+                 _bootstrap(_inception_score)),
+    "prc": Metric("legacy", "pool", "features", "precision (value) and recall, 3 neighbours", _precision_recall,
+                  _share_deviation),
+    "sfid": Metric("legacy", "spatial", "statistics", "Fréchet distance of ADM's spatial features", _frechet, _SPREAD),
+    "fd_dinov2": Metric("dinov2", "token", "statistics", "Fréchet distance of class tokens", _frechet, _SPREAD),
     "clip": Metric("clip", "embedding", "texts", "100 times the mean cosine, at least 0, of image and prompt",
-                   _clip_score, True),
+                   _clip_score, _bootstrap(_clip_score, paired=True)),
     "cmmd": Metric("cmmd", "embedding", "features", "Gaussian kernel, sigma 10, biased, times 1000",
-                   lambda x, y: {"value": gaussian_mmd(x, y)}),
+                   lambda x, y: {"value": gaussian_mmd(x, y)}, _mmd_deviation),
 }
 
 
@@ -111,6 +139,8 @@ class Features:
         self.make, self.cache, self.batch_size, self.workers, self.state = make, cache, batch_size, workers, state
         self.networks: dict[str, Network] = {}
         self.warnings: list[str] = []
+        self.peaks: list[tuple[int, int]] = []  # of every process, in main memory and on its GPU
+        self.seconds: dict[str, float] = {}  # of extraction or reading, by network
         self._known: dict[tuple[str, str], dict[str, np.ndarray]] = {}
 
     def network(self, key: str) -> Network:
@@ -123,7 +153,9 @@ class Features:
         known = (images.digest, key)
         if known not in self._known:
             network = self.network(key)
+            started = time.perf_counter()
             found, odd = extract(images, network, self.cache, self.batch_size, self.workers, self.state)
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
             self._known[known] = found
             self.warnings += [line for line in (*odd, *images.warnings()) if line not in self.warnings]
         if name not in self._known[known]:
@@ -240,6 +272,7 @@ def evaluate(images: ImageSet, names: Sequence[str], features: Features, referen
         features(images, metric.network, metric.features)
         if reference is not None and metric.against in ("statistics", "features"):
             reference.extract(metric)
+    features.peaks = gather_object([_peak_memory()])
     if not features.state.is_main_process:
         return {}
     results = {}
@@ -248,7 +281,7 @@ def evaluate(images: ImageSet, names: Sequence[str], features: Features, referen
             results[name] = _one(METRICS[name], images, features, reference, prompts, resamples)
         else:
             assert prefer is not None and prompts is not None
-            results[name] = _preference(name, prefer, prompts) | _common(images)
+            results[name] = _preference(name, prefer, prompts) | _common(images, features.peaks)
     return results
 
 
@@ -274,18 +307,15 @@ def _one(metric: Metric, images: ImageSet, features: Features, reference: Refere
                 features.warnings.append(f"{which}: {count} images for {x.shape[1]} features: its covariance is "
                                          "rank-deficient, and the distance is biased")
     result = metric.measure(x, against)
-    if metric.resampled and resamples > 1:
-        def resampled(rows: np.ndarray) -> float:
-            return metric.measure(x[rows], against[rows] if metric.against == "texts" else against)["value"]
-
-        deviation = bootstrap_deviation(resampled, len(x), resamples)
-        result["ci95"] = [result["value"] - 1.96 * deviation, result["value"] + 1.96 * deviation]  # type: ignore
+    if resamples > 1:
+        margin = 1.96 * metric.deviation(x, against, result["value"], resamples)
+        result["ci95"] = [result["value"] - margin, result["value"] + margin]  # type: ignore
     return {
         **result, "protocol": f"{'of a demo classifier, ' if isinstance(network, Demo) else ''}{metric.protocol}",
         "reference": {"source": reference.source, "images": reference.count(metric)} if reference and (
             metric.against in ("statistics", "features")) else None,
         "network": {"name": network.name, "sha256": network.digest}, "seconds": time.perf_counter() - started,
-        **_common(images),
+        "seconds_of_features": features.seconds[metric.network], **_common(images, features.peaks),
     }
 
 
@@ -298,16 +328,19 @@ def _preference(name: str, prefer: Callable[[str, list[str]], list[float]], prom
             "seconds": time.perf_counter() - started}
 
 
-def _common(images: ImageSet) -> dict[str, Any]:
+def _common(images: ImageSet, peaks: list[tuple[int, int]]) -> dict[str, Any]:
+    main, gpu = (max(values) for values in zip(_peak_memory(), *peaks, strict=True))
     return {
-        "images": len(images), "images_protocol": images.protocol, "peak_memory_bytes": _peak_memory(),
+        "images": len(images), "images_protocol": images.protocol, "peak_memory_bytes": main,
+        "peak_gpu_memory_bytes": gpu,
         "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
 
 
-def _peak_memory() -> int:
-    """Of this process, in main memory, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _peak_memory() -> tuple[int, int]:
+    """Of this process so far, in main memory and on its GPU."""
+    main = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return main, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:

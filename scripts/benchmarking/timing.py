@@ -10,22 +10,32 @@ import torch
 
 from alter.compiling import synchronize
 
+_TURN = 0.1  # seconds
 _WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
 def interleave(ways: dict[str, Callable], runs: int, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of every way, from rounds in which each has every place in turn; and their last results."""
+    """Median seconds of every way, from rounds in which each has every place in turn; and their last results.
+
+    A turn lasts about a tenth of a second at least: what takes milliseconds is called several times in a row.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Any] = {}
-    for run in range(runs + 1):  # the first is a warm-up
-        shift = run % len(ways)
+    repeats = 1
+    for run in range(-2, runs):  # the first two are warm-ups
+        shift, longest = run % len(ways), 0.0
         for name, way in [*ways.items()][shift:] + [*ways.items()][:shift]:
             synchronize(device)
             started = time.perf_counter()
-            results[name] = way()
+            for _ in range(repeats):
+                results[name] = way()
             synchronize(device)
-            if run:
-                seconds[name].append(time.perf_counter() - started)
+            took = time.perf_counter() - started
+            longest = max(longest, took)
+            if run >= 0:
+                seconds[name].append(took / repeats)
+        if run == -1:
+            repeats = max(1, round(_TURN / longest))
     return {name: statistics.median(times) for name, times in seconds.items()}, results
 
 
