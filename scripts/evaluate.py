@@ -121,15 +121,15 @@ def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
         lambda name, prompts: preference_scores(name, images, prompts, state.device, arguments.pickscore_path))
     if not state.is_main_process:
         return
-    if arguments.save_stats and reference is not None:
-        reference.save(Path(arguments.save_stats), [METRICS[name] for name in arguments.metrics if name in METRICS])
-    for line in features.warnings:
+    for line in dict.fromkeys(features.warnings):
         print(f"warning: {line}", file=sys.stderr)
     partial = file.with_name(f".{file.name}")
     partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
     print(table({images.source.name: results}))
     print(f"written to {file}")
+    if arguments.save_stats and reference is not None:
+        reference.save(Path(arguments.save_stats), [METRICS[name] for name in arguments.metrics if name in METRICS])
 
 
 def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Network:

@@ -29,7 +29,7 @@ from .distances import (
 )
 from .features import extract
 from .image_sets import ImageSet, load_npz
-from .networks import Demo, Network
+from .networks import Demo, Network, OpenClip
 from .preferences import PREFERENCES
 
 LIBRARIES = ("torch", "torchvision", "pillow", "timm", "open_clip_torch", "clean-fid", "torch-fidelity",
@@ -292,8 +292,8 @@ def _one(metric: Metric, images: ImageSet, features: Features, reference: Refere
     against: Any = None
     if metric.against == "texts":
         assert prompts is not None
-        network.to(features.state.device)
-        against = network.embed(prompts)  # type: ignore[attr-defined]
+        assert isinstance(network, OpenClip)
+        against = network.to(features.state.device).embed(prompts)
     elif metric.against:
         assert reference is not None
         against = reference(metric)
@@ -306,10 +306,10 @@ def _one(metric: Metric, images: ImageSet, features: Features, reference: Refere
             if count is not None and count <= x.shape[1]:
                 features.warnings.append(f"{which}: {count} images for {x.shape[1]} features: its covariance is "
                                          "rank-deficient, and the distance is biased")
-    result = metric.measure(x, against)
+    result: dict[str, Any] = metric.measure(x, against)
     if resamples > 1:
         margin = 1.96 * metric.deviation(x, against, result["value"], resamples)
-        result["ci95"] = [result["value"] - margin, result["value"] + margin]  # type: ignore
+        result["ci95"] = [result["value"] - margin, result["value"] + margin]
     return {
         **result, "protocol": f"{'of a demo classifier, ' if isinstance(network, Demo) else ''}{metric.protocol}",
         "reference": {"source": reference.source, "images": reference.count(metric)} if reference and (
