@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .budget import Budget
 from .config import CONFIGS, Config
 from .cost import CostTable, count_cost
-from .data import Tolerant, split
+from .data import Fit, Tolerant, split
 from .diffusion import predict
 from .errors import InputError
 from .experts import FILE_NAME as EXPERTS
@@ -47,7 +47,7 @@ from .sites import (
     tie_embedders,
     timestep_features,
 )
-from .sources import Source, open_source
+from .sources import Encoding, Source, open_source, weights_hash
 from .text import TextEncoder, check_text
 
 
@@ -57,7 +57,8 @@ class Parts:
 
     teacher: the frozen dense model; None where a finished run is tuned further and nothing else is named.
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
-    vae, text: frozen; None where the data is encoded already and no image is asked for.
+    vae, text: frozen; None where the data is encoded already. Images then load them for as long as they take.
+    precision: of vae and text.
     experts: those given by `experts.pretrained`, or None where they are to be found.
     latency: what the budget's time was measured as; None for a budget of MACs.
     """
@@ -67,6 +68,7 @@ class Parts:
     teacher: Backbone | None
     offload: Any
     scheduler: DDPMScheduler
+    precision: torch.dtype
     vae: AutoencoderKL | None
     text: TextEncoder | None
     hypernetwork: HyperNetwork
@@ -86,6 +88,13 @@ class Parts:
         self.student_tap = FeatureTap(self.backbone, points)
         self.teacher_tap = FeatureTap(self.teacher, points) if self.teacher is not None else None
 
+    @property
+    def fit(self) -> Fit:
+        """What a sample must be like."""
+        by_class = "class_labels" in example_inputs(self.backbone, 1)
+        return Fit(self.latent_shape, null_class(self.backbone) if by_class else None,
+                   None if by_class else self.backbone.config.cross_attention_dim)
+
     @torch.no_grad()
     def teach(self, noisy_latents: Tensor, timesteps: Tensor,
               conditioning: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -103,9 +112,12 @@ class Parts:
 
     @torch.no_grad()
     def latents(self, batch: Mapping[str, Any], posterior: Tensor) -> Tensor:
-        """The batch's latents float32 [B, C, h, w]; images pass the VAE, sampled with `posterior`."""
+        """The batch's latents float32 [B, C, h, w]; those of images and of moments are sampled with `posterior`."""
         if "latents" in batch:
             return batch["latents"]
+        if "moments" in batch:
+            mean, std = batch["moments"].chunk(2, dim=1)
+            return mean + std * posterior.to(mean)
         assert self.vae is not None
         moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
         latents = moments.mean + moments.std * posterior.to(moments.mean)
@@ -114,9 +126,10 @@ class Parts:
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """Images float32 [B, C, H, W] in [-1, 1], on the CPU; latents pass the VAE's decoder where there is one."""
-        if self.vae is not None:
-            latents = latents.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + _shift(self.vae)
-            latents = torch.cat([self.vae.decode(part).sample for part in latents.split(8)])
+        if (self.folder / "vae").is_dir():
+            vae = self.vae or load_vae(self.folder, self.backbone.device, self.precision)
+            latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + _shift(vae)
+            latents = torch.cat([vae.decode(part).sample for part in latents.split(8)])
         return latents.float().clamp(-1, 1).cpu()
 
     def conditioning(self, batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Tensor]:
@@ -128,9 +141,9 @@ class Parts:
             dropped = dropped.to(batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
-            assert self.text is not None
+            text = self.text or TextEncoder(self.folder, self.backbone.device, self.precision)
             pairs = zip(batch["captions"], dropped.tolist(), strict=True)
-            return {"encoder_hidden_states": self.text(["" if drop else caption for caption, drop in pairs])}
+            return {"encoder_hidden_states": text(["" if drop else caption for caption, drop in pairs])}
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
         empty = self.source.empty_text.to(text)
@@ -166,15 +179,14 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         latency = latency or plan_latency(config, device)
     budget, experts = plan_budget(config, cost, size, scheduler, latency)
     check_validation(config, backbone)
+    check_encoding(source.encoding, folder, config)
     _check_sample(source, config, backbone, shape)
     dtype = DTYPES[config.train.mixed_precision]
-    vae = text = None
-    if not source.encoded or (config.validate.every and (folder / "vae").is_dir()):
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).requires_grad_(False).eval()
-        vae.to(device)
-    if _reads_captions(source) or (config.validate.every and config.validate.prompts):
+    captioned = _reads_captions(source)
+    if captioned or (config.validate.every and config.validate.prompts):
         check_text(folder, backbone.config.cross_attention_dim)
-        text = TextEncoder(folder, device, dtype)
+    vae = None if source.encoded else load_vae(folder, device, dtype)
+    text = TextEncoder(folder, device, dtype) if captioned else None
 
     teacher, offload = _teacher(config, folder, backbone, device)
     choose_trained(backbone, config)
@@ -188,8 +200,60 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     )
     if config.experts.router == "learned":
         hypernetwork.temporal_router.features_TD.copy_(features_TD)
-    return Parts(folder, backbone.to(device), teacher, offload, scheduler, vae, text, hypernetwork.to(device), cost,
-                 budget, source, shape, experts, experts.latency if experts else latency)
+    return Parts(folder, backbone.to(device), teacher, offload, scheduler, dtype, vae, text,
+                 hypernetwork.to(device), cost, budget, source, shape, experts,
+                 experts.latency if experts else latency)
+
+
+def load_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
+    """The pipeline's VAE, frozen.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    return _load(AutoencoderKL, folder / "vae", dtype).requires_grad_(False).eval().to(device)
+
+
+def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A diffusers model, with all of its weights; diffusers alone makes up those that a file lacks."""
+    try:
+        model, info = cls.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"backbone.pretrained: {folder} cannot be loaded "
+                         f"({' '.join(str(error).split())[:300]})") from None
+    if info["missing_keys"]:
+        raise InputError(f"backbone.pretrained: {folder} lacks {len(info['missing_keys'])} weights, such as "
+                         f"{sorted(info['missing_keys'])[0]}: fetch or convert it again")
+    return model
+
+
+def check_encoding(encoding: Encoding | None, folder: Path, config: Config) -> None:
+    """Refuse latents that were made otherwise than this run would make them, as far as is written in them.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    if encoding is None:
+        return
+    data = config.data
+    found: dict[str, Any] = {"resolution": encoding.resolution}
+    wanted: dict[str, Any] = {"resolution": data.resolution}
+    if (folder / "vae" / "config.json").is_file():
+        vae = AutoencoderKL.load_config(folder / "vae")
+        found |= {"scaling factor": encoding.scaling_factor, "shift factor": encoding.shift_factor, "VAE": encoding.vae}
+        wanted |= {"scaling factor": vae.get("scaling_factor", 0.18215), "shift factor": vae.get("shift_factor") or 0.0,
+                   "VAE": encoding.vae and weights_hash(folder / "vae")}
+    if encoding.text_encoder is not None:
+        found["text encoder"] = encoding.text_encoder
+        wanted["text encoder"] = weights_hash(folder / "text_encoder")
+    for name, value in found.items():
+        if value is not None and wanted[name] is not None and value != wanted[name]:
+            raise InputError(f"data.path={data.path!r}: encoded by {encoding.maker} with {name} {value}, but "
+                             f"backbone.pretrained={config.backbone.pretrained!r} at data.resolution={data.resolution} "
+                             f"has {wanted[name]}: encode again with scripts/encode_latents.py")
+    if data.flip and not encoding.mirrored:
+        raise InputError(f"data.flip=true: data.path={data.path!r} holds no mirror images: encode again with "
+                         "data.flip=true, or set false")
 
 
 def check(config: Config, processes: int, latency: Latency | None = None) -> None:
@@ -240,11 +304,7 @@ def check_batch(config: Config, processes: int) -> None:
 def load_backbone(folder: Path) -> Backbone:
     """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files)."""
     cls, component = component_of(folder)
-    try:
-        return cls.from_pretrained(folder / component, torch_dtype=torch.float32)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"backbone.pretrained: {folder / component} cannot be loaded "
-                         f"({' '.join(str(error).split())[:300]})") from None
+    return _load(cls, folder / component, torch.float32)
 
 
 def _teacher(config: Config, folder: Path, backbone: Backbone,
@@ -306,16 +366,18 @@ def _shift(vae: AutoencoderKL) -> float:
 def _check_sample(source: Source, config: Config, backbone: Backbone, shape: tuple[int, ...]) -> None:
     sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
     wanted = example_inputs(backbone, shape[-1])
-    if "latents" in sample and tuple(sample["latents"].shape) != shape:
-        raise InputError(
-            f"data.path={config.data.path!r}: latents of shape {tuple(sample['latents'].shape)} do not fit the "
-            f"backbone, which takes {shape} at data.resolution={config.data.resolution}"
-        )
+    moments = (2 * shape[0], *shape[1:])
+    for name, expected in (("latents", shape), ("moments", moments)):
+        if name in sample and tuple(sample[name].shape) != expected:
+            raise InputError(
+                f"data.path={config.data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
+                f"backbone, which takes {expected} at data.resolution={config.data.resolution}"
+            )
     if ("class_labels" in wanted) != ("labels" in sample):
         kind = "class labels" if "class_labels" in wanted else "text"
         raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
                          "this data does not have")
-    if "class_labels" in wanted and source.num_classes > null_class(backbone):
+    if "class_labels" in wanted and (source.num_classes or 0) > null_class(backbone):
         raise InputError(f"data.path={config.data.path!r}: {source.num_classes} classes, but the backbone knows "
                          f"{null_class(backbone)}")
     if "encoder_hidden_states" in sample:

@@ -13,6 +13,7 @@ import yaml
 
 from . import schema
 from .errors import InputError
+from .files import write_text
 from .schema import key
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,15 +68,26 @@ class DataConfig:
     source: str = key(
         "image_folder",
         "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl (`file_name` and captions), "
-        "or one sub-folder of images a class. datasets: a Hugging Face data set on disk, parquet or arrow. "
-        "latents: pre-encoded `*_features/*.npy` (already scaled) and `*_labels/*.npy`, as fast-DiT writes them, "
-        "or `*_text/*.npy` and `empty_text.npy` for text.",
-        choices=("digits", "image_folder", "datasets", "latents"),
+        "or one sub-folder of images a class. datasets: a Hugging Face data set, parquet or arrow. webdataset: tar "
+        "files as img2dataset writes them. latents: written by scripts/encode_latents.py, or in the layouts of "
+        "fast-DiT or REPA.",
+        choices=("digits", "image_folder", "datasets", "webdataset", "latents"),
     )
     path: str | None = key(None, "Folder of the data set (not used by digits).")
     split: str | None = key("train", "Part of a Hugging Face data set that has several; null takes every file.")
+    stream: bool = key(
+        False, "Read the parquet files of a Hugging Face data set as they are, without unpacking them first; `path` "
+        "may then be an address such as hf://datasets/OWNER/NAME."
+    )
+    shuffle_shards: int = key(
+        8, "Shards (tar files, or row groups of streamed parquet) whose samples are mixed; every loader process holds "
+        "as many row groups in memory.", within="[1, inf)",
+    )
     image_column: str = key("image", "Column of a Hugging Face data set that holds the images.")
-    caption_column: str = key("text", "Column with a caption, or a list of them, of which one is drawn each time.")
+    caption_column: str = key(
+        "text", "Column with a caption, or a list of them, of which one is drawn each time. webdataset: text is the "
+        ".txt file, anything else that key of the .json file."
+    )
     prompt: str | None = key(
         None, "One caption for all images of a folder, in place of metadata.jsonl (DreamBooth's instance prompt)."
     )
@@ -226,6 +238,10 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = key(10, "Steps between lines of metrics.jsonl.", within="[1, inf)")
+    masks_every: int = key(
+        100, "Steps of the search between records of masks and routes: lines of history.jsonl, and pictures to the "
+        "tracker.", within="[1, inf)",
+    )
     tracker: str = key(
         "tensorboard", "Where else the logged values go.", choices=("tensorboard", "wandb", "none")
     )
@@ -352,7 +368,7 @@ def flatten(config: Config) -> dict[str, Any]:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back to an equal object."""
     content = schema.plain(dataclasses.asdict(config))
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def reference() -> str:

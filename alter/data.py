@@ -1,16 +1,20 @@
 """The order of a data set's samples: one stream of global batches, the same for any number of processes.
 
-The stream is the concatenation of the epochs' permutations, functions of (seed, epoch), of which each process and
+The stream is the concatenation of the epochs' orders, functions of (seed, epoch), of which each process and
 micro-batch takes its slice; a resumed run starts it at its step.
 """
 
 import signal
+import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
 
 from .errors import InputError
 from .images import Unreadable
@@ -19,14 +23,41 @@ from .sources import Source, WithPrior
 SPARE_DRAWS = 100  # samples tried in place of an unreadable one
 
 
-class Tolerant:
-    """A source in which every sample can be read: another of `indices` takes the place of one that cannot.
+@dataclass(frozen=True)
+class Fit:
+    """What a sample must be like for a backbone.
 
-    A sample has one more key, "skipped": a list of "name: reason" of what was unreadable, usually empty.
+    latent_shape: (C, h, w). classes: labels are below it. text_width: of encoder_hidden_states.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, seed: int) -> None:
-        self.source, self.indices, self.seed = source, indices, seed
+    latent_shape: tuple[int, int, int]
+    classes: int | None
+    text_width: int | None
+
+    def check(self, sample: dict[str, Any]) -> None:
+        """Raises Unreadable unless it is so, and all numbers are finite."""
+        channels, *sides = self.latent_shape
+        for name, shape in (("latents", (channels, *sides)), ("moments", (2 * channels, *sides))):
+            if name in sample and tuple(sample[name].shape) != shape:
+                raise Unreadable(f"{name} of shape {tuple(sample[name].shape)} do not fit the backbone's {shape}")
+        for name in ("latents", "moments", "encoder_hidden_states"):
+            if name in sample and not sample[name].isfinite().all():
+                raise Unreadable(f"{name}: not finite")
+        if self.classes is not None and "labels" in sample and sample["labels"] >= self.classes:
+            raise Unreadable(f"class {sample['labels']}: the backbone knows {self.classes}")
+        if "encoder_hidden_states" in sample and sample["encoder_hidden_states"].shape[-1] != self.text_width:
+            raise Unreadable(f"text states of width {sample['encoder_hidden_states'].shape[-1]} do not fit the "
+                             f"backbone's {self.text_width}")
+
+
+class Tolerant:
+    """A source in which every sample can be used: another of `indices` takes the place of one that cannot.
+
+    A sample has one more key, "skipped": a list of "name: reason" of what was unusable, usually empty.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, seed: int, fit: Fit | None = None) -> None:
+        self.source, self.indices, self.seed, self.fit = source, indices, seed, fit
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """The sample at (epoch, index), or its substitute, which is a function of (seed, epoch, index).
@@ -39,12 +70,15 @@ class Tolerant:
         candidate = index
         for attempt in range(SPARE_DRAWS + 1):
             try:
-                return {**self.source[epoch, candidate], "skipped": list(reasons.values())}
+                sample = self.source[epoch, candidate]
+                if self.fit is not None:
+                    self.fit.check(sample)
+                return {**sample, "skipped": list(reasons.values())}
             except Unreadable as error:
                 reasons[candidate] = f"{self.source.describe(candidate)}: {error}"
             draw = np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(self.indices))
             candidate = int(self.indices[draw])
-        raise InputError(f"data.path: none of {len(reasons)} samples could be read: correct the data set; the first "
+        raise InputError(f"data.path: none of {len(reasons)} samples can be used: correct the data set; the first "
                          f"was {reasons[index]}")
 
 
@@ -61,15 +95,41 @@ def split(source: Source, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.sort(order[holdout:]), np.sort(order[:holdout])
 
 
+class Order:
+    """The order of an epoch's samples.
+
+    Shards are shuffled, and of every `mixed` that follow each other the samples; all samples, where none are in shards.
+
+    indices: ascending, of those that take part. shards: their source's.
+    """
+
+    def __init__(self, indices: np.ndarray, seed: int, shards: list[int] | None = None, mixed: int = 1) -> None:
+        self.indices, self.seed, self.mixed = indices, seed, mixed
+        self.parts = None if shards is None else np.split(indices, np.searchsorted(indices, np.cumsum(shards)[:-1]))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """A permutation of the indices."""
+        rng = np.random.default_rng([self.seed, 2, epoch])
+        if self.parts is None:
+            return rng.permutation(self.indices)
+        order = rng.permutation(len(self.parts))
+        groups = [np.concatenate([self.parts[shard] for shard in order[first : first + self.mixed]])
+                  for first in range(0, len(order), self.mixed)]
+        return np.concatenate([rng.permutation(group) for group in groups])
+
+
 class GlobalBatches:
     """A batch sampler: the micro-batches of one process, from `first_step` to `last_step`.
 
-    indices: training indices. batch_size: global. rank, processes: this process and their number.
+    batch_size: global. rank, processes: this process and their number.
     """
 
-    def __init__(self, indices: np.ndarray, batch_size: int, micro_batches: int, rank: int, processes: int,
-                 seed: int, first_step: int, last_step: int) -> None:
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+    def __init__(self, order: Order, batch_size: int, micro_batches: int, rank: int, processes: int,
+                 first_step: int, last_step: int) -> None:
+        self.order, self.batch_size = order, batch_size
         self.steps = range(first_step, last_step)
         size = batch_size // (micro_batches * processes)
         self.slices = [slice((rank * micro_batches + k) * size, (rank * micro_batches + k + 1) * size)
@@ -79,14 +139,14 @@ class GlobalBatches:
         return len(self.steps) * len(self.slices)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, self.indices
+        epoch, order = -1, self.order.indices
         for step in self.steps:
             batch = []
             for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if position // len(self.indices) != epoch:
-                    epoch = position // len(self.indices)
-                    order = np.random.default_rng([self.seed, 2, epoch]).permutation(self.indices)
-                batch.append((epoch, int(order[position % len(self.indices)])))
+                if position // len(order) != epoch:
+                    epoch = position // len(order)
+                    order = self.order(epoch)
+                batch.append((epoch, int(order[position % len(order)])))
             for rows in self.slices:
                 yield batch[rows]
 
@@ -103,6 +163,27 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         else:
             batch[name] = default_collate(values)
     return batch
+
+
+def patiently(items: Iterator[Any], what: str, every: float = 60.0) -> Iterator[Any]:
+    """`items`; while the next one lets us wait, a line on stderr says so every `every` seconds."""
+    def report() -> None:
+        waited = 0.0
+        while not arrived.wait(every):
+            waited += every
+            tqdm.write(f"waiting for {what} since {waited:.0f} s: is its disk or network slow, or a loader process "
+                       "stuck? (data.workers=0 loads in the trainer itself)", file=sys.stderr)
+
+    while True:
+        arrived = threading.Event()
+        threading.Thread(target=report, daemon=True).start()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        finally:
+            arrived.set()
+        yield item
 
 
 def make_loader(source: Source | Tolerant, batches: Any, workers: int) -> DataLoader:

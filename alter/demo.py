@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from . import losses, shapes
 from .checkpoint import export
 from .config import CONFIGS, Config
-from .data import GlobalBatches, make_loader, split
+from .data import GlobalBatches, Order, make_loader, split
 from .diffusion import draw, generator, training_target
 from .sites import Backbone, null_class, tie_embedders
 from .sources import Digits, Source, open_source
@@ -48,7 +48,7 @@ def exam(config: Config, source: Source) -> Exam | None:
     """The demo's judge; None for other data."""
     count = config.evaluate.samples
     if isinstance(source, Digits):
-        labels = torch.arange(count) % source.num_classes
+        labels = torch.arange(count) % len(source.labels.unique())
         return Exam(source.images, source.labels, {"labels": labels}, labels, [str(int(label)) for label in labels])
     if config.demo.model is None:
         return None
@@ -148,7 +148,7 @@ def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, 
     optimizer, schedule = _adamw(parameters, demo.lr, demo.steps)
     ema = EMAModel(parameters, decay=0.998, foreach=True)
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    batches = GlobalBatches(indices, demo.batch_size, 1, 0, 1, config.seed, 0, demo.steps)
+    batches = GlobalBatches(Order(indices, config.seed), demo.batch_size, 1, 0, 1, 0, demo.steps)
     bar = tqdm(make_loader(source, batches, 0), desc=f"dense teacher → {folder}", unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar):
         noise = draw(demo.batch_size, shape, scheduler.config.num_train_timesteps, config.data.label_dropout,

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from .compiling import Compiled, check_ways, compile_fastest, leave
 from .cost import CostTable
 from .errors import InputError
+from .files import write_text
 from .latency import Latency
 from .serving import Applied, backbone_of, check_fit, remove, serving
 from .simulator import Simulator
@@ -91,7 +92,7 @@ class TemporalExperts:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `experts.json` into `folder`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE_NAME).write_text(self._to_json(), encoding="utf-8")
+        write_text(Path(folder) / FILE_NAME, self._to_json())
 
     def _to_json(self) -> str:
         measured = {} if self.latency is None else {"latency": {**asdict(self.latency), "time_ratio": self.time_ratio}}

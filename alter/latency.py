@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
+from .files import write_text
 from .sharing import SharedEmbedding
 from .sites import example_inputs, find_sites
 
@@ -47,7 +48,7 @@ class Latency:
         return f"{self.device}, {self.dtype}, batch {self.batch}, latents of {self.latent_size} x {self.latent_size}"
 
     def save(self, file: Path) -> None:
-        file.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> "Latency":

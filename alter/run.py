@@ -1,5 +1,6 @@
 """One run, from its configuration to its summary: `train(load_config(...))`."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,18 +17,22 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
     set_seed,
 )
 from torch import Tensor
+from tqdm import tqdm
 
 from .build import Parts, build, check
 from .card import model_card
-from .checkpoint import checkpoints, export, find_run, step_of
+from .checkpoint import CONFIG, UNWRITTEN, checkpoints, export, find_run, set_aside, step_of
 from .config import Config, flatten, load_config, save_config
 from .data import Tolerant, collate, split
 from .demo import Exam, exam, make_demo
 from .errors import InputError
 from .experts import TemporalExperts
+from .files import write_text
+from .history import FILE_NAME as HISTORY
 from .latency import Latency
 from .lora import FILE_NAME as ADAPTERS
 from .lora import merge_adapters, save_adapters
@@ -37,6 +42,7 @@ from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_latents
 from .sites import PIPELINE_COMPONENT
 from .trainer import Trainer
+from .trial import describe_memory, measure_memory
 
 _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
                "backbone.gradient_checkpointing", "backbone.pretrained", "backbone.channels_last", "backbone.compile",
@@ -55,10 +61,12 @@ def train(config: Config) -> Path:
         NonFiniteLoss, Interrupted: see `Trainer.run`.
     """
     started = time.perf_counter()
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise _only_data_parallel(name)
     accelerator = make_accelerator(config)
     if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise InputError(f"accelerate's distributed_type={accelerator.distributed_type.value} is not supported: "
-                         "use plain data parallelism (accelerate launch --multi_gpu)")
+        raise _only_data_parallel(accelerator.distributed_type.value)
     config, run_dir, resume_from = _run_dir(config, accelerator)
     latency = Latency.load(run_dir / LATENCY) if resume_from and by_time(config) else None
     check(config, accelerator.num_processes, latency)
@@ -75,15 +83,30 @@ def train(config: Config) -> Path:
         parts.latency.save(run_dir / LATENCY)
 
     trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
+    peaks = measure_memory(trainer)
+    if accelerator.is_main_process:
+        print(describe_memory(trainer, peaks))
     experts = trainer.run()
     trainer.close()
     if accelerator.is_main_process:
-        summary = _finish(config, parts, experts, accelerator.num_processes, trainer.counts, run_dir, started)
+        try:
+            summary = _finish(config, parts, experts, accelerator.num_processes, trainer.counts, run_dir, started)
+        except UNWRITTEN as error:
+            raise InputError(f"{run_dir}: the results could not be written ({' '.join(str(error).split())[:200]}): "
+                             "make room and set resume=latest; the training itself is done") from error
         print(summary_table(summary))
         print(f"run directory: {run_dir}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with contextlib.suppress(OSError):  # of a tracker whose disk is full
+        accelerator.end_training()
     return run_dir
+
+
+def _only_data_parallel(kind: str) -> InputError:
+    return InputError(f"accelerate's {kind} is not supported, since two models are updated in turn, on layers that "
+                      "differ from sample to sample: use plain data parallelism (configs/accelerate/), and save memory "
+                      "with backbone.gradient_checkpointing, optim.optimizer=adamw_8bit, teacher.precision=bf16 or "
+                      "lora.rank")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -129,38 +152,63 @@ def _through_link(folder: str) -> bool:
 def _run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Path | None]:
     """The configuration, the run directory, the same on every process, and the checkpoint to go on from."""
     if config.resume:
-        run_dir, resume_from = find_run(config.resume, config.output_dir, config.name)
-        return _resumed(config, run_dir), run_dir, resume_from
+        run_dir, resume_from = _found_run(config, accelerator)
+        return _resumed(config, run_dir, resume_from, accelerator.is_main_process), run_dir, resume_from
     if config.output_dir:
         run_dir = Path(config.output_dir)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or set resume=latest")
+            resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
+            remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
+            raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
         return _follow_links(config), run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
     return _follow_links(config), Path("outputs") / config.name / stamp, None
 
 
-def _resumed(config: Config, run_dir: Path) -> Config:
-    """The configuration, with the folders that links meant when the run began.
+def _found_run(config: Config, accelerator: Accelerator) -> tuple[Path, Path]:
+    """`find_run`'s answer, or its InputError, on every process; one process reads the checkpoints to judge them."""
+    found: Any = None
+    if accelerator.is_main_process:
+        try:
+            found = find_run(str(config.resume), config.output_dir, config.name)
+        except InputError as error:
+            found = error
+    found = broadcast_object_list([found])[0]
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+def _resumed(config: Config, run_dir: Path, resume_from: Path, is_main_process: bool) -> Config:
+    """The configuration, with the folders that links meant when the run began; what changes harmlessly is printed.
 
     Raises:
         InputError: if it would change the model, the masks or the data.
     """
     if config.output_dir and Path(config.output_dir).resolve() != run_dir.resolve():
         raise InputError(f"output_dir={config.output_dir!r} is not the run of resume={config.resume!r}: unset it")
-    recorded = load_config(run_dir / "config.yaml")
+    recorded = load_config(resume_from / CONFIG)
     began = _folders(recorded)
     config = _with_folders(config, {
         section: began[section] if value and began[section] and _through_link(value) else value
         for section, value in _folders(config).items()
     })
     before, now = flatten(recorded), flatten(config)
+    refused, taken = [], []
     for name, value in now.items():
         moved = name == "experts.pretrained" and value and before[name]  # the checkpoint has them
-        if not name.startswith(_MAY_CHANGE) and value != before[name] and not moved:
-            raise InputError(f"{name}={value!r} differs from {before[name]!r}, with which the run began: "
-                             "resume with that value, or start a new run")
+        if value == before[name] or name in ("output_dir", "resume"):
+            continue
+        if name.startswith(_MAY_CHANGE) or moved:
+            taken.append(f"{name}: {before[name]!r} → {value!r}")
+        else:
+            refused.append(f"{name}={value!r} differs from {before[name]!r}")
+    if refused:
+        raise InputError(f"{', '.join(refused)}, with which the run began: keep that, or start a new run")
+    if is_main_process:
+        for line in taken:
+            tqdm.write(line)
     return config
 
 
@@ -168,16 +216,16 @@ def _open(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: 
     """Write the resolved configuration before the first step, and start the tracker."""
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
+        save_config(config, run_dir / CONFIG)
         if resume_from is None and config.output_dir is None:
             _link(run_dir.parent / "latest", run_dir.name)
         if resume_from is not None:
             step = step_of(resume_from)
-            for name in ("metrics.jsonl", "unreadable.jsonl"):
-                _forget_after(run_dir / name, step)
             for later in checkpoints(run_dir / "checkpoints"):
-                if step_of(later) > step:  # of a branch that is left; kept, but never taken for the latest
-                    later.replace(later.with_name(f"abandoned-{later.name}-{os.getpid()}"))
+                if step_of(later) > step:  # passed over as damaged, or of a branch that is left
+                    set_aside(later, "damaged" if config.resume == "latest" else "abandoned")
+            for name in ("metrics.jsonl", "unreadable.jsonl", HISTORY):
+                _forget_after(run_dir / name, step)
     accelerator.wait_for_everyone()
     accelerator.project_configuration.logging_dir = str(run_dir)
     accelerator.init_trackers(config.name if config.log.tracker == "wandb" else "tensorboard")
@@ -190,10 +238,16 @@ def _link(link: Path, target: str) -> None:
 
 
 def _forget_after(file: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again."""
+    """Drop the lines of steps that will be run again, and what a killed process left of a line."""
+    def kept(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, TypeError):
+            return False
+
     if file.is_file():
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_text(file, "".join(f"{line}\n" for line in lines if kept(line)))
 
 
 def _finish(config: Config, parts: Parts, experts: TemporalExperts, processes: int, counts: dict[str, int],
@@ -225,12 +279,12 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, processes: i
     if judge is not None:
         summary |= _sample_quality(config, parts, judge, run_dir)
     summary["seconds_total"] = time.perf_counter() - started
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot_experts(experts, run_dir / "experts.png")
     index = final / "model_index.json"
     pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "DiffusionPipeline"
     card = model_card(config, experts, summary, pipeline, ADAPTERS if config.lora.rank else None)
-    (final / "README.md").write_text(card, encoding="utf-8")
+    write_text(final / "README.md", card)
     return summary
 
 
@@ -240,7 +294,7 @@ def _held_out_error(config: Config, parts: Parts, batch_size: int, most: int = 2
     if parts.teacher is None or not len(held_out):
         return None
     held_out, total = held_out[:most], 0.0
-    source = Tolerant(parts.source, held_out, config.seed)
+    source = Tolerant(parts.source, held_out, config.seed, parts.fit)
     for first in range(0, len(held_out), batch_size):
         batch = collate([source[0, int(i)] for i in held_out[first : first + batch_size]])
         count = min(batch_size, len(held_out) - first)

@@ -5,7 +5,9 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, losses
 from .build import Parts
 from .config import Config
-from .data import GlobalBatches, Tolerant, make_loader, split
+from .data import GlobalBatches, Order, Tolerant, make_loader, patiently, split
 from .diffusion import Draw, draw, generator, min_snr_weight, training_target
 from .errors import InputError
 from .experts import TemporalExperts
+from .files import append_text
+from .history import FILE_NAME as HISTORY
+from .history import describe_masks
+from .report import plot_experts
 from .simulator import HardRows, Rows, SoftRows
-from .validation import Validator
+from .validation import Validator, log_pictures
 
-_COUNTED = ("skipped_samples", "truncated_prompts")
+_COUNTED = ("skipped_samples", "truncated_prompts")  # in each process
 _MOST_SKIPPED_UPDATES = 50  # in a row, by the loss scaler
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -112,8 +119,8 @@ class Trainer:
 
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
-        self.counts = dict.fromkeys(_COUNTED, 0)  # of all processes, since the run began
-        self._counted = self.counts  # when this process began
+        self.counts = dict.fromkeys((*_COUNTED, "skipped_updates"), 0)  # of all processes, since the run began
+        self._counted = dict(self.counts)  # when this process began
         self._own = dict.fromkeys(_COUNTED, 0)  # of this process, since it began
         self._skipped_updates = 0  # in a row, by the loss scaler
         if resume_from is not None:
@@ -122,6 +129,7 @@ class Trainer:
         self.validator: Validator | None = None
         if config.validate.every and accelerator.is_main_process:
             self.validator = Validator(config, parts, accelerator, run_dir)
+        self._unwritable: set[str] = set()  # of what is dispensable, and has been warned of
         self._received = 0  # a signal, by this process alone
         self._stop = 0  # the signal that all processes have agreed to stop for
 
@@ -131,34 +139,43 @@ class Trainer:
         Raises:
             NonFiniteLoss: naming the step; the last checkpoint stays.
             Interrupted: after SIGINT, SIGTERM or SIGUSR1, with a checkpoint written.
+            InputError: if the last checkpoint, or that for a signal, could not be written.
         """
         config, train = self.config, self.config.train
-        batches = GlobalBatches(
-            self.train_indices, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
-            self.accelerator.num_processes, config.seed, self.step, train.steps,
-        )
-        source = Tolerant(self.parts.source, self.train_indices, config.seed)
-        micro_batches = iter(make_loader(source, batches, config.data.workers))
+        micro_batches = self.micro_batches()
         bar = tqdm(total=train.steps, initial=self.step, desc=config.name, unit="step", dynamic_ncols=True,
                    disable=not self.accelerator.is_main_process)
         with self._signals(), bar:
             if self.validator and self.step == 0:
                 self._validate_start(self.validator)
             while self.step < train.steps:
-                started = time.perf_counter()
+                started, searching = time.perf_counter(), self.experts is None
                 metrics = self.iteration(micro_batches)
                 self.step += 1
                 bar.update()
                 if self.step % config.log.every == 0 or self.step == train.steps:
                     self._log(metrics, time.perf_counter() - started, bar)
+                if searching and (self.step % config.log.masks_every == 0 or self.step == train.t_end):
+                    self._log_masks(metrics["keep_ratio"])
                 if self.validator and self.step % self.validator.every == 0:
                     self._validate(self.validator)
                 if self.step % config.checkpoint.every == 0 or self.step == train.steps or self._stop:
-                    saved = self._save()
+                    saved = self._save(needed=self.step == train.steps or self._stop > 0)
                     if self._stop and self.step < train.steps:
                         raise Interrupted(self._stop, saved)
         assert self.experts is not None
         return self.experts
+
+    def micro_batches(self, steps: int | None = None) -> Iterator[dict[str, Any]]:
+        """This process's raw micro-batches from the present step on: of `steps` steps, or of all that are left."""
+        config, train = self.config, self.config.train
+        last = train.steps if steps is None else self.step + steps
+        order = Order(self.train_indices, config.seed, self.parts.source.shards, config.data.shuffle_shards)
+        batches = GlobalBatches(order, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
+                                self.accelerator.num_processes, self.step, last)
+        source = Tolerant(self.parts.source, self.train_indices, config.seed, self.parts.fit)
+        loader = make_loader(source, batches, config.data.workers)
+        return patiently(iter(loader), f"a batch of data.path={config.data.path!r}")
 
     def close(self) -> None:
         """Leave the weights to be exported in the backbone, and free all that training alone needed."""
@@ -305,7 +322,8 @@ class Trainer:
     def _validate_start(self, validator: Validator) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
         if self.parts.teacher is not None:
-            validator(self.parts.teacher, 0, "dense")
+            with self._dispensable("samples/"):
+                validator(self.parts.teacher, 0, "dense")
             self.parts.release_teacher()
         else:
             self._validate(validator)
@@ -320,7 +338,7 @@ class Trainer:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         self.backbone.eval()
-        with experts.serving(self.parts.simulator):
+        with experts.serving(self.parts.simulator), self._dispensable("samples/"):
             validator(self.backbone, self.step, "experts")
         self.backbone.train()
         if self.ema:
@@ -330,8 +348,9 @@ class Trainer:
         """Count unreadable samples and name them in unreadable.jsonl, which all processes append to."""
         self._own["skipped_samples"] += len(skipped)
         if skipped:
-            with open(self.run_dir / "unreadable.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": self.step + 1, "sample": name}) + "\n" for name in skipped)
+            lines = [json.dumps({"step": self.step + 1, "sample": name}) + "\n" for name in skipped]
+            with self._dispensable("unreadable.jsonl"):
+                append_text(self.run_dir / "unreadable.jsonl", "".join(lines))
 
     def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Process 0's masks, on every process."""
@@ -375,13 +394,15 @@ class Trainer:
         if stop:
             self._stop = self._received or signal.SIGTERM
         processes = self.accelerator.num_processes
-        self.counts = {name: before + round(mean * processes) for (name, before), mean in
-                       zip(self._counted.items(), (skipped, truncated), strict=True)}
+        self.counts |= {name: self._counted[name] + round(mean * processes) for name, mean in
+                        zip(_COUNTED, (skipped, truncated), strict=True)}
         self._refuse_unreadable()
         metrics = {f"{phase}/{name}": number for name, number in zip(names, numbers, strict=True)}
         finite = {name: number for name, number in metrics.items() if math.isfinite(number)}
         if self.scaler.is_enabled():  # which skips an update of non-finite gradients, and lowers its scale
-            self._skipped_updates = 0 if len(finite) == len(metrics) else self._skipped_updates + 1
+            skipped_now = len(finite) < len(metrics)
+            self.counts["skipped_updates"] += skipped_now
+            self._skipped_updates = self._skipped_updates + 1 if skipped_now else 0
             if self._skipped_updates > _MOST_SKIPPED_UPDATES:
                 raise NonFiniteLoss(f"{phase}: loss or gradient was not finite in {self._skipped_updates} updates in "
                                     f"a row up to step {self.step + 1}: use train.mixed_precision=bf16, and resume")
@@ -417,19 +438,50 @@ class Trainer:
             metrics["loss_scale"] = self.scaler.get_scale()
         metrics = {**metrics, **self.counts, "seconds_per_step": seconds,
                    "backbone_lr": self.backbone_lr.get_last_lr()[0], "hypernetwork_lr": self.hyper_lr.get_last_lr()[0]}
-        self.accelerator.log(metrics, step=self.step)
+        with self._dispensable("the tracker's log"):
+            self.accelerator.log(metrics, step=self.step)
         if self.accelerator.is_main_process:
-            with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+            with self._dispensable("metrics.jsonl"):
+                append_text(self.run_dir / "metrics.jsonl", json.dumps({"step": self.step, **metrics}) + "\n")
             perf = metrics.get("train/perf", metrics.get("search/perf", math.nan))
             searching = {name: f"{metrics[f'search/{name}']:.3f}" for name in ("ratio", "balance")
                          if f"search/{name}" in metrics}
             bar.set_postfix(searching, loss=f"{perf:.4f}", keep=f"{metrics['keep_ratio']:.3f}",
                             experts=f"{metrics['experts_used']:.0f}")
 
-    def _save(self) -> Path:
+    def _log_masks(self, keep_ratio: float) -> None:
+        """The search's masks and routes now: a line of history.jsonl, and a picture to disk and to the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        assert self._masks is not None
+        record = {"step": self.step, "keep_ratio": keep_ratio, **describe_masks(*self._masks)}
+        picture = self.run_dir / "experts.png"
+        with self._dispensable(HISTORY):
+            append_text(self.run_dir / HISTORY, json.dumps(record) + "\n")
+            plot_experts(self._experts(self._masks), picture)
+            with Image.open(picture) as image:
+                log_pictures(self.accelerator, "experts", np.asarray(image.convert("RGB"))[None], self.step)
+
+    @contextlib.contextmanager
+    def _dispensable(self, name: str) -> Iterator[None]:
+        """On a full disk, the run goes on without what is written here: one line says so, the first time."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._unwritable:
+                self._unwritable.add(name)
+                tqdm.write(f"warning: {self.run_dir}: {name} could not be written ({error}): the run goes on without",
+                           file=sys.stderr)
+
+    def _save(self, needed: bool) -> Path:
+        """Write a checkpoint, of which all processes learn the outcome.
+
+        Raises:
+            InputError: if it could not be written and is `needed`; otherwise a line says so, and the run goes on.
+        """
         folder = self.run_dir / "checkpoints"
         path = folder / f"step-{self.step:06d}"
+        failure = None
         if self.accelerator.is_main_process:
             tensors = {"backbone": dict(checkpoint.trained_parameters(self.backbone)),
                        "hypernetwork": self.parts.hypernetwork.state_dict()}
@@ -439,10 +491,21 @@ class Trainer:
                           for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
             state = {"frozen": self.experts is not None, "counts": self.counts,
                      "ema_step": self.ema.optimization_step if self.ema else 0}
-            saved = checkpoint.save_checkpoint(folder, self.step, self.config.checkpoint.keep, tensors,
-                                               optimizers, state, self.experts)
-            assert saved == path
-        self.accelerator.wait_for_everyone()
+            try:
+                saved = checkpoint.save_checkpoint(folder, self.step, self.config, tensors, optimizers, state,
+                                                   self.experts)
+                assert saved == path
+            except checkpoint.UNWRITTEN as error:
+                failure = f"{path} could not be written ({' '.join(str(error).split())[:200]})"
+                written = checkpoint.checkpoints(folder)
+                if needed:
+                    failure += ": make room, and " + (f"go on from {written[-1].name} with resume=latest" if written
+                                                      else "start anew: there is no earlier checkpoint")
+                else:
+                    tqdm.write(f"warning: {failure}: the run goes on to the next checkpoint", file=sys.stderr)
+        failure = broadcast_object_list([failure])[0]
+        if failure and needed:
+            raise InputError(failure)
         return path
 
     def _restore(self, folder: Path) -> None:
@@ -466,7 +529,8 @@ class Trainer:
         if state["frozen"]:
             self.experts = TemporalExperts.from_pretrained(folder)
         self.step = state["step"]
-        self.counts = self._counted = state["counts"]
+        self.counts |= state["counts"]
+        self._counted = dict(self.counts)
 
     @contextlib.contextmanager
     def _signals(self):

@@ -42,6 +42,11 @@ class Validator:
         strip = np.concatenate(list(pixels), axis=1)
         picture = Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip)
         picture.save(self.folder / f"step-{step:06d}-{title}.png")
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"samples/{title}": pixels}, step=step, **layout)
+        log_pictures(self.accelerator, f"samples/{title}", pixels, step)
+
+
+def log_pictures(accelerator: Accelerator, title: str, pixels: np.ndarray, step: int) -> None:
+    """Images uint8 [N, H, W, C] to every tracker."""
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({title: pixels}, step=step, **layout)

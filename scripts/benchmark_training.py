@@ -23,7 +23,6 @@ import torch  # noqa: E402
 
 from alter import InputError, load_config  # noqa: E402
 from alter.build import build  # noqa: E402
-from alter.data import GlobalBatches, Tolerant, make_loader  # noqa: E402
 from alter.run import make_accelerator  # noqa: E402
 from alter.trainer import Trainer  # noqa: E402
 
@@ -73,10 +72,7 @@ def _measure(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, build(config, 1, device), accelerator, Path(folder))
         train, steps = config.train, arguments.warmup + arguments.steps
-        batches = GlobalBatches(trainer.train_indices, train.batch_size, train.gradient_accumulation, 0, 1,
-                                config.seed, 0, 2 * steps)
-        source = Tolerant(trainer.parts.source, trainer.train_indices, config.seed)
-        micro_batches = iter(make_loader(source, batches, config.data.workers))
+        micro_batches = trainer.micro_batches(2 * steps)
         if steps >= train.t_end:
             raise InputError(f"--steps and --warmup: {steps} steps do not fit into train.search_steps={train.t_end}")
         result: dict[str, Any] = {}

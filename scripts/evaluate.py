@@ -27,13 +27,14 @@ from alter.metrics.networks import (  # noqa: E402
 )
 from alter.metrics.preferences import PREFERENCES, preference_scores  # noqa: E402
 from alter.metrics.suite import METRICS, Features, Reference, evaluate, table  # noqa: E402
+from alter.processes import this_process  # noqa: E402
 
 CACHE = Path.home() / ".cache" / "alter"
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    state = PartialState()
+    state = this_process()
     try:
         if arguments.compare:
             results = {folder: _read_results(Path(folder)) for folder in arguments.compare}

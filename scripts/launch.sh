@@ -70,6 +70,12 @@ while [ -n "$signalled" ]; do # a trapped signal ends `wait` early
   signalled=
   wait "$launcher" && code=0 || code=$?
 done
+died=
+for status in "$ALTER_STATUS_DIR"/*; do # still without a code: of a trainer that could not leave one
+  [ ! -e "$status" ] || [ -s "$status" ] || died="$died ${status##*/}"
+done
+[ -z "$died" ] || echo "error: training process$died died without an exit code (killed, or out of memory): go on from the" \
+  "last checkpoint with resume=latest" >&2
 # shellcheck disable=SC2045
 for pid in $(ls -tr "$ALTER_STATUS_DIR"); do # oldest first: the first to fail is the cause
   recorded=$(<"$ALTER_STATUS_DIR/$pid")

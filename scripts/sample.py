@@ -14,11 +14,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
 from diffusers import DiffusionPipeline, DiTPipeline  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from alter import InputError, load_pipeline  # noqa: E402
+from alter.processes import this_process  # noqa: E402
 from alter.sampling import scheduler_class  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    state, out = PartialState(), Path(arguments.out)
+    state, out = this_process(), Path(arguments.out)
     conditions = arguments.labels or _read_prompts(Path(arguments.prompts))
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]

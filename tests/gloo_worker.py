@@ -1,4 +1,4 @@
-"""One process of a float64 training run: writes its final parameters and masks. Arguments: config, output."""
+"""A training run's process: writes its final parameters and masks. Arguments: config, output, double or float."""
 
 import sys
 from pathlib import Path
@@ -12,14 +12,13 @@ from alter.build import build
 from alter.trainer import Trainer
 
 
-def main(config_file: str, output: str) -> None:
+def main(config_file: str, output: str, dtype: str) -> None:
     torch.set_num_threads(1)
     config = load_config(config_file)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     parts = build(config, accelerator.num_processes)
-    parts.backbone.double()
-    parts.teacher.double()
-    parts.hypernetwork.double()
+    for module in (parts.backbone, parts.teacher, parts.hypernetwork):
+        getattr(module, dtype)()
     run_dir = Path(output).with_suffix(".run")
     run_dir.mkdir(exist_ok=True)
     trainer = Trainer(config, parts, accelerator, run_dir)

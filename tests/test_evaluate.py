@@ -1,6 +1,7 @@
 """Images on disk to metrics: sets, networks with their real architectures, caching, and the scripts."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -275,14 +276,18 @@ def test_the_script_from_one_and_two_processes(tmp_path, run):
     common = ["--images", images, "--reference", real, "--feature-network", "demo", "--bootstrap", 3]
     code, out, err = run(evaluate, *common, "--out", tmp_path / "1.json", "--cache", tmp_path / "c1")
     assert code == 0 and "rank-deficient" in err and "fid" in out
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines",
-              "1", "--mixed_precision", "no", "--dynamo_backend", "no", SCRIPTS / "evaluate.py"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+              SCRIPTS / "evaluate.py"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
     def run_two(*arguments):
-        return subprocess.run([*map(str, [*launch, *common, *arguments])], capture_output=True, text=True, timeout=200)
+        return subprocess.run([*map(str, [*launch, *common, *arguments])], capture_output=True, text=True, timeout=200,
+                              env=environment)
 
     double = run_two("--out", tmp_path / "2.json", "--cache", tmp_path / "c2")
     assert double.returncode == 0, double.stderr
+    assert "24/24" in double.stderr and "40/40" not in double.stderr  # the first process's three parts of five
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert one.keys() == two.keys() == {"fid", "kid", "is", "prc"}
     for name in one:

@@ -6,17 +6,20 @@ from pathlib import Path
 import alter
 
 LEVELS = [
-    {"errors"},
-    {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora"},
+    {"errors", "files", "history", "memory", "processes"},
+    {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora", "dit_weights"},
     {"config", "hypernetwork", "simulator", "cost", "trimming", "sharing"},
     {"compiling", "latency"},
     {"serving"},
     {"sources", "budget", "experts", "sampling"},
     {"data"},
     {"plan"},
-    {"build", "checkpoint", "report", "pipelines"},
-    {"card", "validation", "demo", "dry_run"},
+    {"build", "checkpoint", "pipelines"},
+    {"sensitivity"},
+    {"report"},
+    {"card", "validation", "demo", "dry_run", "encode"},
     {"trainer", "metrics"},
+    {"trial"},
     {"run"},
 ]
 

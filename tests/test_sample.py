@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_processes_batches_and_interruptions_do_not_change_the_images(folder):
         port = free.getsockname()[1]
     codes, errors = finish(*(start(folder, "two", *prompts, "--batch", "2", rank=r, port=port) for r in (0, 1)))
     assert codes == [0, 0], errors
+    assert re.search(r"3/3 .*image/s", errors[0]) and not re.search(r"5/5 .*image/s", errors[0])  # its share
     pair = images(folder, "two")
     assert pair.keys() == alone.keys()
     assert max(abs(pair[name] - alone[name]).max() for name in alone) <= 1

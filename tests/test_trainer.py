@@ -25,13 +25,7 @@ def make_trainer(config, tmp_path):
 
 
 def prepared(trainer):
-    from alter.data import GlobalBatches, Tolerant, make_loader
-
-    train_config = trainer.config.train
-    batches = GlobalBatches(trainer.train_indices, train_config.batch_size, train_config.gradient_accumulation,
-                            0, 1, 0, 0, 1)
-    source = Tolerant(trainer.parts.source, trainer.train_indices, 0)
-    return trainer._prepare(iter(make_loader(source, batches, 0)))
+    return trainer._prepare(trainer.micro_batches(1))
 
 
 def snapshot(module):
@@ -226,21 +220,21 @@ def test_only_the_newest_checkpoints_are_kept(small_config, tmp_path):
 def test_a_damaged_checkpoint_is_refused(small_config, tmp_path):
     make_trainer(small_config("dit"), tmp_path).run()
     (checkpoint,) = checkpoints(tmp_path / "run/checkpoints")
-    for file in ("optimizers.pt", "backbone.safetensors"):
+    for file in ("optimizers.safetensors", "optimizers.json", "backbone.safetensors"):
         (checkpoint / file).write_bytes(b"\0" * 20)
         with pytest.raises(InputError, match="cannot be read") as caught:
             load_checkpoint(checkpoint)
         assert "\n" not in str(caught.value)
 
 
-def run_processes(config_file, output, count):
+def run_processes(config_file, output, count, dtype="double"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parent
     workers = [
         subprocess.Popen(
-            [sys.executable, str(root / "gloo_worker.py"), str(config_file), str(output)],
+            [sys.executable, str(root / "gloo_worker.py"), str(config_file), str(output), dtype],
             env={**os.environ, "PYTHONPATH": str(root.parent), "RANK": str(rank), "LOCAL_RANK": str(rank),
                  "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                  "ACCELERATE_USE_CPU": "true"} if count > 1 else {**os.environ, "PYTHONPATH": str(root.parent)},
@@ -255,11 +249,24 @@ def test_two_processes_equal_one_with_the_same_global_batch(small_config, tmp_pa
     config = small_config(kind, train={"steps": 8, "search_steps": 4, "gradient_accumulation": 2},
                           data={"label_dropout": 0.5})
     save_config(config, tmp_path / "config.yaml")
-    (single,) = run_processes(tmp_path / "config.yaml", tmp_path / "one", 1)
-    pair = run_processes(tmp_path / "config.yaml", tmp_path / "two", 2)
-    for result in pair:
+    assert_processes_equal_one(tmp_path, 2, "double", 1e-10)
+
+
+def assert_processes_equal_one(tmp_path, count, dtype, tolerance):
+    (single,) = run_processes(tmp_path / "config.yaml", tmp_path / "one", 1, dtype)
+    for result in run_processes(tmp_path / "config.yaml", tmp_path / "several", count, dtype):
         assert torch.equal(result["mask_EL"], single["mask_EL"])
         assert torch.equal(result["expert_T"], single["expert_T"])
-        for group in ("parameters", "hypernetwork"):
-            for name, value in single[group].items():
-                assert torch.allclose(result[group][name], value, rtol=0, atol=1e-9), name
+        differences = [float((result[group][name] - value).abs().max())
+                       for group in ("parameters", "hypernetwork") for name, value in single[group].items()]
+        assert max(differences) <= tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("double", 1e-10), ("float", 2e-4)])
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_four_processes_equal_one_over_twenty_iterations_of_both_phases(small_config, tmp_path, kind, dtype, tolerance):
+    """Measured: 9e-14 in float64; 5e-5 in float32, whose last place Adam's first steps, lr·sign(gradient), enlarge."""
+    config = small_config(kind, train={"steps": 40, "search_steps": 20, "batch_size": 16, "gradient_accumulation": 2})
+    save_config(config, tmp_path / "config.yaml")
+    assert_processes_equal_one(tmp_path, 4, dtype, tolerance)

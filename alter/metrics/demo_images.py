@@ -64,7 +64,7 @@ def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:
         save_file(trained.state_dict(), partial)
         partial.replace(file)
     state.wait_for_everyone()
-    classifier = SmallClassifier(digits.images.shape[1], digits.images.shape[-1], digits.num_classes)
+    classifier = SmallClassifier(digits.images.shape[1], digits.images.shape[-1], len(digits.labels.unique()))
     classifier.load_state_dict(load_file(file))
     return Demo(classifier.eval().requires_grad_(False), digits.images.shape[-1], digits.images.shape[1])
 

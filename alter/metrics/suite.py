@@ -2,8 +2,6 @@
 
 import json
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..errors import InputError
+from ..memory import peak_memory
 from .distances import (
     bootstrap_deviation,
     frechet,
@@ -272,7 +270,7 @@ def evaluate(images: ImageSet, names: Sequence[str], features: Features, referen
         features(images, metric.network, metric.features)
         if reference is not None and metric.against in ("statistics", "features"):
             reference.extract(metric)
-    features.peaks = gather_object([_peak_memory()])
+    features.peaks = gather_object([peak_memory()])
     if not features.state.is_main_process:
         return {}
     results = {}
@@ -329,18 +327,12 @@ def _preference(name: str, prefer: Callable[[str, list[str]], list[float]], prom
 
 
 def _common(images: ImageSet, peaks: list[tuple[int, int]]) -> dict[str, Any]:
-    main, gpu = (max(values) for values in zip(_peak_memory(), *peaks, strict=True))
+    main, gpu = (max(values) for values in zip(peak_memory(), *peaks, strict=True))
     return {
         "images": len(images), "images_protocol": images.protocol, "peak_memory_bytes": main,
         "peak_gpu_memory_bytes": gpu,
         "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
-
-
-def _peak_memory() -> tuple[int, int]:
-    """Of this process so far, in main memory and on its GPU."""
-    main = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return main, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:

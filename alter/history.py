@@ -1,0 +1,30 @@
+"""How masks and routes evolved during the search: history.jsonl, a line every `log.masks_every` steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE_NAME = "history.jsonl"
+
+
+def describe_masks(mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, Any]:
+    """Masks bool [E, L] as strings of 0 and 1, and routes int [T] as [first timestep, expert] wherever they change."""
+    firsts = [0, *(np.flatnonzero(np.diff(expert_T)) + 1).tolist()]
+    return {"masks": ["".join(map(str, mask_L.astype(int))) for mask_L in mask_EL],
+            "routes": [[first, int(expert_T[first])] for first in firsts]}
+
+
+def read_history(file: Path, timesteps: int) -> list[dict[str, Any]]:
+    """Its records: "step", "keep_ratio", "mask_EL" bool [E, L] and "expert_T" int64 [T]."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        ends = [first for first, _ in record["routes"]][1:] + [timesteps]
+        lengths = [end - first for (first, _), end in zip(record["routes"], ends, strict=True)]
+        experts = [expert for _, expert in record["routes"]]
+        records.append({"step": record["step"], "keep_ratio": record["keep_ratio"],
+                        "mask_EL": np.array([[bit == "1" for bit in mask] for mask in record["masks"]]),
+                        "expert_T": np.repeat(experts, lengths)})
+    return records

@@ -1,0 +1,123 @@
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+from scipy.optimize import linprog
+
+from alter import InputError
+from alter.budget import Budget
+from alter.build import build
+from alter.sensitivity import Sensitivity, allocate, measure_sensitivity, verdict
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import sensitivity  # noqa: E402
+
+
+def table_of(error_LB, denoise=1.0, steps=1000):
+    error_LB = np.array(error_LB, dtype=float)
+    layers, bins = error_LB.shape
+    edges = tuple(int(edge) for edge in np.linspace(0, steps, bins + 1))
+    return Sensitivity(tuple(f"layer.{i}" for i in range(layers)), edges, 4, error_LB, np.full(bins, denoise))
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_errors_are_those_of_models_without_the_layer(small_config, kind):
+    """Reference: the gates removed, and the layer's forward replaced by one that returns its input."""
+    config = small_config(kind)
+    parts = build(config)
+    samples, bins = 4, 3
+    table = measure_sensitivity(config, parts, bins, samples, batch_size=2)
+    again = measure_sensitivity(config, parts, bins, samples, batch_size=2)
+    assert np.array_equal(table.error_LB, again.error_LB)
+    assert table.edges[0] == 0 and table.edges[-1] == 1000 and table.error_LB.shape == (len(table.sites), bins)
+
+    seen, model = {}, parts.backbone
+
+    def note(module, arguments, keywords):
+        seen.setdefault("calls", []).append((arguments, keywords))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    measure_sensitivity(config, parts, bins, samples, batch_size=2)
+    handle.remove()
+    parts.simulator.remove()
+    model.eval()
+    calls = seen["calls"][:: len(table.sites) + 1]  # the dense forward of each batch and bin
+    assert len(calls) == 2 * bins
+    for layer in (0, len(table.sites) - 1):
+        expected = np.zeros(bins)
+        for k, (arguments, keywords) in enumerate(calls):
+            low, high = table.edges[k % bins], table.edges[k % bins + 1]
+            assert all(low <= int(t) < high for t in arguments[1])
+            with torch.no_grad():
+                dense = model(*arguments, **keywords).sample
+                module = model.get_submodule(table.sites[layer])
+                module.forward = lambda hidden, *rest, **named: hidden
+                without = model(*arguments, **keywords).sample
+                del module.forward
+            expected[k % bins] += (without - dense).pow(2).flatten(1).mean(1).sum().item()
+        assert np.allclose(table.error_LB[layer], expected / samples, rtol=1e-4), table.sites[layer]
+
+
+def test_the_allocation_is_nearly_the_best_of_all_borders():
+    """Against every choice of borders, the masks of each by a linear programme (whose optimum is a lower bound)."""
+    random = np.random.default_rng(3)
+    for _ in range(4):
+        table = table_of(random.exponential(size=(12, 1)) * random.exponential(size=(12, 6)))
+        budget = Budget(random.dirichlet(np.full(12, 5.0)) * 0.9, 0.6, "total")
+        mask_EL, expert_T = allocate(table, budget, 3)
+        assert abs(budget.measured(mask_EL, expert_T) - 0.6) <= 0.004 and set(expert_T) == {0, 1, 2}
+        best = np.inf
+        for borders in itertools.combinations(range(1, 6), 2):
+            segments = np.split(np.arange(6), borders)
+            avoided = np.array([table.error_LB[:, part].sum(1) / 6 for part in segments]).ravel()
+            cost = np.array([budget.share_L * len(part) / 6 for part in segments]).ravel()
+            found = linprog(-avoided, A_ub=cost[None], b_ub=[0.6 + 0.004 - budget.fixed], bounds=(0, 1))
+            best = min(best, avoided.sum() + found.fun)
+        assert best <= table.predicted_error(mask_EL, expert_T) <= best * 1.1
+
+
+def test_experts_follow_the_error():
+    """Layers 0 and 1 matter early, 2 and 3 late: two masks lose nothing, one loses half."""
+    table = table_of([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
+    budget = Budget(np.full(4, 0.25), 0.5, "total")
+    mask_EL, expert_T = allocate(table, budget, 2)
+    assert mask_EL.tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert expert_T.tolist() == [0] * 500 + [1] * 500
+    assert table.predicted_error(mask_EL, expert_T) == 0
+    assert table.predicted_error(*allocate(table, budget, 1)) == pytest.approx(1.0)
+    assert table.agreement == pytest.approx(-1 / 3)  # 1 within the halves, -1 between them
+
+
+def test_the_verdict():
+    budget = Budget(np.full(4, 0.25), 0.5, "total")
+    same = table_of(np.outer([1, 2, 3, 4], [4.0, 1, 1, 1]))
+    assert same.agreement == pytest.approx(1)
+    text = verdict(same, budget, 4)
+    assert "nearly the same at all timesteps (mean rank correlation 1.00)" in text
+    assert "around t = 124: 2.3 times the mean" in text
+    crossed = table_of([[4, 4, 1, 1], [3, 3, 2, 2], [2, 2, 3, 3], [1, 1, 4, 4]])
+    text = verdict(crossed, budget, 2)
+    assert "different at different timesteps" in text and "experts have something to gain" in text
+    assert f"{(3 + 7) / 2 / 3:.2f} times the error of 2 experts" in text
+
+
+def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatch, capsys):
+    from alter.config import save_config
+
+    save_config(small_config("dit"), tmp_path / "c.yaml")
+    monkeypatch.setattr(sys, "argv", ["sensitivity.py", "--config", str(tmp_path / "c.yaml"), "--out",
+                                      str(tmp_path / "out"), "--bins", "4", "--samples", "2"])
+    assert sensitivity.main() == 0
+    assert "The ranking of the layers is" in capsys.readouterr().out
+    table = Sensitivity.load(tmp_path / "out/sensitivity.json")
+    assert table.error_LB.shape == (make_dit().config.num_layers, 4) and (table.error_LB > 0).all()
+    assert (tmp_path / "out/sensitivity.png").stat().st_size > 5000
+    content = json.loads((tmp_path / "out/sensitivity.json").read_text())
+    (tmp_path / "bad.json").write_text(json.dumps({**content, "alter_sensitivity": 2}))
+    with pytest.raises(InputError, match="no sensitivity table"):
+        Sensitivity.load(tmp_path / "bad.json")

@@ -1,0 +1,122 @@
+import copy
+import time
+
+import pytest
+import torch
+
+from alter import InputError
+from alter.build import build
+from alter.data import patiently
+from alter.memory import forget_peak, peak_memory
+from alter.run import make_accelerator
+from alter.trainer import Trainer
+from alter.trial import _STATEFUL, describe_memory, measure_memory
+
+
+def make_trainer(config, tmp_path):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return Trainer(config, build(config), make_accelerator(config), tmp_path / "run")
+
+
+def state_of(trainer):
+    return copy.deepcopy({
+        "backbone": trainer.backbone.state_dict(), "hypernetwork": trainer.parts.hypernetwork.state_dict(),
+        "counts": trainer.counts, "own": trainer._own, "ema": trainer.ema.state_dict() if trainer.ema else None,
+        **{name: getattr(trainer, name).state_dict() for name in _STATEFUL},
+    })
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def noted(function, calls):
+    def call(*arguments):
+        calls.append(function.__name__)
+        return function(*arguments)
+    return call
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4], ids=["at the start", "in the search", "in the tuning"])
+def test_a_trial_changes_nothing(small_config, tmp_path, steps):
+    trainer = make_trainer(small_config("dit", train={"ema_decay": 0.9}), tmp_path)
+    micro_batches = trainer.micro_batches()
+    for _ in range(steps):
+        trainer.iteration(micro_batches)
+        trainer.step += 1
+    before, updates = state_of(trainer), []
+    for name in ("update_hypernetwork", "update_backbone"):
+        setattr(trainer, name, noted(getattr(trainer, name), updates))
+    peaks = measure_memory(trainer)
+    assert same(state_of(trainer), before)
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+    searched = [] if steps == 4 else ["update_hypernetwork", "update_backbone"]
+    assert updates == [*searched, "update_backbone"]
+    assert list(peaks) == (["tuning"] if steps == 4 else ["search", "tuning"])
+    assert peak_memory()[0] / 2 < peaks["tuning"] <= peak_memory()[0]
+    assert "of one iteration, measured:" in describe_memory(trainer, peaks)
+
+
+def test_what_does_not_fit_is_one_line_and_changes_nothing(small_config, tmp_path, monkeypatch):
+    trainer = make_trainer(small_config("dit"), tmp_path)
+    before = state_of(trainer)
+
+    def too_much(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer, "update_backbone", too_much)
+    with pytest.raises(InputError, match="train.batch_size=8: 8 samples at once do not fit into the .* GiB of main "
+                                         "memory: set backbone.gradient_checkpointing=true, .*accumulation, .*bf16"):
+        measure_memory(trainer)
+    assert same(state_of(trainer), before)
+
+
+def test_the_peak_counts_what_was_freed_since(tmp_path):
+    forget_peak()
+    before, _ = peak_memory()
+    block = torch.ones(2**26)  # 256 MiB
+    del block
+    assert 2**28 - 2**22 <= peak_memory()[0] - before < 2**29
+    forget_peak()
+    if peak_memory()[0] < before + 2**27:  # where the system lets the peak be forgotten
+        assert peak_memory()[0] <= before + 2**26
+
+
+def test_a_slow_loader_is_reported_until_its_batch_arrives(capsys):
+    def slow():
+        yield 1
+        time.sleep(0.5)
+        yield 2
+
+    assert list(patiently(slow(), "a batch of data.path='x'", every=0.1)) == [1, 2]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert 2 <= len(lines) <= 5
+    assert lines[0].startswith("waiting for a batch of data.path='x' since 0 s")
+    time.sleep(0.3)
+    assert not capsys.readouterr().err
+
+
+def test_an_error_of_the_loader_arrives(capsys):
+    def broken():
+        yield 1
+        raise InputError("data.path: gone")
+
+    items = patiently(broken(), "a batch", every=0.05)
+    assert next(items) == 1
+    with pytest.raises(InputError, match="gone"):
+        next(items)
+    time.sleep(0.2)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_peak_of_a_gpu_is_what_torch_counts(small_config, tmp_path):
+    config = small_config("dit")
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config, build(config, device="cuda"), make_accelerator(config), tmp_path / "run")
+    peaks = measure_memory(trainer)
+    assert peaks["tuning"] == torch.cuda.max_memory_allocated()
