@@ -91,9 +91,9 @@ class Parts:
     @property
     def fit(self) -> Fit:
         """What a sample must be like."""
-        by_class = "class_labels" in example_inputs(self.backbone, 1)
+        by_class, empty = "class_labels" in example_inputs(self.backbone, 1), self.source.empty_text
         return Fit(self.latent_shape, null_class(self.backbone) if by_class else None,
-                   None if by_class else self.backbone.config.cross_attention_dim)
+                   None if empty is None else tuple(empty.shape))
 
     @torch.no_grad()
     def teach(self, noisy_latents: Tensor, timesteps: Tensor,
@@ -120,8 +120,8 @@ class Parts:
             return mean + std * posterior.to(mean)
         assert self.vae is not None
         moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = moments.mean + moments.std * posterior.to(moments.mean)
-        return ((latents - _shift(self.vae)) * self.vae.config.scaling_factor).float()
+        latents = moments.mean.float() + moments.std.float() * posterior.to(moments.mean.device)
+        return (latents - _shift(self.vae)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
@@ -267,14 +267,16 @@ def check(config: Config, processes: int, latency: Latency | None = None) -> Non
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if config.train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
         raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
-    captioned = False
+    captioned, encoding = False, None
     if not config.demo.model or config.data.path is None or Path(config.data.path).exists():  # a demo draws its data
         source = open_source(config)
         split(source, config.data.holdout, config.seed)
-        captioned = _reads_captions(source)
+        captioned, encoding = _reads_captions(source), source.encoding
     pretrained = Path(str(config.backbone.pretrained))
     if config.demo.model or pretrained.is_dir() or (CONFIGS / "models" / pretrained).is_dir():
         backbone, *_ = describe(config, latency)
+        if pretrained.is_dir():
+            check_encoding(encoding, pretrained, config)
         if captioned and pretrained.is_dir():
             check_text(pretrained, backbone.config.cross_attention_dim)
 

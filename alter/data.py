@@ -4,7 +4,7 @@ The stream is the concatenation of the epochs' orders, functions of (seed, epoch
 micro-batch takes its slice; a resumed run starts it at its step.
 """
 
-import signal
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ SPARE_DRAWS = 100  # samples tried in place of an unreadable one
 class Fit:
     """What a sample must be like for a backbone.
 
-    latent_shape: (C, h, w). classes: labels are below it. text_width: of encoder_hidden_states.
+    latent_shape: (C, h, w). classes: labels are below it. text_shape: of encoder_hidden_states, where they are stored.
     """
 
     latent_shape: tuple[int, int, int]
-    classes: int | None
-    text_width: int | None
+    classes: int | None = None
+    text_shape: tuple[int, ...] | None = None
 
     def check(self, sample: dict[str, Any]) -> None:
         """Raises Unreadable unless it is so, and all numbers are finite."""
@@ -43,11 +43,11 @@ class Fit:
         for name in ("latents", "moments", "encoder_hidden_states"):
             if name in sample and not sample[name].isfinite().all():
                 raise Unreadable(f"{name}: not finite")
-        if self.classes is not None and "labels" in sample and sample["labels"] >= self.classes:
+        if self.classes is not None and "labels" in sample and not 0 <= sample["labels"] < self.classes:
             raise Unreadable(f"class {sample['labels']}: the backbone knows {self.classes}")
-        if "encoder_hidden_states" in sample and sample["encoder_hidden_states"].shape[-1] != self.text_width:
-            raise Unreadable(f"text states of width {sample['encoder_hidden_states'].shape[-1]} do not fit the "
-                             f"backbone's {self.text_width}")
+        if "encoder_hidden_states" in sample and tuple(sample["encoder_hidden_states"].shape) != self.text_shape:
+            raise Unreadable(f"text states of shape {tuple(sample['encoder_hidden_states'].shape)}: those of the empty "
+                             f"prompt have {self.text_shape}")
 
 
 class Tolerant:
@@ -190,9 +190,9 @@ def make_loader(source: Source | Tolerant, batches: Any, workers: int) -> DataLo
     """Load the samples that `batches` names, in `workers` processes."""
     dataset: Any = source
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      collate_fn=collate, worker_init_fn=_leave_interrupts_to_the_trainer)
+                      collate_fn=collate, worker_init_fn=_leave_signals_to_the_trainer)
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:
-    """A terminal's Ctrl-C reaches the workers too; the trainer still needs them to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A process group of its own: the trainer still needs the worker to finish the step that a signal ends."""
+    os.setpgid(0, 0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,11 +21,12 @@ from .config import Config
 from .errors import InputError
 from .files import sync, write_text
 from .images import Unreadable
-from .plan import DTYPES, local_folder
+from .plan import DTYPES, local_folder, set_tf32
 from .sources import INDEX, Source, open_source, shard_name, weights_hash
 from .text import TextEncoder
 
 _PLAN = "encoding.json"  # until the index is there
+_DATA = ("source", "path", "split", "stream", "image_column", "caption_column", "prompt", "prior_path", "prior_prompt")
 
 
 def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: PartialState) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     """
     source, folder = _images(config), local_folder(str(config.backbone.pretrained), config.backbone.revision)
     dtype = DTYPES[config.train.mixed_precision]
+    set_tf32(config)
     vae = load_vae(folder, state.device, dtype)
     text = TextEncoder(folder, state.device, dtype) if source.num_classes == 0 else None
     plan = {
@@ -46,10 +48,10 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
         "scaling_factor": vae.config.scaling_factor, "shift_factor": getattr(vae.config, "shift_factor", None) or 0.0,
         "text_encoder": weights_hash(folder / "text_encoder") if text else None,
         "resolution": config.data.resolution, "crop": config.data.crop, "mirrored": config.data.flip,
-        "precision": config.train.mixed_precision, "data": config.data.path, "num_classes": source.num_classes,
-        "count": len(source), "shard_size": shard_size,
+        "precision": config.train.mixed_precision, "num_classes": source.num_classes, "count": len(source),
+        "shard_size": shard_size, "data": {name: getattr(config.data, name) for name in _DATA},
     }
-    missing = broadcast_object_list([_begin(out, plan) if state.is_main_process else None])[0]
+    missing, unusable = broadcast_object_list([_begin(out, plan) if state.is_main_process else None])[0]
     if text is not None and state.is_main_process:
         _save(out / "empty_text.safetensors", {"text": text([""])[0].half()})
 
@@ -59,7 +61,6 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     loaded = iter(DataLoader(_Whole(source), batch_sampler=batches, num_workers=config.data.workers,  # type: ignore
                              collate_fn=list))
     encoded = (sample for raw in loaded for sample in _encode(raw, vae, text, config.data.flip))
-    unusable = 0
     with tqdm(total=sum(map(len, shards)), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
         for number, rows in zip(mine, shards, strict=True):
             samples = []
@@ -67,14 +68,26 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
                 samples.append(next(encoded))
                 bar.update()
             reasons = {row: sample["reason"] for row, sample in zip(rows, samples, strict=True) if "reason" in sample}
-            unusable += len(reasons)
-            if unusable > config.data.max_unreadable * len(source):
-                raise InputError(f"data.max_unreadable={config.data.max_unreadable}: at least {unusable} of "
-                                 f"{len(source)} samples cannot be encoded, one is {list(reasons.values())[-1]}: mend "
-                                 "the data, or allow more")
             _save(out / shard_name(number), _join(samples), {"unreadable": json.dumps(reasons)})
+            unusable += len(reasons)
+            if reasons:
+                _bound(unusable, config, len(source), list(reasons.values())[-1])
     state.wait_for_everyone()
-    return broadcast_object_list([_finish(out, plan) if state.is_main_process else None])[0]
+    unreadable = _unreadable(out, range(-(-len(source) // shard_size)))
+    if unreadable:
+        _bound(len(unreadable), config, len(source), list(unreadable.values())[-1])
+    index = {**plan, "unreadable": unreadable}
+    if state.is_main_process:
+        write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
+        (out / _PLAN).unlink(missing_ok=True)
+    state.wait_for_everyone()
+    return index
+
+
+def _bound(unusable: int, config: Config, count: int, example: str) -> None:
+    if unusable > config.data.max_unreadable * count:
+        raise InputError(f"data.max_unreadable={config.data.max_unreadable}: at least {unusable} of {count} samples "
+                         f"cannot be encoded, one is {example}: mend the data and choose another folder, or allow more")
 
 
 def _images(config: Config) -> Source:
@@ -88,8 +101,8 @@ def _images(config: Config) -> Source:
     return source
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> list[int]:
-    """The numbers of the shards to be made; `out` is created, or continued."""
+def _begin(out: Path, plan: dict[str, Any]) -> tuple[list[int], int]:
+    """The numbers of the shards to be made, and the unusable samples of the others; `out` is created, or continued."""
     for file in (out / _PLAN, out / INDEX):
         if file.is_file():
             before = json.loads(file.read_bytes())
@@ -103,20 +116,22 @@ def _begin(out: Path, plan: dict[str, Any]) -> list[int]:
             raise InputError(f"--out {out}: is not empty: choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / _PLAN, json.dumps(plan, indent=1) + "\n")
-    number = -(-plan["count"] // plan["shard_size"])
-    return [shard for shard in range(number) if not (out / shard_name(shard)).is_file()]
-
-
-def _finish(out: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """Write the index, of all shards."""
-    unreadable: dict[str, str] = {}
+    missing, unusable = [], 0
     for shard in range(-(-plan["count"] // plan["shard_size"])):
+        try:
+            unusable += len(_unreadable(out, [shard]))
+        except (OSError, SafetensorError):  # not there, or damaged
+            missing.append(shard)
+    return missing, unusable
+
+
+def _unreadable(out: Path, shards: Iterable[int]) -> dict[str, str]:
+    """Why samples of these shards could not be encoded, by index."""
+    reasons: dict[str, str] = {}
+    for shard in shards:
         with safe_open(out / shard_name(shard), framework="pt") as content:
-            unreadable |= json.loads(content.metadata()["unreadable"])
-    index = {**plan, "unreadable": unreadable}
-    write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
-    (out / _PLAN).unlink(missing_ok=True)
-    return index
+            reasons |= json.loads(content.metadata()["unreadable"])
+    return reasons
 
 
 class _Whole:

@@ -13,9 +13,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from .experts import TemporalExperts
@@ -37,6 +37,7 @@ _STYLE: dict[Any, Any] = {
 _SITE = re.compile(r"(?:(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnet|attention)s\.(\d+)\.?)?"
                    r"(?:transformer_blocks\.(\d+))?")
 _styled = matplotlib.rc_context(_STYLE)
+count = EngFormatter(places=1, sep="\N{NO-BREAK SPACE}")  # of operations, as text: 12.5 M
 
 
 def layers(sites: tuple[str, ...]) -> tuple[list[int], list[str]]:
@@ -66,11 +67,18 @@ def similarity(experts: TemporalExperts) -> np.ndarray:
 
 
 @_styled
-def masks_figure(experts: TemporalExperts) -> Figure:
-    """Which layers each expert keeps, coloured by their share of the MACs."""
-    figure, axis = _figure(1.3 + _ROW * len(experts.sites), width=max(_WIDTH, 1.5 + 0.24 * len(experts.mask_EL)))
-    _draw_masks(figure, axis, experts)
-    order, names = layers(experts.sites)
+def masks_figure(experts: TemporalExperts, into: Any = None) -> Figure:
+    """Which layers each expert keeps, coloured by their share of the MACs; drawn `into` a SubFigure, if given."""
+    mask_LE, (order, names) = experts.mask_EL.T, layers(experts.sites)
+    figure, axis = _figure(1.1 + _ROW * len(names), width=max(_WIDTH, 1.5 + 0.24 * mask_LE.shape[1]), into=into)
+    share_LE = np.ma.masked_where(~mask_LE, mask_LE * np.array(experts.macs)[:, None] / experts.macs_total)
+    mesh = _draw_rows(axis, experts.sites, share_LE, vmin=0, vmax=share_LE.max(), edgecolors=INK, linewidth=0.5)
+    rows, columns = np.nonzero(~mask_LE[order])
+    axis.scatter(columns + 0.5, rows + 0.5, marker="x", color=INK, s=9, linewidth=0.7)
+    ticks = [f"{e}" if e in experts.used else f"{e}\nunused" for e in range(mask_LE.shape[1])]
+    axis.set_xticks(np.arange(len(ticks)) + 0.5, ticks)
+    axis.set(xlabel="expert", title="Layers kept (filled) and skipped (×)")
+    _colorbar(figure, axis, mesh, "the layer's share of the dense MACs")
     return _described(figure, *(
         f"Expert {e} keeps {mask_L.sum()} of {len(mask_L)} layers and skips "
         f"{', '.join(name for name, keeps in zip(names, mask_L[order], strict=True) if not keeps) or 'none'}."
@@ -78,39 +86,54 @@ def masks_figure(experts: TemporalExperts) -> Figure:
 
 
 @_styled
-def routes_figure(experts: TemporalExperts) -> Figure:
+def routes_figure(experts: TemporalExperts, into: Any = None) -> Figure:
     """Which expert serves each training timestep."""
-    figure, axis = _figure(0.8 + 0.28 * len(experts.mask_EL))
-    served = _draw_routes(axis, experts)
-    return _described(figure, *(
-        f"Expert {e} serves {(experts.expert_T == e).sum()} of {len(experts.expert_T)} timesteps"
-        + (f", in {len(spans)} intervals from {spans[0][0]} to {sum(spans[-1]) - 1}." if spans else ".")
-        for e, spans in enumerate(served)))
+    number, total = len(experts.mask_EL), len(experts.expert_T)
+    figure, axis = _figure(0.8 + 0.28 * number, into=into)
+    borders = [*np.flatnonzero(np.diff(experts.expert_T, prepend=-1)).tolist(), total]
+    texts = []
+    for e in range(number):
+        spans = [(low, high - low) for low, high in pairwise(borders) if experts.expert_T[low] == e]
+        axis.broken_barh(spans, (e - 0.42, 0.84), color=EXPERTS[e % len(EXPERTS)], linewidth=0.2)
+        axis.axhline(e + 0.5, color=INK, linewidth=0.4, alpha=0.4)
+        where = f", in {len(spans)} intervals from {spans[0][0]} to {sum(spans[-1]) - 1}" if spans else ""
+        texts.append(f"Expert {e} serves {sum(length for _, length in spans)} of {total} timesteps{where}.")
+    axis.set_yticks(range(number), [f"{e} ({(experts.expert_T == e).mean():.0%})" for e in range(number)])
+    axis.set(xlim=(0, total), ylim=(number - 0.5, -0.5), xlabel="training timestep (high: noise)", ylabel="expert",
+             title="Timesteps of each expert (its share)")
+    return _described(figure, *texts)
 
 
 @_styled
-def macs_figure(experts: TemporalExperts) -> Figure:
+def macs_figure(experts: TemporalExperts, into: Any = None) -> Figure:
     """What a step costs at each training timestep."""
-    figure, axis = _figure(2.2)
-    _draw_macs(axis, experts)
-    share_T = experts.macs_T / experts.macs_total
+    figure, axis = _figure(2.2, into=into)
+    share_T, dense = experts.macs_T / experts.macs_total, count(experts.macs_total)
+    where = "all timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
+    axis.step(range(len(share_T)), share_T, where="mid", color=INK, linewidth=0.7)
+    axis.axhline(experts.keep_ratio, color=ORANGE, linestyle="--", linewidth=1.4,
+                 label=f"mean over {where}: {experts.keep_ratio:.3f}")
+    axis.set(xlim=(0, len(share_T)), ylim=(0, 1.05), xlabel="training timestep (high: noise)",
+             ylabel="share of the dense MACs", title=f"MACs of a step (dense: {dense})")
+    axis.legend(loc="lower left")
     return _described(figure, f"A step costs between {share_T.min():.1%} and {share_T.max():.1%} of the dense model's "
-                              f"{count(experts.macs_total)} MACs, {experts.keep_ratio:.1%} in the mean.")
+                              f"{dense} MACs; the mean over {where} is {experts.keep_ratio:.1%}.")
 
 
 @_styled
 def steps_figure(experts: TemporalExperts, timesteps: list[int]) -> Figure:
     """Expert and cost of each step of a sampler that visits these training timesteps, in this order."""
     expert_S, share_S = experts.expert_T[timesteps], experts.macs_T[timesteps] / experts.macs_total
-    figure, axis = _figure(2.5, width=max(_WIDTH, 0.6 + 0.155 * len(timesteps)))
-    bars = axis.bar(range(len(timesteps)), share_S, color=[_colour(e) for e in expert_S], edgecolor=INK, linewidth=0.5)
+    figure, axis = _figure(2.5, width=max(_WIDTH, 0.5 + 0.15 * len(timesteps)))
+    bars = axis.bar(range(len(timesteps)), share_S, edgecolor=INK, linewidth=0.5,
+                    color=[EXPERTS[e % len(EXPERTS)] for e in expert_S])
     axis.bar_label(bars, list(map(str, expert_S)), fontsize=7.5, padding=1)
     axis.axhline(1, color=INK, linestyle="--", linewidth=0.8)
     axis.set_xticks(range(len(timesteps)), list(map(str, timesteps)), rotation=90, fontsize=7.5)
     total = f"{count(share_S.sum() * experts.macs_total)} MACs, {share_S.mean():.1%} of dense"
     axis.set(ylim=(0, 1.1), xlim=(-0.7, len(timesteps) - 0.3), ylabel="share of the dense MACs",
              xlabel="timestep, in the order of denoising",
-             title=f"{len(timesteps)} steps: {total} (dashed)\nAbove each bar: its expert")
+             title=f"{len(timesteps)} steps: {total}\nAbove each bar: its expert; dashed: dense")
     return _described(figure, f"{len(timesteps)} denoising steps take {total}. Their experts, in order: "
                               f"{' '.join(map(str, expert_S))}.")
 
@@ -136,7 +159,7 @@ def similarity_figure(experts: TemporalExperts) -> Figure:
     alike, number = similarity(experts), len(experts.mask_EL)
     side = max(2.6, 0.4 + 0.32 * number)
     figure, axis = _figure(side + 0.2, width=max(_WIDTH, side))
-    axis.pcolormesh(alike, cmap="cividis", vmin=0, vmax=1)
+    axis.pcolormesh(alike, cmap="cividis", vmin=0, vmax=1, rasterized=True)
     for (row, column), value in np.ndenumerate(alike):
         axis.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
                   color="black" if value > 0.47 else "white")
@@ -169,17 +192,17 @@ def evolution_figure(history: list[dict[str, Any]], experts: TemporalExperts) ->
 
 @_styled
 def routing_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> Figure:
-    """Which timesteps each expert served in the course of the search: a strip an expert."""
+    """Which timesteps each expert served in the course of the search: a strip an expert, in a hundred bins."""
     number, timesteps = len(experts.mask_EL), len(experts.expert_T)
     (steps, edges), expert_TR = _steps(history), np.stack([record["expert_T"] for record in history], axis=1)
     figure, strips = _figure(0.6 + 0.8 * number, number, sharex=True, squeeze=False)
     texts = []
     for e, axis in enumerate(strips[:, 0]):
-        serves_TR = expert_TR == e
-        axis.pcolormesh(edges, range(timesteps + 1), np.ma.masked_equal(serves_TR, False), rasterized=True,
-                        cmap=ListedColormap([_colour(e)]))
-        first, last = serves_TR[:, 0].mean(), serves_TR[:, -1].mean()
-        axis.set(ylim=(0, timesteps), yticks=[0, timesteps], title=f"Timesteps of expert {e} ({last:.0%} at the end)")
+        share_BR = np.stack([part.mean(axis=0) for part in np.array_split(expert_TR == e, min(100, timesteps))])
+        borders = np.linspace(0, timesteps, len(share_BR) + 1)
+        axis.pcolormesh(edges, borders, share_BR, vmin=0, vmax=1, cmap="cividis", rasterized=True)
+        first, last = ((expert_TR[:, r] == e).mean() for r in (0, -1))
+        axis.set(yticks=[0, timesteps], title=f"Timesteps of expert {e} ({last:.0%} at the end)")
         texts.append(f"Expert {e} serves {first:.0%} of the timesteps at step {steps[0]}, {last:.0%} at {steps[-1]}.")
     strips[-1, 0].set_xlabel("step")
     return _described(figure, *texts)
@@ -187,8 +210,8 @@ def routing_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> F
 
 @_styled
 def losses_figure(lines: list[dict[str, Any]]) -> Figure:
-    """Losses of both updates over the run, from the lines of metrics.jsonl (not empty); the search is shaded."""
-    names = [name for name in LOSSES if any(key.endswith(f"/{name}") for line in lines for key in line)]
+    """Losses of both updates over the run, from lines of metrics.jsonl, which have some; the search is shaded."""
+    names = [name for name in LOSSES if any({f"search/{name}", f"train/{name}"} & line.keys() for line in lines)]
     figure, axes = _figure(0.7 + 1.25 * len(names), len(names), sharex=True, squeeze=False)
     searched = [line["step"] for line in lines if any(key.startswith("search/") for key in line)]
     texts = []
@@ -203,7 +226,7 @@ def losses_figure(lines: list[dict[str, Any]]) -> Figure:
                 seen += [value for _, value in points]
         if max(seen) > 10 * min(seen) > 0:
             axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=4))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(seen) < 1000 * min(seen) else (1,)))
             axis.yaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter("{x:g}")
         if searched:
@@ -219,20 +242,18 @@ def losses_figure(lines: list[dict[str, Any]]) -> Figure:
 def sensitivity_figure(table: Sensitivity) -> Figure:
     """What skipping each layer alone costs at each timestep."""
     relative_LB, bins = table.relative_LB, [f"{low}-{high - 1}" for low, high in pairwise(table.edges)]
-    figure, axis = _figure(1.9 + _ROW * len(relative_LB), width=max(_WIDTH, 1.7 + 0.22 * len(bins)))
-    high = relative_LB.max()
+    figure, axis = _figure(1.9 + _ROW * len(relative_LB), width=max(_WIDTH, 1.5 + 0.2 * len(bins)))
+    high = max(relative_LB.max(), 1e-9)
     low = min(max(relative_LB.min(), high / 1e4), high / 1.01)
-    mesh = _draw_rows(axis, table.sites, relative_LB, norm=LogNorm(low, high))
+    mesh = _draw_rows(axis, table.sites, relative_LB.clip(low), norm=LogNorm(low, high), rasterized=True)
     axis.set_xticks(np.arange(len(bins)) + 0.5, bins, rotation=90, fontsize=7.5)
-    axis.set(xlabel="timesteps", title="Change of the output without one layer")
+    axis.set(xlabel="timesteps", title="Effect of skipping one layer")
     figure.colorbar(mesh, location="bottom", label="in units of the dense model's error there", aspect=30,
-                    ticks=np.geomspace(low, high, 4), format="{x:.1g}").minorticks_off()
+                    pad=0.02, ticks=np.geomspace(low, high, 4), format="{x:.2g}").minorticks_off()
     names = dict(zip(*layers(table.sites), strict=True))
     worst, where = np.unravel_index(relative_LB.argmax(), relative_LB.shape)
-    least = int(relative_LB.mean(axis=1).argmin())
     return _described(figure, f"Skipping {names[int(worst)]} at timesteps {bins[where]} changes the output most, by "
-                              f"{high:.2g} of the dense model's error there; {names[least]} matters least, by "
-                              f"{relative_LB[least].mean():.2g} in the mean.")
+                              f"{high:.2g} of the dense model's error there.")
 
 
 @_styled
@@ -246,6 +267,7 @@ def samples_figure(rows: dict[str, Tensor], labels: list[str]) -> Figure:
         for axis, image in zip(line, images, strict=True):
             axis.imshow((image.permute(1, 2, 0).numpy().squeeze() + 1).clip(0, 2) / 2, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(True)
         line[0].set_ylabel(name)
     for axis, label in zip(axes[-1], labels, strict=True):
         axis.set_xlabel(textwrap.fill(label, 18))
@@ -256,10 +278,10 @@ def samples_figure(rows: dict[str, Tensor], labels: list[str]) -> Figure:
 def plot_experts(experts: TemporalExperts, path: Path) -> None:
     """experts.png: mask of every expert, expert of every timestep, MACs over timesteps."""
     figure = Figure((8, max(4.2, 1.3 + _ROW * len(experts.sites))), layout="constrained")
-    axes = figure.subplot_mosaic([["masks", "routes"], ["masks", "macs"]])
-    _draw_masks(figure, axes["masks"], experts)
-    _draw_routes(axes["routes"], experts)
-    _draw_macs(axes["macs"], experts)
+    halves: Any = figure.subfigures(1, 2)
+    above, below = halves[1].subfigures(2, 1)
+    for draw, into in ((masks_figure, halves[0]), (routes_figure, above), (macs_figure, below)):
+        draw(experts, into)
     figure.savefig(path, dpi=110)
 
 
@@ -286,24 +308,14 @@ def readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def count(number: float) -> str:
-    """A number of operations, with three digits: 12.5 M."""
-    unit, prefix = next((pair for pair in ((1e12, " T"), (1e9, " G"), (1e6, " M")) if number >= pair[0]), (1e3, " k"))
-    return f"{number / unit:#.3g}".rstrip(".") + prefix
-
-
-def _figure(height: float, rows: int = 1, width: float = _WIDTH, **grid: Any) -> tuple[Figure, Any]:
-    figure = Figure((width, height), layout="constrained")
+def _figure(height: float, rows: int = 1, width: float = _WIDTH, into: Any = None, **grid: Any) -> tuple[Any, Any]:
+    figure = into or Figure((width, height), layout="constrained")
     return figure, figure.subplots(rows, 1, **grid)
 
 
 def _described(figure: Figure, *sentences: str) -> Figure:
     figure.set_label(" ".join(sentences))
     return figure
-
-
-def _colour(expert: int) -> str:
-    return EXPERTS[expert % len(EXPERTS)]
 
 
 def _steps(history: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -318,7 +330,7 @@ def _name_rows(axis: Axes, names: list[str]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(len(names), 0)
     for row, (before, after) in enumerate(pairwise(names), 1):
-        if before.split()[0] != after.split()[0]:
+        if before.partition(" ")[0] != after.partition(" ")[0]:
             axis.axhline(row, -0.5, color=INK, linewidth=1, clip_on=False).set_in_layout(False)
 
 
@@ -331,41 +343,5 @@ def _draw_rows(axis: Axes, sites: tuple[str, ...], values_LX: np.ndarray, edges:
 
 
 def _colorbar(figure: Figure, axis: Axes, mesh: Any, label: str) -> None:
-    figure.colorbar(mesh, ax=axis, location="bottom", aspect=30, label=label, format=lambda x, _: f"{100 * x:g}%")
-
-
-def _draw_masks(figure: Figure, axis: Axes, experts: TemporalExperts) -> None:
-    mask_LE = experts.mask_EL.T
-    share_LE = np.ma.masked_where(~mask_LE, mask_LE * np.array(experts.macs)[:, None] / experts.macs_total)
-    mesh = _draw_rows(axis, experts.sites, share_LE, vmin=0, vmax=share_LE.max(), edgecolors=INK, linewidth=0.5)
-    rows, columns = np.nonzero(~mask_LE[layers(experts.sites)[0]])
-    axis.scatter(columns + 0.5, rows + 0.5, marker="x", color=INK, s=9, linewidth=0.7)
-    ticks = [f"{e}" if e in experts.used else f"{e}\nunused" for e in range(mask_LE.shape[1])]
-    axis.set_xticks(np.arange(len(ticks)) + 0.5, ticks)
-    axis.set(xlabel="expert", title="Layers kept (filled) and skipped (×)")
-    _colorbar(figure, axis, mesh, "the layer's share of the dense MACs")
-
-
-def _draw_routes(axis: Axes, experts: TemporalExperts) -> list[list[tuple[int, int]]]:
-    """Returns every expert's intervals: first timestep and length."""
-    borders = [*np.flatnonzero(np.diff(experts.expert_T, prepend=-1)).tolist(), len(experts.expert_T)]
-    served: list[list[tuple[int, int]]] = [[] for _ in experts.mask_EL]
-    for low, high in pairwise(borders):
-        served[experts.expert_T[low]].append((low, high - low))
-    for e, spans in enumerate(served):
-        axis.broken_barh(spans, (e - 0.42, 0.84), facecolors=_colour(e), edgecolors=_colour(e), linewidth=0.2)
-        axis.axhline(e + 0.5, color=INK, linewidth=0.4, alpha=0.4)
-    axis.set_yticks(range(len(served)), [f"{e} ({(experts.expert_T == e).mean():.0%})" for e in range(len(served))])
-    axis.set(xlim=(0, borders[-1]), ylim=(len(served) - 0.5, -0.5), xlabel="training timestep (high: noise)",
-             ylabel="expert", title="Timesteps of each expert (its share)")
-    return served
-
-
-def _draw_macs(axis: Axes, experts: TemporalExperts) -> None:
-    where = "all timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
-    axis.step(range(len(experts.expert_T)), experts.macs_T / experts.macs_total, where="mid", color=INK, linewidth=0.7)
-    axis.axhline(experts.keep_ratio, color=ORANGE, linestyle="--", linewidth=1.4,
-                 label=f"mean over {where}: {experts.keep_ratio:.3f}")
-    axis.set(xlim=(0, len(experts.expert_T)), ylim=(0, 1.05), xlabel="training timestep (high: noise)",
-             ylabel="share of the dense MACs", title=f"MACs of a step (dense: {count(experts.macs_total)})")
-    axis.legend(loc="lower left")
+    figure.colorbar(mesh, ax=axis, location="bottom", aspect=30, pad=0.02, label=label,
+                    format=lambda x, _: f"{100 * x:g}%")

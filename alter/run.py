@@ -82,10 +82,14 @@ def train(config: Config) -> Path:
     if parts.latency is not None and accelerator.is_main_process:
         parts.latency.save(run_dir / LATENCY)
 
-    trainer = Trainer(config, parts, accelerator, run_dir, resume_from)
-    peaks = measure_memory(trainer)
-    if accelerator.is_main_process:
-        print(describe_memory(trainer, peaks))
+    trainer = Trainer(config, parts, accelerator, run_dir)
+    begun = step_of(resume_from) if resume_from else 0
+    if begun < config.train.steps:
+        peaks = measure_memory(trainer, searching=parts.experts is None and begun < config.train.t_end)
+        if accelerator.is_main_process:
+            print(describe_memory(trainer, peaks))
+    if resume_from:
+        trainer.restore(resume_from)
     experts = trainer.run()
     trainer.close()
     if accelerator.is_main_process:

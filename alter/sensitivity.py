@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,8 +49,9 @@ class Sensitivity:
     @property
     def agreement(self) -> float:
         """Mean Spearman correlation between the layer rankings of two bins: 1 where all bins rank layers alike."""
-        ranks = np.atleast_2d(spearmanr(self.error_LB).statistic)
-        return float(ranks[np.triu_indices(len(ranks), 1)].mean()) if len(ranks) > 1 else 1.0
+        bins = self.error_LB.shape[1]
+        correlation = np.atleast_2d(np.corrcoef(rankdata(self.error_LB, axis=0), rowvar=False))
+        return float(correlation[np.triu_indices(bins, 1)].mean()) if bins > 1 else 1.0
 
     def gain(self, budget: Budget, experts: int) -> float:
         """How many times more error one mask for all timesteps makes than `experts` masks, if errors added up."""

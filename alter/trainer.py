@@ -2,6 +2,7 @@
 are frozen and the backbone alone is tuned. One trainer for every backbone."""
 
 import contextlib
+import hashlib
 import json
 import math
 import signal
@@ -34,10 +35,14 @@ from .history import FILE_NAME as HISTORY
 from .history import describe_masks
 from .report import plot_experts
 from .simulator import HardRows, Rows, SoftRows
+from .sites import PIPELINE_COMPONENT
+from .sources import weights_hash
 from .validation import Validator, log_pictures
 
 _COUNTED = ("skipped_samples", "truncated_prompts")  # in each process
 _MOST_SKIPPED_UPDATES = 50  # in a row, by the loss scaler
+_FIXED = {"data": ("another number of samples, or other shards, in data.path", "bring the data back"),
+          "weights": ("other frozen weights in backbone.pretrained", "name the folder that the run began with")}
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -73,11 +78,9 @@ class Trainer:
         parts: from `build`, on the accelerator's device.
         accelerator: one of any number of processes.
         run_dir: exists; the same on all processes.
-        resume_from: a checkpoint's folder, or None.
     """
 
-    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path,
-                 resume_from: Path | None = None) -> None:
+    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path) -> None:
         self.config, self.parts, self.accelerator, self.run_dir = config, parts, accelerator, run_dir
         optim, train = config.optim, config.train
         self.backbone = parts.backbone.train()
@@ -116,6 +119,11 @@ class Trainer:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
+        # What a checkpoint does not hold, and a resumed run must find as it was: positions in the data, frozen weights.
+        stored = parts.source.shards or [len(parts.source)]
+        self._fixed: dict[str, Any] = {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(), "weights": None}
+        if len(self.parameters) < len(list(self.backbone.parameters())):
+            self._fixed["weights"] = weights_hash(parts.folder / PIPELINE_COMPONENT[type(parts.backbone)])
 
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
@@ -123,8 +131,6 @@ class Trainer:
         self._counted = dict(self.counts)  # when this process began
         self._own = dict.fromkeys(_COUNTED, 0)  # of this process, since it began
         self._skipped_updates = 0  # in a row, by the loss scaler
-        if resume_from is not None:
-            self._restore(resume_from)
         self._masks: tuple[np.ndarray, np.ndarray] | None = None  # of the last iteration
         self.validator: Validator | None = None
         if config.validate.every and accelerator.is_main_process:
@@ -387,12 +393,12 @@ class Trainer:
         """Means over micro-batches and processes, and whether to stop: the update's one host read."""
         names = [*totals[0], *extra]
         means = [torch.stack([t[name].detach().float() for t in totals]).mean() for name in totals[0]]
-        own = [self._received > 0, *self._own.values()]
+        own = [self._received > 0, self._received, *self._own.values()]
         values = torch.stack([*means, *(value.detach().float().to(means[0].device) for value in extra.values()),
                               *torch.tensor(own, dtype=torch.float, device=means[0].device)])
-        *numbers, stop, skipped, truncated = self.accelerator.reduce(values, "mean").tolist()
-        if stop:
-            self._stop = self._received or signal.SIGTERM
+        *numbers, stop, received, skipped, truncated = self.accelerator.reduce(values, "mean").tolist()
+        if stop:  # the number that those processes got which got one; any, where they got several
+            self._stop = min(_STOPS, key=lambda number: abs(number - received / stop))
         processes = self.accelerator.num_processes
         self.counts |= {name: self._counted[name] + round(mean * processes) for name, mean in
                         zip(_COUNTED, (skipped, truncated), strict=True)}
@@ -489,7 +495,7 @@ class Trainer:
                 tensors["ema"] = dict(zip(tensors["backbone"], self.ema.shadow_params, strict=True))
             optimizers = {name: getattr(self, name).state_dict()
                           for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
-            state = {"frozen": self.experts is not None, "counts": self.counts,
+            state = {"frozen": self.experts is not None, "counts": self.counts, **self._fixed,
                      "ema_step": self.ema.optimization_step if self.ema else 0}
             try:
                 saved = checkpoint.save_checkpoint(folder, self.step, self.config, tensors, optimizers, state,
@@ -508,8 +514,16 @@ class Trainer:
             raise InputError(failure)
         return path
 
-    def _restore(self, folder: Path) -> None:
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: if it cannot be read, or was made with other data or other frozen weights.
+        """
         tensors, optimizers, state = checkpoint.load_checkpoint(folder)
+        for name, (what, remedy) in _FIXED.items():
+            if state[name] != self._fixed[name]:
+                raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
         checkpoint.load_parameters(self.backbone, tensors["backbone"])
         self.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
         for name, value in optimizers.items():

@@ -15,5 +15,6 @@ fi
 code=0
 "$python" -m ruff check alter scripts tests || code=1
 "$python" -m mypy || code=1
-"$python" -m pytest -m "$chosen" "$@" || code=$?
+# Tests use one thread each; those that start processes of their own are a small part.
+"$python" -m pytest -m "$chosen" -n "$(getconf _NPROCESSORS_ONLN)" --maxprocesses 8 --dist worksteal "$@" || code=$?
 exit "$code"

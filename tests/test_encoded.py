@@ -11,11 +11,12 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import make_dit, make_vae, save_latents, save_pipeline
+from safetensors.torch import load_file, save_file
 
 import alter.build
 import alter.encode
 from alter import InputError
-from alter.build import build
+from alter.build import build, check
 from alter.config import BackboneConfig, Config, DataConfig, save_config
 from alter.data import Fit, Tolerant
 from alter.encode import encode
@@ -100,10 +101,12 @@ def first_losses(config, tmp_path, name):
     return trainer, batches[0], trainer.update_backbone(batches, *trainer.current_masks())
 
 
-@pytest.mark.parametrize("kind", ["sd", "dit"])
-def test_training_from_latents_equals_training_from_images(small_config, tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize("kind, precision", [("sd", "no"), ("sd", "bf16"), ("dit", "no")])
+def test_training_from_latents_equals_training_from_images(small_config, tmp_path, kind, precision, monkeypatch):
     """Same samples, same noise, the posterior sampled: what the backbone sees differs by the rounding to float16."""
     from_images = encode_config(small_config, kind, tmp_path)
+    from_images = dataclasses.replace(
+        from_images, train=dataclasses.replace(from_images.train, mixed_precision=precision))
     index = run_encode(from_images, tmp_path / "encoded")
     assert index["count"] == 24 and not index["unreadable"] and index["resolution"] == from_images.data.resolution
     cached = dataclasses.replace(from_images.data, source="latents", path=str(tmp_path / "encoded"))
@@ -159,9 +162,14 @@ def test_encoding_goes_on_where_it_was_stopped(small_config, tmp_path):
     kept = (halves / shard_name(0)).stat().st_mtime_ns
     with pytest.raises(InputError, match="was encoded with mirrored=False, not True"):
         run_encode(encode_config(small_config, "sd", tmp_path, flip=True), halves)
+    with pytest.raises(InputError, match="was encoded with data="):
+        run_encode(encode_config(small_config, "sd", tmp_path, prompt="a shape"), halves)
     index = run_encode(config, halves)
     assert (halves / shard_name(0)).stat().st_mtime_ns == kept
     assert index == json.loads((tmp_path / "whole/index.json").read_text())
+    damaged = halves / shard_name(1)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert run_encode(config, halves) == index
     for number in range(3):
         assert (halves / shard_name(number)).read_bytes() == (tmp_path / "whole" / shard_name(number)).read_bytes()
 
@@ -194,9 +202,11 @@ def test_unusable_images_keep_their_place_and_are_bounded(small_config, tmp_path
     with pytest.raises(Unreadable, match="was not encoded.*not an image"):
         source[0, 3]
     assert "moments" in source[0, 4]
-    names[7].write_bytes(b"")
-    with pytest.raises(InputError, match="data.max_unreadable=0.05: at least 2 of 24"):
-        run_encode(config, tmp_path / "again")
+    names[17].write_bytes(b"")
+    for _ in range(3):  # what earlier attempts have found is not forgotten
+        with pytest.raises(InputError, match="data.max_unreadable=0.05: at least 2 of 24"):
+            run_encode(config, tmp_path / "again")
+    assert not (tmp_path / "again/index.json").exists()
 
 
 def test_a_damaged_or_missing_shard_is_unreadable(small_config, tmp_path):
@@ -217,6 +227,7 @@ def test_a_damaged_or_missing_shard_is_unreadable(small_config, tmp_path):
     ({"crop": "random"}, "data.crop='random'"),
     ("vae", "with VAE [0-9a-f]{64}, but backbone.pretrained=.* has [0-9a-f]{64}"),
     ("scale", "with scaling factor 0.5, .* has 0.25"),
+    ("shift", "with shift factor 0.0, .* has 0.1"),
 ])
 def test_latents_made_otherwise_are_refused(small_config, tmp_path, change, message):
     config = encode_config(small_config, "dit", tmp_path)
@@ -228,11 +239,47 @@ def test_latents_made_otherwise_are_refused(small_config, tmp_path, change, mess
         vae = make_vae()
         if change == "vae":
             vae.encoder.conv_in.weight.data += 1
-        else:
+        elif change == "scale":
             vae.register_to_config(scaling_factor=0.25)
+        else:
+            vae.register_to_config(shift_factor=0.1)
         vae.save_pretrained(tmp_path / "pipeline/vae")
     with pytest.raises(InputError, match=message):
         build(encode_config(small_config, "dit", tmp_path, **data))
+    with pytest.raises(InputError, match=message):
+        check(encode_config(small_config, "dit", tmp_path, **data), 1)
+
+
+def test_latents_of_another_text_encoder_are_refused(small_config, tmp_path):
+    config = encode_config(small_config, "sd", tmp_path)
+    run_encode(config, tmp_path / "encoded")
+    file = Path(str(config.backbone.pretrained)) / "text_encoder/model.safetensors"
+    weights = load_file(file)
+    save_file({name: value + 1 for name, value in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match="with text encoder [0-9a-f]{64}"):
+        build(encode_config(small_config, "sd", tmp_path, source="latents", path=str(tmp_path / "encoded")))
+
+
+@pytest.mark.parametrize("change", [{"shard_size": 0}, {"num_classes": "x"}, {"scaling_factor": "a"},
+                                    {"alter_latents": 2}, {"unreadable": []}, "no empty text", "no JSON"], ids=str)
+def test_a_broken_index_is_one_line(small_config, tmp_path, change):
+    run_encode(encode_config(small_config, "sd", tmp_path), tmp_path / "encoded")
+    index = tmp_path / "encoded/index.json"
+    if change == "no empty text":
+        (tmp_path / "encoded/empty_text.safetensors").unlink()
+    else:
+        index.write_text("{" if change == "no JSON" else json.dumps({**json.loads(index.read_text()), **change}))
+    with pytest.raises(InputError, match="data.path: .*index.json") as caught:
+        open_source(latents_config(tmp_path / "encoded", resolution=32))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_files_outside_the_folder_is_refused(tmp_path):
+    folder = write_repa(tmp_path / "r")
+    for name in ("../../secret.npy", "/secret.npy"):
+        (folder / "vae-sd/dataset.json").write_text(json.dumps({"labels": [[name, 0]]}))
+        with pytest.raises(InputError, match="file in the folder"):
+            open_source(latents_config(folder))
 
 
 def test_validation_images_load_the_decoder_and_the_text_encoder_for_themselves(small_config, tmp_path):
@@ -261,6 +308,22 @@ def counted(function, name, calls):
     return call
 
 
+@pytest.mark.parametrize("poison", [np.array([-1]), np.array([np.nan]), np.array([]), np.array([3.7])], ids=str)
+def test_labels_that_are_none_are_replaced(tmp_path, poison):
+    folder = save_latents(tmp_path / "c", (4, 2, 2), 12)
+    np.save(folder / "train_labels/5.npy", poison)
+    tolerant = Tolerant(FastDiT(DataConfig(path=str(folder)), 0), np.arange(12), 0, Fit((4, 2, 2), 10))
+    assert "5.npy" in tolerant[0, 5]["skipped"][0]
+
+
+def test_text_of_another_length_is_replaced(tmp_path):
+    folder = save_latents(tmp_path / "t", (4, 2, 2), 12, text=(7, 12))
+    np.save(folder / "train_text/5.npy", np.zeros((6, 12), np.float32))
+    source = FastDiT(DataConfig(path=str(folder)), 0)
+    tolerant = Tolerant(source, np.arange(12), 0, Fit((4, 2, 2), text_shape=tuple(source.empty_text.shape)))
+    assert "text states of shape (6, 12)" in tolerant[0, 5]["skipped"][0] and tolerant[0, 4]["skipped"] == []
+
+
 @pytest.mark.parametrize("poison", ["nan", "shape", "label"])
 def test_samples_that_do_not_fit_are_replaced(tmp_path, poison):
     folder = save_latents(tmp_path / "c", (4, 2, 2), 12)
@@ -272,7 +335,7 @@ def test_samples_that_do_not_fit_are_replaced(tmp_path, poison):
     else:
         np.save(folder / "train_labels/5.npy", np.array([10]))
     source = FastDiT(DataConfig(path=str(folder)), 0)
-    tolerant = Tolerant(source, np.arange(12), 0, Fit((4, 2, 2), 10, None))
+    tolerant = Tolerant(source, np.arange(12), 0, Fit((4, 2, 2), 10))
     assert tolerant[0, 4]["skipped"] == []
     (line,) = tolerant[0, 5]["skipped"]
     assert "5.npy" in line and {"nan": "not finite", "shape": "do not fit", "label": "class 10"}[poison] in line

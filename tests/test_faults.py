@@ -151,7 +151,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(small_config, tmp_pat
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "rename", noting(os.rename))
     monkeypatch.setattr(os, "replace", noting(os.replace))
-    run = train(small_config("dit", budget={"cost": "latency"}, checkpoint={"every": 6}))
+    run = train(small_config("dit", budget={"cost": "latency", "keep_ratio": 0.95}, checkpoint={"every": 6}))
     assert {path.parent for path in named if ".partial" not in str(path)} <= synced
     assert {path.relative_to(run).as_posix() for path in named if path.parent.name[0] != "."} == {
         "config.yaml", "latency.json", "checkpoints/step-000006", "final", "final/experts.json", "final/README.md",

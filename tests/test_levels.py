@@ -17,7 +17,7 @@ LEVELS = [
     {"build", "checkpoint", "pipelines"},
     {"sensitivity"},
     {"report"},
-    {"card", "validation", "demo", "dry_run", "encode"},
+    {"card", "validation", "demo", "dry_run", "encode", "page"},
     {"trainer", "metrics"},
     {"trial"},
     {"run"},

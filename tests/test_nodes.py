@@ -40,7 +40,8 @@ def finish(commands):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["two nodes by torchrun", "two tasks by SLURM", "cpu.yaml", "one_node.yaml"])
+@pytest.mark.parametrize("launch", ["two nodes by torchrun", "two tasks by SLURM", "cpu.yaml", "one_node.yaml",
+                                    "two_nodes.yaml"])
 def test_every_documented_launch_gives_the_run_of_one_process(small_config, tmp_path, launch):
     """Masks are the same; weights differ by the order in which float32 gradients are added."""
     changes = {"train": {"steps": 12, "search_steps": 6}}
@@ -55,6 +56,10 @@ def test_every_documented_launch_gives_the_run_of_one_process(small_config, tmp_
     elif launch == "two tasks by SLURM":
         finish([([sys.executable, *script], {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
                                              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in "01"])
+    elif launch == "two_nodes.yaml":
+        node = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{launch}",
+                "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+        finish([([*node, "--machine_rank", rank, *script], {}) for rank in "01"])
     else:
         processes = ["--num_processes", "2"] if launch == "one_node.yaml" else []
         finish([([sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{launch}",

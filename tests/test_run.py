@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +26,9 @@ from alter.data import split
 from alter.dry_run import describe_run
 
 ROOT = CONFIGS.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import train as train_script  # noqa: E402
+
 SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
          "evaluate.samples=100", "evaluate.sampling_steps=2", "checkpoint.every=5", "log.every=2", "data.holdout=32"]
 KEYS = {
@@ -32,8 +38,17 @@ KEYS = {
 
 
 def script(*arguments, cwd, **environment):
-    return subprocess.run([sys.executable, str(ROOT / "scripts/train.py"), *arguments], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+    """scripts/train.py in this process."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            code = train_script.main()
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def launcher(*arguments, cwd):
@@ -268,14 +283,15 @@ def test_a_broken_file_is_one_line_also_from_a_loader_process(small_config, tmp_
 @pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in (
     "SIGINT", "SIGUSR1"))])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, tmp_path, name):
-    save_config(small_config("dit", train={"steps": 100_000}), tmp_path / "long.yaml")
+    """Sent to the whole process group, as `timeout`, terminals and schedulers do."""
+    save_config(small_config("dit", train={"steps": 100_000}, data={"workers": 1}), tmp_path / "long.yaml")
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts/train.py"), "--config", "long.yaml"],
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
     while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.1)
     number = getattr(signal, name)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors.strip().splitlines()[-1].startswith(f"error: stopped by {name}; go on with resume=")
@@ -324,5 +340,5 @@ def test_help_documents_the_keys(tmp_path):
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    result = script("--config", "configs/demo_dit.yaml", "--debug", "train.steps=0", cwd=tmp_path)
-    assert result.returncode == 1 and "Traceback" in result.stderr
+    with pytest.raises(InputError, match="train.steps=0"):
+        script("--config", "configs/demo_dit.yaml", "--debug", "train.steps=0", cwd=tmp_path)

@@ -94,6 +94,8 @@ def test_classes_of_tar_files(tmp_path):
 
 @pytest.mark.parametrize("harm, expected", [
     ("cut in a sample", [*range(7), None, *range(10, 20)]),
+    ("cut at a header", [*range(7), None, *range(10, 20)]),
+    ("broken header", [*range(7), None, *range(10, 20)]),
     ("cut, with stats", [*range(7), None, None, None, *range(10, 20)]),
     ("zero bytes", [*range(5), *[None] * 5, *range(10, 20)]),
     ("no tar", [*range(5), *[None] * 5, *range(10, 20)]),
@@ -103,10 +105,16 @@ def test_classes_of_tar_files(tmp_path):
 def test_damaged_and_missing_shards_keep_the_place_of_their_samples(tmp_path, harm, expected):
     folder = write_shards(tmp_path / "s", stats="stats" in harm)
     file = folder / "00001.tar"
-    if harm.startswith("cut"):
-        with tarfile.open(file) as archive:
-            start = archive.getmembers()[6].offset_data  # of the third sample's image
-        file.write_bytes(file.read_bytes()[: start + 20])
+    with tarfile.open(file) as archive:
+        third = archive.getmembers()[6]  # its image
+    if harm == "cut at a header":
+        file.write_bytes(file.read_bytes()[: third.offset])
+    elif harm == "broken header":
+        content = bytearray(file.read_bytes())
+        content[third.offset : third.offset + 512] = b"x" * 512
+        file.write_bytes(content)
+    elif harm.startswith("cut"):
+        file.write_bytes(file.read_bytes()[: third.offset_data + 20])
     elif harm == "zero bytes":
         file.write_bytes(b"")
     elif harm == "no tar":
@@ -254,12 +262,51 @@ def test_damage_of_a_streamed_table(tmp_path, harm):
         file.write_bytes(content)
     source = open_source(streamed(folder))
     found = contents(source, len(source))
-    assert None in found and [value for value in found if value is not None and not 6 <= value < 12] == [
-        *range(6), *range(12, 18)]
+    assert len(source) == 18 and None in found
+    assert [value for value in found if value not in (None, *range(6, 12))] == [*range(6), *range(12, 18)]
     lost = found.index(None)
     with pytest.raises(Unreadable):
         source[0, lost]
     assert "train-00001-of-00003" in source.describe(lost)
+
+
+def test_a_row_group_without_a_column_is_unreadable_and_an_error_is_not_remembered(tmp_path):
+    import datasets
+
+    folder = write_parquet(tmp_path / "p", 2)
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(1), "path": None}] * 6}).cast_column(
+        "image", datasets.Image())
+    content = (folder / "train-00001-of-00002.parquet").read_bytes()
+    rows.to_parquet(folder / "train-00001-of-00002.parquet")
+    source = open_source(streamed(folder))
+    with pytest.raises(Unreadable, match="columns image, text: the file lacks one"):
+        source[0, 6]
+    (folder / "train-00001-of-00002.parquet").write_bytes(content)
+    assert shade(source[0, 6]) == 6
+
+
+def test_an_opened_table_lacks_no_part(tmp_path):
+    folder = write_parquet(tmp_path / "p")
+    (folder / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(InputError, match="train-00001-of-00003.parquet is missing: fetch it, or set data.stream=true"):
+        open_source(config_of(folder, "datasets"))
+
+
+def test_statistics_of_something_else_are_no_shard(tmp_path):
+    folder = write_shards(tmp_path / "s")
+    (folder / "dataset_stats.json").write_text(json.dumps({"mean": 1}))
+    (folder / "00001_stats.json").write_text(json.dumps({"successes": -3}))
+    assert open_source(config_of(folder)).shards == [5] * 4
+    assert left_out(["a-1-of-999999999999.tar"]) == []
+
+
+def test_a_run_resumes_with_the_same_shards_alone(small_config, tmp_path):
+    folder = write_shards(tmp_path / "s", count=6, size=8)
+    data = {"source": "webdataset", "path": str(folder), "max_unreadable": 1.0, "resolution": 32}
+    run = train(small_config("sd", data=data, checkpoint={"every": 3}))
+    (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:3000])
+    with pytest.raises(InputError, match="resume: .* other shards, in data.path: bring the data back"):
+        train(small_config("sd", data=data, resume=str(run / "checkpoints/step-000003")))
 
 
 def test_mistakes_of_streaming(tmp_path):

@@ -244,7 +244,7 @@ def run_processes(config_file, output, count, dtype="double"):
     return [torch.load(f"{output}-{rank}.pt", weights_only=True) for rank in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("kind", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_two_processes_equal_one_with_the_same_global_batch(small_config, tmp_path, kind):
     config = small_config(kind, train={"steps": 8, "search_steps": 4, "gradient_accumulation": 2},
                           data={"label_dropout": 0.5})

@@ -114,6 +114,12 @@ def require_folder(key: str, path: str) -> Path:
     return Path(path)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def list_files(folder: Path) -> list[str]:
     """The paths, relative to the folder, of all files below it; links to folders are followed, once each."""
     names, seen = [], set()

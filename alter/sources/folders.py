@@ -1,12 +1,15 @@
 """Folders of image files: one sub-folder a class, or captions beside them."""
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from ..config import DataConfig
 from ..errors import InputError
-from .base import Framing, Plain, draw_caption, list_files, list_images, read_captions
+from .base import Framing, Plain, draw_caption, is_inside, list_files, list_images, read_captions
 
 METADATA = "metadata.jsonl"
 
@@ -18,22 +21,28 @@ class ImageFolder(Plain):
         folder = Path(str(config.path))
         classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         labels = {name: label for label, name in enumerate(classes)}
-        self.files = [(folder / name, labels[name.split("/")[0]]) for name in list_images(folder) if "/" in name]
-        if not self.files:
+        names = [name for name in list_images(folder) if "/" in name]
+        # Arrays: workers copy a page of memory for every object that they look at, and there may be millions.
+        self.names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.labels = np.array([labels[name.split("/")[0]] for name in names], dtype=np.int32)
+        self.folder = folder
+        if not names:
             raise InputError(f"data.path={config.path!r}: no images in class sub-folders: expected "
                              f"<path>/<class>/<image>, or a {METADATA} with captions, or data.prompt")
         self.num_classes = len(classes)
         self.framing = Framing(config, seed)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        file, label = self.files[key[1]]
-        return {"images": self.framing(file, *key), "labels": label}
+        return {"images": self.framing(self._file(key[1]), *key), "labels": int(self.labels[key[1]])}
 
     def describe(self, index: int) -> str:
-        return str(self.files[index][0])
+        return str(self._file(index))
+
+    def _file(self, index: int) -> Path:
+        return self.folder / os.fsdecode(bytes(self.names[index]))
 
 
 class CaptionedFolder(Plain):
@@ -85,7 +94,7 @@ def _read_metadata(folder: Path, column: str) -> list[tuple[str, Any, str]]:
         if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
             raise InputError(f"{place}: no file_name: expected an object with file_name and {column}")
         path = PurePosixPath(entry["file_name"])
-        if path.is_absolute() or ".." in path.parts:
+        if not is_inside(entry["file_name"]):
             raise InputError(f"{place}: file_name={entry['file_name']!r} leaves the folder: name a file in it")
         if path.as_posix() not in files:
             raise InputError(f"{place}: file_name={entry['file_name']!r}: no such file: correct or remove the line")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import DataConfig
 from ..errors import InputError
 from ..images import Unreadable
-from .base import Encoding, Plain, coin, draw_caption
+from .base import Encoding, Plain, coin, draw_caption, is_inside
 
 INDEX = "index.json"
 _VERSION = 1
@@ -39,15 +39,17 @@ class EncodedShards(Plain):
                                  f"version reads {_VERSION}")
             self.size, self.count = int(index["shard_size"]), int(index["count"])
             self.unreadable = {int(i): str(reason) for i, reason in index["unreadable"].items()}
-            self.num_classes = index["num_classes"]
-            self.encoding = Encoding("scripts/encode_latents.py", **{
-                name: index[name] for name in ("scaling_factor", "shift_factor", "vae", "text_encoder", "resolution",
-                                               "mirrored")})
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"data.path: {self.folder / INDEX}: {type(error).__name__} {error}: "
+            self.num_classes = None if index["num_classes"] is None else int(index["num_classes"])
+            self.encoding = Encoding(
+                "scripts/encode_latents.py", float(index["scaling_factor"]), float(index["shift_factor"]), index["vae"],
+                index["text_encoder"], int(index["resolution"]), bool(index["mirrored"]))
+            if self.size < 1 or self.count < 0:
+                raise ValueError(f"shard_size={self.size}, count={self.count}")
+            if self.num_classes == 0:
+                self.empty_text = self._read(self.folder / "empty_text.safetensors", "text").float()
+        except (LookupError, TypeError, ValueError, AttributeError, Unreadable) as error:
+            raise InputError(f"data.path: {self.folder / INDEX}: {type(error).__name__}: {error}: "
                              "encode again") from None
-        if self.num_classes == 0:
-            self.empty_text = self._read(self.folder / "empty_text.safetensors", "text").float()
 
     def __len__(self) -> int:
         return self.count
@@ -82,7 +84,7 @@ class EncodedShards(Plain):
                 part = content.get_slice(name)
                 return part[:] if row is None else part[row]
         except (OSError, SafetensorError, IndexError) as error:
-            raise Unreadable(f"cannot be read ({' '.join(str(error).split())[:200]})") from None
+            raise Unreadable(f"{name} cannot be read ({' '.join(str(error).split())[:200]})") from None
 
 
 def shard_name(number: int) -> str:
@@ -127,11 +129,15 @@ class FastDiT(Plain):
         variants = _load_npy(file).float()
         if variants.dim() == 3:
             variants = variants[None]
+        if variants.dim() != 4 or not len(variants):
+            raise Unreadable(f"latents of shape {tuple(variants.shape)}: expected [C, h, w] or [variants, C, h, w]")
         second = self.flip and len(variants) > 1 and coin(self.seed, *key)
         condition = _load_npy(self.conditions / file.name)
         if self.empty_text is not None:
             return {"latents": variants[int(second)], "encoder_hidden_states": condition.float()}
-        return {"latents": variants[int(second)], "labels": int(condition.reshape(-1)[0])}
+        if condition.numel() != 1 or condition.item() != int(condition.nan_to_num().item()):
+            raise Unreadable(f"label of shape {tuple(condition.shape)}: expected one whole number")
+        return {"latents": variants[int(second)], "labels": int(condition.item())}
 
     def describe(self, index: int) -> str:
         return str(self.files[index])
@@ -149,9 +155,11 @@ class Repa(Plain):
         labels: Any = _read_json(self.folder / "dataset.json").get("labels")
         try:
             self.samples = [(str(file), int(label)) for file, label in labels]
+            if not all(is_inside(file) for file, _ in self.samples):
+                raise ValueError
         except (TypeError, ValueError):
             raise InputError(f"data.path: {self.folder / 'dataset.json'}: expected \"labels\", a list of "
-                             "[file, class]") from None
+                             "[file in the folder, class]") from None
         self.num_classes = 1 + max((label for _, label in self.samples), default=-1)
 
     def __len__(self) -> int:
@@ -195,5 +203,5 @@ def _read_json(file: Path) -> dict:
 def _load_npy(file: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError) as error:
         raise Unreadable(f"cannot be read ({' '.join(str(error).split())[:200]})") from None

@@ -8,7 +8,6 @@ import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -67,10 +66,10 @@ class TarShards(Plain):
         tars = visible(files, {".tar"})
         if not tars:
             raise InputError(f"data.path={config.path!r}: no .tar files: set it to the folder of the shards")
-        promised = [name.removesuffix("_stats.json") + ".tar" for name in files if name.endswith("_stats.json")]
+        names = [name.removesuffix("_stats.json") + ".tar" for name in files if name.endswith("_stats.json")]
+        promised = [name for name in names if self._promised(name) is not None]
         self.names = sorted({*tars, *promised, *left_out(tars)})
-        with ThreadPoolExecutor(16) as pool:
-            lengths = list(pool.map(self._length, self.names))
+        lengths = [self._length(name) for name in self.names]
         self.stored = Shards(lengths, self._open, most=2 * config.shuffle_shards)
         self.shards = self.stored.lengths
         first = next((samples[0] for name in tars if (samples := list_samples(self.folder / name))), {})
@@ -124,12 +123,16 @@ class TarShards(Plain):
 
     def _length(self, name: str) -> int | None:
         """The shard's samples, by img2dataset's statistics or else by its headers; None where neither tells."""
+        promised = self._promised(name)
+        return promised if promised is not None else len(list_samples(self.folder / name)) or None
+
+    def _promised(self, name: str) -> int | None:
         path = self.folder / name
         try:
-            promised = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())["successes"]
+            count = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())["successes"]
         except (OSError, ValueError, LookupError, TypeError):
-            promised = None
-        return promised if isinstance(promised, int) else len(list_samples(path)) or None
+            return None
+        return count if type(count) is int and count >= 0 else None
 
 
 def list_samples(path: Path) -> list[Members]:
@@ -144,6 +147,10 @@ def list_samples(path: Path) -> list[Members]:
                 name, dot, kind = member.name.rpartition("/")[2].partition(".")
                 if member.isreg() and name and dot:
                     samples.setdefault(member.name.removesuffix(kind), {})[kind] = member.offset_data, member.size
+            with open(path, "rb") as file:
+                file.seek(archive.offset)
+                if file.read(512) != bytes(512):  # with which an archive ends; at a broken header tarfile just stops
+                    raise EOFError
     except (OSError, tarfile.TarError, ValueError, EOFError):
         if samples:
             samples[""] = {}
@@ -162,7 +169,7 @@ def left_out(names: list[str]) -> list[str]:
         there = set(map(int, numbers))
         total = re.match(r"-of-(\d+)", after)
         wanted = range(int(total[1])) if total else range(min(there), max(there))
-        if total is None and len(wanted) > 2 * len(there):  # numbers that count something else
+        if len(wanted) > (10 if total else 2) * len(there):  # numbers that count something else
             continue
         width = min(map(len, numbers))
         missing += [f"{before}{number:0{width}d}{after}" for number in wanted if number not in there]

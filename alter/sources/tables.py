@@ -1,5 +1,7 @@
 """Hugging Face data sets: tables with a column of images, opened whole or streamed a row group at a time."""
 
+import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -111,30 +113,29 @@ class StreamedTable(Rows):
         try:
             self.system, root = fsspec.core.url_to_fs(address)
             found = [name[len(root):].lstrip("/") for name in self.system.find(root)]
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # of fsspec's and the network's many kinds
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"data.path={address!r}: cannot be listed ({reason})") from None
         self.root = root.rstrip("/")
         names = _choose_tables(sorted(visible(found, {".parquet"})), address, config.split)
-        self.groups: list[tuple[str, int]] = []
-        lengths: list[int | None] = []
-        features = None
-        for name in sorted({*names, *left_out(names)}):
-            try:
-                with self._open(name) as file:
-                    counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-                    features = features or Features.from_arrow_schema(file.schema_arrow)
-            except (OSError, ValueError) as error:  # pyarrow's are of these kinds
-                self.broken = error
-                counts = [None]
-            self.groups += [(name, group) for group in range(len(counts))]
-            lengths += counts
-        if features is None:
+        files = sorted({*names, *left_out(names)})
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(pool.map(self._footer, files))
+        readable = [footer for footer in footers if not isinstance(footer, str)]
+        if not readable:
             raise InputError(f"data.path={address!r}: none of its {len(names)} parquet files can be read "
-                             f"({' '.join(str(self.broken).split())[:200]})")
+                             f"({footers[0]})")
+        features = Features.from_arrow_schema(readable[0][1])
         super().__init__(config, seed, features)
         if not _holds_images(features[self.image_column]):
             raise _no_images(self.image_column, features)
+        usual = round(statistics.median(sum(counts) for counts, _ in readable))
+        self.groups: list[tuple[str, int]] = []
+        lengths: list[int | None] = []
+        for name, footer in zip(files, footers, strict=True):
+            counts = [usual] if isinstance(footer, str) else footer[0]
+            self.groups += [(name, group) for group in range(len(counts))]
+            lengths += counts
         self.stored = Shards(lengths, self._read, most=config.shuffle_shards)
         self.shards = self.stored.lengths
 
@@ -143,10 +144,7 @@ class StreamedTable(Rows):
 
     def row(self, index: int) -> dict[str, Any]:
         shard, position = self.stored.locate(index)
-        content = self.stored[shard]
-        if isinstance(content, str):
-            raise Unreadable(content)
-        return content.slice(position, 1).to_pylist()[0]
+        return self.stored[shard].slice(position, 1).to_pylist()[0]
 
     def describe(self, index: int) -> str:
         shard, position = self.stored.locate(index)
@@ -158,14 +156,26 @@ class StreamedTable(Rows):
 
         return pyarrow.parquet.ParquetFile(self.system.open(f"{self.root}/{name}"))
 
-    def _read(self, shard: int) -> Any:
-        """The row group's table, or why there is none."""
-        name, group = self.groups[shard]
+    def _footer(self, name: str) -> tuple[list[int], Any] | str:
+        """The rows of each row group and the schema of a file, or why there are none."""
         try:
             with self._open(name) as file:
-                return file.read_row_group(group, columns=[self.image_column, self.condition])
-        except (OSError, ValueError) as error:
-            return f"row group cannot be read ({' '.join(str(error).split())[:200]})"
+                return [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], file.schema_arrow
+        except Exception as error:  # of pyarrow's, fsspec's and the network's many kinds
+            return " ".join(str(error).split())[:200]
+
+    def _read(self, shard: int) -> Any:
+        """The row group's table."""
+        name, group = self.groups[shard]
+        wanted = [self.image_column, self.condition]
+        try:
+            with self._open(name) as file:
+                table = file.read_row_group(group, columns=wanted)
+        except Exception as error:
+            raise Unreadable(f"row group cannot be read ({' '.join(str(error).split())[:200]})") from None
+        if set(table.column_names) != set(wanted):
+            raise Unreadable(f"columns {', '.join(wanted)}: the file lacks one of them")
+        return table
 
 
 def _open_rows(folder: Path, part: str | None) -> Any:
@@ -181,6 +191,10 @@ def _open_rows(folder: Path, part: str | None) -> Any:
                 raise InputError(f"data.split={part!r}: the data set in {folder} has {', '.join(found)}: choose one")
             return concatenate_datasets(list(found.values())) if part is None else found[part]
         names = _choose_tables(visible(list_files(folder), {".parquet", ".arrow"}), str(folder), part)
+        missing = left_out(names)
+        if missing:
+            raise InputError(f"data.path={str(folder)!r}: {missing[0]} is missing: fetch it, or set data.stream=true "
+                             "to go on without it")
         files = [str(folder / name) for name in names]
         if names[0].endswith(".parquet"):
             return Dataset.from_parquet(files)
