@@ -261,6 +261,7 @@ class ValidateConfig:
 class EvaluateConfig:
     sampling_steps: int = key(20, "Denoising steps of the samples at the end of a run.", within="[1, 1000]")
     guidance_scale: float = key(1.0, "Classifier-free guidance; 1 is without.", within="[1, inf)")
+    dense: bool = key(True, "Draw the dense model's images too, with as many steps and with 50 (demos only).")
     samples: int = key(
         1_000, "Images for the Frechet distance and class accuracy (demos only).", within="[100, inf)"
     )

@@ -48,15 +48,23 @@ def exam(config: Config, source: Source) -> Exam | None:
     """The demo's judge; None for other data."""
     count = config.evaluate.samples
     if isinstance(source, Digits):
-        labels = torch.arange(count) % len(source.labels.unique())
-        return Exam(source.images, source.labels, {"labels": labels}, labels, [str(int(label)) for label in labels])
+        return _exam_of_classes(source.images, source.labels, count)
     if config.demo.model is None:
         return None
+    if source.encoded:
+        samples = [source[0, i] for i in range(len(source))]
+        return _exam_of_classes(torch.stack([sample["latents"] for sample in samples]),
+                                torch.tensor([sample["labels"] for sample in samples]), count)
     images, captions = shapes.draw_shapes(8 * count, config.seed + 1)  # not those of the training data
     _, prompts = shapes.draw_shapes(count, config.seed + 2)
     asked = [several[0] for several in prompts]
     return Exam(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),
                 {"captions": asked}, torch.stack([shapes.kinds(caption) for caption in asked]), asked)
+
+
+def _exam_of_classes(images: Tensor, labels: Tensor, count: int) -> Exam:
+    asked = torch.arange(count) % len(labels.unique())
+    return Exam(images, labels, {"labels": asked}, asked, [str(int(label)) for label in asked])
 
 
 def make_demo(config: Config, device: torch.device) -> None:
@@ -66,7 +74,8 @@ def make_demo(config: Config, device: torch.device) -> None:
     """
     folder, template = Path(str(config.backbone.pretrained)), CONFIGS / "models" / str(config.demo.model)
     if config.data.path is not None and not Path(config.data.path).exists():
-        shapes.write_shapes(Path(config.data.path), config.demo.images, config.seed)
+        write = shapes.write_scenes if config.data.source == "latents" else shapes.write_shapes
+        write(Path(config.data.path), config.demo.images, config.seed)
     if folder.is_dir():
         return
     torch.manual_seed(config.seed)

@@ -328,7 +328,7 @@ def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) ->
     pictures = {}
     for name, model, count in (("dense", parts.teacher, steps), ("experts", parts.backbone, steps),
                                ("dense_50", parts.teacher, 50)):
-        if model is None:
+        if model is None or not evaluate.dense and model is parts.teacher:
             continue
         images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
                                              config.seed, evaluate.guidance_scale))

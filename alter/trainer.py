@@ -42,7 +42,7 @@ from .validation import Validator, log_pictures
 _COUNTED = ("skipped_samples", "truncated_prompts")  # in each process
 _MOST_SKIPPED_UPDATES = 50  # in a row, by the loss scaler
 _FIXED = {"data": ("another number of samples, or other shards, in data.path", "bring the data back"),
-          "weights": ("other frozen weights in backbone.pretrained", "name the folder that the run began with")}
+          "weights": ("other weights in backbone.pretrained", "name the model that the run began with")}
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -119,11 +119,12 @@ class Trainer:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
-        # What a checkpoint does not hold, and a resumed run must find as it was: positions in the data, frozen weights.
+        # What a checkpoint does not hold, and a resumed run must find as it was: the samples' places, and the weights
+        # of teacher, VAE and text encoder, and of what is frozen.
         stored = parts.source.shards or [len(parts.source)]
-        self._fixed: dict[str, Any] = {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(), "weights": None}
-        if len(self.parameters) < len(list(self.backbone.parameters())):
-            self._fixed["weights"] = weights_hash(parts.folder / PIPELINE_COMPONENT[type(parts.backbone)])
+        self._fixed = {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(),
+                       "weights": [weights_hash(parts.folder / part) for part in
+                                   (*PIPELINE_COMPONENT.values(), "vae", "text_encoder")]}
 
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
@@ -518,7 +519,7 @@ class Trainer:
         """Go on from a checkpoint.
 
         Raises:
-            InputError: if it cannot be read, or was made with other data or other frozen weights.
+            InputError: if it cannot be read, or was made with other data or other pretrained weights.
         """
         tensors, optimizers, state = checkpoint.load_checkpoint(folder)
         for name, (what, remedy) in _FIXED.items():

@@ -16,7 +16,7 @@ LEVELS = [
     {"plan"},
     {"build", "checkpoint", "pipelines"},
     {"sensitivity"},
-    {"report"},
+    {"report", "ablation"},
     {"card", "validation", "demo", "dry_run", "encode", "page"},
     {"trainer", "metrics"},
     {"trial"},

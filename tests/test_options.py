@@ -187,13 +187,14 @@ def test_lora_trains_adapters_alone_and_final_holds_them_and_the_merged_weights(
     assert (run / "final/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 
-def test_adapters_resume_on_the_weights_that_they_began_with(small_config):
-    changes = {"lora": {"rank": 2}, "checkpoint": {"every": 3}}
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}])
+def test_a_run_resumes_on_the_weights_that_it_began_with(small_config, lora):
+    changes = {"lora": lora, "checkpoint": {"every": 3}}
     config = small_config("dit", **changes)
     run = train(config)
     file = Path(str(config.backbone.pretrained)) / "transformer/diffusion_pytorch_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
-    with pytest.raises(InputError, match="resume: .* other frozen weights in backbone.pretrained"):
+    with pytest.raises(InputError, match="resume: .* other weights in backbone.pretrained"):
         train(small_config("dit", **changes, resume=str(run / "checkpoints/step-000003")))
 
 

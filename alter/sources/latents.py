@@ -179,15 +179,14 @@ def repa_folder(path: Path) -> Path:
 
 
 def weights_hash(folder: Path) -> str | None:
-    """sha256 of a model folder's weights: of the full-precision file where there are several; None without any."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: (len(file.name.split(".")), file.name))
-    if not files:
-        return None
+    """sha256 of a model folder's safetensors, not counting variants such as *.fp16.safetensors; None without any."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name.count(".") == 1)
     digest = hashlib.sha256()
-    with open(files[0], "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    for file in files:
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def _read_json(file: Path) -> dict:

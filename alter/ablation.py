@@ -1,0 +1,88 @@
+"""Experts found otherwise than by the search, to compare it with: random, by rule, by measured influence or error."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .budget import Budget
+from .build import Parts
+from .config import Config
+from .data import Tolerant, collate, split
+from .diffusion import generator
+from .errors import InputError
+from .experts import TemporalExperts
+from .hypernetwork import Logits
+from .sensitivity import allocate, measure_sensitivity
+from .sites import Site
+
+GIVEN = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static")
+
+
+def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> TemporalExperts:
+    """Experts to tune without a search, at the configuration's keep ratio (every_second and dense_tuned: at their own).
+
+    dense_tuned: every layer, so that what tuning alone brings is seen. random: one mask, drawn with `seed`.
+    every_second: the layers with even numbers. block_influence: the layers with the highest ShortGPT score
+    (arXiv 2403.03853). greedy: `config.experts.count` masks by the measured errors of the dense model;
+    greedy_static: one such mask.
+
+    Raises:
+        InputError: for another name.
+    """
+    budget, sites = parts.budget, len(parts.cost.sites)
+    routes = np.zeros(parts.scheduler.config.num_train_timesteps, dtype=np.int64)
+    if variant == "dense_tuned":
+        masks = np.ones((1, sites), dtype=bool), routes
+    elif variant == "every_second":
+        masks = (np.arange(sites) % 2 == 0)[None], routes
+    elif variant == "random":
+        masks = _one_mask(np.random.default_rng([seed, 11]).standard_normal(sites), budget, routes)
+    elif variant == "block_influence":
+        masks = _one_mask(block_influence(config, parts), budget, routes)
+    elif variant in ("greedy", "greedy_static"):
+        count = 1 if variant == "greedy_static" else config.experts.count
+        masks = allocate(measure_sensitivity(config, parts), budget, count)
+    else:
+        raise InputError(f"variant {variant!r}: choose one of {', '.join(GIVEN)}")
+    return TemporalExperts.build(*masks, parts.cost, budget.measured(*masks), budget.over, budget.timesteps,
+                                 parts.latency)
+
+
+@torch.no_grad()
+def block_influence(config: Config, parts: Parts, samples: int = 64) -> np.ndarray:
+    """BI of every layer, float64 [L]: 1 - cosine between what bypasses it and its output, over tokens and timesteps."""
+    train, _ = split(parts.source, config.data.holdout, config.seed)
+    indices = np.resize(train, samples)
+    source = Tolerant(parts.source, indices, config.seed, parts.fit)
+    batch: Any = collate([source[k, int(index)] for k, index in enumerate(indices)])
+    device, random = parts.backbone.device, generator(config.seed, 0, 4)
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    latents = parts.latents(batch, torch.randn(samples, *parts.latent_shape, generator=random))
+    noise = torch.randn(latents.shape, generator=random).to(latents)
+    steps = parts.scheduler.config.num_train_timesteps
+    timesteps = ((torch.arange(samples) + 0.5) / samples * steps).long().to(device)
+    scores: dict[int, float] = {}
+
+    def observe(layer: int, site: Site) -> Any:
+        def hook(module: Any, arguments: tuple, output: Tensor) -> None:
+            dim = -1 if site.channels is None else 1
+            alike = torch.cosine_similarity(site.bypass(arguments[0]).float(), output.float(), dim=dim)
+            scores[layer] = 1 - alike.mean().item()
+        return hook
+
+    hooks = [parts.backbone.get_submodule(site.name).register_forward_hook(observe(layer, site))
+             for layer, site in enumerate(parts.simulator.sites)]
+    parts.backbone.eval()
+    parts.backbone(parts.scheduler.add_noise(latents, noise, timesteps), timesteps,
+                   **parts.conditioning(batch, torch.zeros(samples, dtype=torch.bool)))
+    for hook in hooks:
+        hook.remove()
+    return np.array([scores[layer] for layer in range(len(hooks))])
+
+
+def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of most worth that meets the budget."""
+    logits = Logits(torch.from_numpy(worth_L)[None], torch.zeros(len(routes), 1, dtype=torch.float64))
+    return budget.masks(logits, budget.keep_ratio)

@@ -1,0 +1,96 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alter import InputError
+from alter.ablation import GIVEN, block_influence, given_experts
+from alter.build import build
+from alter.config import save_config
+from alter.shapes import KINDS, write_scenes
+from alter.sources import FastDiT
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import ablate  # noqa: E402
+
+
+@pytest.mark.parametrize("variant", GIVEN)
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_given_experts_meet_the_budget(small_config, variant, kind):
+    config = small_config(kind, budget={"keep_ratio": 0.7, "over": "prunable"}, experts={"count": 2})
+    parts = build(config)
+    experts = given_experts(variant, config, parts, 0)
+    prunable = sum(experts.macs) / experts.macs_total
+    kept = (experts.keep_ratio - 1 + prunable) / prunable
+    if variant == "dense_tuned":
+        assert experts.mask_EL.all()
+    elif variant == "every_second":
+        assert np.array_equal(experts.mask_EL[0], np.arange(len(experts.sites)) % 2 == 0)
+    else:
+        assert abs(kept - 0.7) < (0.06 if kind == "dit" else 0.005)  # the DiT's four equal blocks allow 0.75
+        assert len(experts.mask_EL) == (2 if variant == "greedy" else 1)
+    assert kept == pytest.approx(experts.keep_ratio_target)
+
+
+def test_random_masks_are_drawn_by_the_seed(small_config):
+    config = small_config("unet", budget={"keep_ratio": 0.6})
+    parts = build(config)
+    drawn = [given_experts("random", config, parts, seed).mask_EL.tolist() for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len(set(map(str, drawn))) > 1
+
+
+def test_block_influence_is_one_minus_the_cosine(small_config):
+    """A block that does nothing has none; one that turns its input round has two."""
+    config = small_config("dit")
+    parts = build(config)
+    blocks = parts.backbone.transformer_blocks
+    blocks[1].register_forward_hook(lambda module, arguments, output: arguments[0], prepend=True)
+    blocks[2].register_forward_hook(lambda module, arguments, output: -3 * arguments[0], prepend=True)
+    scores = block_influence(config, parts, samples=4)
+    assert scores[1] == pytest.approx(0, abs=1e-6) and scores[2] == pytest.approx(2, abs=1e-6)
+    assert 0 < scores[0] < 2
+
+
+def test_an_unknown_variant(small_config):
+    config = small_config("dit")
+    with pytest.raises(InputError, match="variant 'best'"):
+        given_experts("best", config, build(config), 0)
+
+
+def test_scenes_are_classes_of_pixels(tmp_path):
+    write_scenes(tmp_path / "a", 40, 3)
+    write_scenes(tmp_path / "b", 40, 3)
+    from alter.config import DataConfig
+
+    source, again = (FastDiT(DataConfig(path=str(tmp_path / name)), 0) for name in "ab")
+    samples = [source[0, i] for i in range(40)]
+    assert all(torch.equal(sample["latents"], again[0, i]["latents"]) for i, sample in enumerate(samples))
+    assert {sample["latents"].shape for sample in samples} == {(3, 16, 16)}
+    assert all(-1 <= sample["latents"].min() and sample["latents"].max() <= 1 for sample in samples)
+    assert {sample["labels"] for sample in samples} <= set(range(len(KINDS)))
+    assert len({sample["labels"] for sample in samples}) > 8
+
+
+def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_config(small_config("dit", output_dir=None), tmp_path / "c.yaml")
+    command = ["ablate.py", "--config", "c.yaml", "--out", "rows.json", "--seeds", "0", "--keep", "0.75", "--variants"]
+
+    def run(*variants):
+        monkeypatch.setattr(sys, "argv", [*command, *variants])
+        assert ablate.main() == 0
+        return json.loads((tmp_path / "rows.json").read_text())
+
+    first = run("dense", "random")
+    assert [row["variant"] for row in first] == ["dense", "dense", "random"]
+    assert [row["sampling_steps"] for row in first] == [2, 50, 2] and first[0]["keep_ratio"] == 1
+    wanted = {"variant", "seed", "keep_ratio", "sampling_steps", "fd", "accuracy", "macs", "device", "output_error"}
+    assert all(wanted <= row.keys() for row in first)
+    changed = (tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json").stat().st_mtime_ns
+    rows = run("dense", "random", "alter", "static")
+    assert rows[:3] == first and [row["variant"] for row in rows[3:]] == ["alter", "static"]
+    assert (tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json").stat().st_mtime_ns == changed
+    assert rows[2]["macs"] < rows[0]["macs"]
