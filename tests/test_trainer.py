@@ -235,12 +235,12 @@ def run_processes(config_file, output, count, dtype="double"):
     workers = [
         subprocess.Popen(
             [sys.executable, str(root / "gloo_worker.py"), str(config_file), str(output), dtype],
-            env={**os.environ, "PYTHONPATH": str(root.parent), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                 "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent), "RANK": str(rank),
+                 "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                  "ACCELERATE_USE_CPU": "true"} if count > 1 else {**os.environ, "PYTHONPATH": str(root.parent)},
         ) for rank in range(count)
     ]
-    assert [worker.wait(timeout=240) for worker in workers] == [0] * count
+    assert [worker.wait(timeout=600) for worker in workers] == [0] * count
     return [torch.load(f"{output}-{rank}.pt", weights_only=True) for rank in range(count)]
 
 
