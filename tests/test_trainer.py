@@ -232,12 +232,14 @@ def run_processes(config_file, output, count, dtype="double"):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = Path(__file__).parent
+    together = {} if count == 1 else {
+        "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
             [sys.executable, str(root / "gloo_worker.py"), str(config_file), str(output), dtype],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent), "RANK": str(rank),
-                 "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                 "ACCELERATE_USE_CPU": "true"} if count > 1 else {**os.environ, "PYTHONPATH": str(root.parent)},
+            env={**os.environ, "PYTHONPATH": str(root.parent), **together,
+                 **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if together else {})},
         ) for rank in range(count)
     ]
     assert [worker.wait(timeout=600) for worker in workers] == [0] * count
