@@ -1,5 +1,10 @@
 """Experts found otherwise than by the search, to compare it with: random, by rule, by measured influence or error."""
 
+import contextlib
+import dataclasses
+import statistics
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,17 +12,22 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
-from .build import Parts
-from .config import Config
+from .build import Parts, build
+from .config import Config, load_config
 from .data import Tolerant, collate, split
+from .demo import exam
 from .diffusion import generator
 from .errors import InputError
 from .experts import TemporalExperts
+from .greedy import remove_greedily
 from .hypernetwork import Logits
+from .metrics.demo_images import own_weights
+from .sampling import sample_latents
 from .sensitivity import allocate, measure_sensitivity
 from .sites import Site
 
-GIVEN = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static")
+GIVEN = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static", "removal",
+         "removal_static")
 
 
 def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> TemporalExperts:
@@ -26,7 +36,7 @@ def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> Temp
     dense_tuned: every layer, so that what tuning alone brings is seen. random: one mask, drawn with `seed`.
     every_second: the layers with even numbers. block_influence: the layers with the highest ShortGPT score
     (arXiv 2403.03853). greedy: `config.experts.count` masks by the measured errors of the dense model;
-    greedy_static: one such mask.
+    greedy_static: one such mask. removal, removal_static: the same by `remove_greedily`.
 
     Raises:
         InputError: for another name.
@@ -44,6 +54,9 @@ def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> Temp
     elif variant in ("greedy", "greedy_static"):
         count = 1 if variant == "greedy_static" else config.experts.count
         masks = allocate(measure_sensitivity(config, parts), budget, count)
+    elif variant in ("removal", "removal_static"):
+        count = 1 if variant == "removal_static" else config.experts.count
+        masks = remove_greedily(config, parts, measure_sensitivity(config, parts), count)
     else:
         raise InputError(f"variant {variant!r}: choose one of {', '.join(GIVEN)}")
     return TemporalExperts.build(*masks, parts.cost, budget.measured(*masks), budget.over, budget.timesteps,
@@ -66,13 +79,14 @@ def block_influence(config: Config, parts: Parts, samples: int = 64) -> np.ndarr
     scores: dict[int, float] = {}
 
     def observe(layer: int, site: Site) -> Any:
-        def hook(module: Any, arguments: tuple, output: Tensor) -> None:
+        def hook(module: Any, arguments: tuple, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output  # of a whole transformer
             dim = -1 if site.channels is None else 1
-            alike = torch.cosine_similarity(site.bypass(arguments[0]).float(), output.float(), dim=dim)
+            alike = torch.cosine_similarity(site.bypass(module, arguments[0]).float(), output.float(), dim=dim)
             scores[layer] = 1 - alike.mean().item()
         return hook
 
-    hooks = [parts.backbone.get_submodule(site.name).register_forward_hook(observe(layer, site))
+    hooks = [parts.backbone.get_submodule(site.path).register_forward_hook(observe(layer, site))
              for layer, site in enumerate(parts.simulator.sites)]
     parts.backbone.eval()
     parts.backbone(parts.scheduler.add_noise(latents, noise, timesteps), timesteps,
@@ -86,3 +100,52 @@ def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[
     """The mask of most worth that meets the budget."""
     logits = Logits(torch.from_numpy(worth_L)[None], torch.zeros(len(routes), 1, dtype=torch.float64))
     return budget.masks(logits, budget.keep_ratio)
+
+
+def time_ratio(run: Path, device: torch.device, images: int = 32, rounds: int = 5) -> float:
+    """Seconds of sampling with a demo run's experts over those of the same model without, medians, in turn."""
+    config = own_weights(load_config(run / "config.yaml"), run / "final")
+    parts = build(config, device=device)
+    judge = exam(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images)),
+                 parts.source)
+    assert parts.experts is not None and judge is not None, "a demo's run"
+    batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in judge.batch.items()}
+    everything = torch.ones(images, dtype=torch.bool)
+    given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
+    parts.backbone.eval()
+
+    def seconds(experts: TemporalExperts | None) -> float:
+        with experts.serving(parts.simulator) if experts else contextlib.nullcontext():
+            started = time.perf_counter()
+            sample_latents(parts.backbone, parts.scheduler, parts.latent_shape, given, nothing,
+                           config.evaluate.sampling_steps, config.seed, config.evaluate.guidance_scale).cpu()
+            return time.perf_counter() - started
+
+    seconds(None)
+    pairs = [(seconds(parts.experts), seconds(None)) for _ in range(rounds)]
+    ours, dense = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return ours / dense
+
+
+def ablation_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean ± standard deviation over the seeds of every variant at every keep ratio, best output first."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["keep_ratio_target"], row["variant"], row["sampling_steps"]), []).append(row)
+    heads = ("keep ratio asked", "variant", "steps", "seeds", "output error ×10³", "denoising error ×10³", "FD",
+             "accuracy", "MACs kept", "time")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+
+    def cell(group: list[dict[str, Any]], name: str, scale: float, digits: int) -> str:
+        values = [scale * row[name] for row in group]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    order = sorted(groups, key=lambda key: (-key[0], statistics.mean(row["output_error"] for row in groups[key])))
+    for keep, variant, steps in order:
+        group = groups[keep, variant, steps]
+        cells = (keep, variant, steps, len(group), cell(group, "output_error", 1e3, 2),
+                 cell(group, "denoise_error", 1e3, 2), cell(group, "fd", 1, 2), cell(group, "accuracy", 1, 3),
+                 cell(group, "keep_ratio", 1, 3), cell(group, "time_ratio", 1, 2))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)

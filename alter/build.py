@@ -30,6 +30,7 @@ from .plan import (
     DTYPES,
     by_time,
     check_validation,
+    choose_sites,
     component_of,
     describe,
     latent_size,
@@ -43,6 +44,7 @@ from .sites import (
     Backbone,
     example_inputs,
     feature_points,
+    named_sites,
     null_class,
     tie_embedders,
     timestep_features,
@@ -83,7 +85,7 @@ class Parts:
     teacher_tap: FeatureTap | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.simulator = Simulator(self.backbone)
+        self.simulator = Simulator(self.backbone, named_sites(self.backbone, self.cost.sites))
         points = feature_points(self.backbone)
         self.student_tap = FeatureTap(self.backbone, points)
         self.teacher_tap = FeatureTap(self.teacher, points) if self.teacher is not None else None
@@ -174,7 +176,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     scheduler = load_scheduler(folder)
     size = latent_size(config, folder)
     shape = (backbone.config.in_channels, size, size)
-    cost = count_cost(backbone, size)
+    cost = count_cost(backbone, size, choose_sites(config, backbone))
     if by_time(config):
         latency = latency or plan_latency(config, device)
     budget, experts = plan_budget(config, cost, size, scheduler, latency)

@@ -120,6 +120,22 @@ class ExpertsConfig:
         choices=("learned", "uniform"),
     )
     tau: float = key(0.4, "Temperature of the Gumbel-sigmoid and the Gumbel-softmax.", within="(0, inf)")
+    annealing: float = key(
+        1.0, "Factor by which temperature and noise of both shrink in the course of the search, linearly; 1 keeps "
+        "them, as the paper does.", within="(0, 1]",
+    )
+    resnet_skip: str = key(
+        "identity",
+        "What a skipped resnet of a UNet gives. identity: (the first channels of) its input, where channels allow; the "
+        "paper's. shortcut: all but its residual branch, for every resnet. `pretrained` experts keep their own.",
+        choices=("identity", "shortcut"),
+    )
+    transformer_skip: str = key(
+        "block",
+        "What is skipped of a UNet's transformers. block: each transformer block; the paper's. whole: all of a "
+        "transformer, its norm and projections too. `pretrained` experts keep their own.",
+        choices=("block", "whole"),
+    )
     offset: float = key(
         4.0, "b, added to every mask logit: a site starts active with probability sigmoid(b)."
     )

@@ -5,6 +5,7 @@ products, for batch 1; norms and activations are not counted. Counted on the met
 computed and fused attention kernels cannot hide from the counter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .sites import Backbone, example_inputs, find_sites
+from .sites import Backbone, Site, example_inputs, find_sites
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of one forward with batch 1. `macs` and `parameters` have one entry a site, in its order."""
+    """Costs of one forward with batch 1. `macs` and `parameters` have one entry a site: what skipping it saves."""
 
     sites: tuple[str, ...]
     macs: tuple[int, ...]
@@ -53,18 +54,19 @@ class CostTable:
         return "\n".join(rows)
 
 
-def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
+def count_cost(backbone: Backbone, latent_size: int, sites: Sequence[Site] | None = None) -> CostTable:
     """Count the backbone's MACs at latents of `latent_size` × `latent_size`; its weights are not touched.
 
     Args:
         backbone: on any device, without gates in force.
         latent_size: side of the latents, in latent pixels.
+        sites: of the backbone; None: as in the paper.
     """
     with torch.device("meta"):
         model = type(backbone).from_config(backbone.config)
     model.eval()
-    sites = find_sites(model)
-    macs = dict.fromkeys((site.name for site in sites), 0)
+    sites = sites or find_sites(model)
+    macs, parameters = (dict.fromkeys((site.name for site in sites), 0) for _ in range(2))
     counter = FlopCounterMode(display=False)
 
     def count(name: str, sign: int):
@@ -73,17 +75,17 @@ def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
         return hook
 
     for site in sites:
-        layer = model.get_submodule(site.name)
-        layer.register_forward_pre_hook(count(site.name, -1))
-        layer.register_forward_hook(count(site.name, +1))
+        layer = model.get_submodule(site.path)
+        for module, sign in ((layer, +1), (site.shortcut(layer), -1)):
+            if module is not None:
+                parameters[site.name] += sign * _size(module)
+                module.register_forward_pre_hook(count(site.name, -sign))
+                module.register_forward_hook(count(site.name, sign))
     with counter, torch.no_grad():
         model(**example_inputs(model, latent_size))
+    return CostTable(tuple(macs), tuple(macs.values()), tuple(parameters.values()), counter.get_total_flops() // 2,
+                     _size(model))
 
-    def parameters(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
 
-    return CostTable(
-        tuple(macs), tuple(macs.values()),
-        tuple(parameters(model.get_submodule(name)) for name in macs),
-        counter.get_total_flops() // 2, parameters(model),
-    )
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

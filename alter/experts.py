@@ -15,7 +15,7 @@ from .cost import CostTable
 from .errors import InputError
 from .files import write_text
 from .latency import Latency
-from .serving import Applied, backbone_of, check_fit, remove, serving
+from .serving import Applied, backbone_of, fitting_sites, remove, serving
 from .simulator import Simulator
 from .trimming import trim_layers
 
@@ -28,7 +28,7 @@ class TemporalExperts:
     """Which sites each expert runs, and which expert serves each training timestep.
 
     Attributes:
-        sites: module path of every site, [L].
+        sites: name of every site, its module path and how it is skipped (`sites.Site`), [L].
         mask_EL: bool [E, L]; True runs the site.
         expert_T: int64 [T], the expert of each training timestep.
         macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
@@ -202,10 +202,10 @@ class TemporalExperts:
         Returns: bytes of parameters freed.
         """
         backbone = backbone_of(target)
-        check_fit(backbone, self.sites, self.mask_EL, self.used)
+        sites = fitting_sites(backbone, self.sites, self.mask_EL, self.used)
         if hasattr(backbone, "_alter_applied"):
             remove(target)
-        freed = trim_layers(backbone, self.mask_EL, self.used)
+        freed = trim_layers(backbone, sites, self.mask_EL, self.used)
         self.apply(target)
         return freed
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import nn
 from .errors import InputError
 from .files import write_text
 from .sharing import SharedEmbedding
-from .sites import example_inputs, find_sites
+from .sites import Site, example_inputs, find_sites
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Latency:
     """Medians of one dense forward without gradients.
 
     Attributes:
-        sites: module path of every site, [L]. seconds: of its layer, [L]; seconds_total: of the whole forward.
+        sites: name of every site, [L]. seconds: that skipping it saves, [L]; seconds_total: of the whole forward.
         device: its name. dtype: of weights and latents. batch, latent_size: of the latents, [batch, C, size, size].
     """
 
@@ -73,7 +75,8 @@ class Latency:
         return latency
 
 
-def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20) -> Latency:
+def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20,
+                    sites: Sequence[Site] | None = None) -> Latency:
     """Time the layers of `backbone` within whole forwards, on its device and in its dtype.
 
     As pipelines run it: eagerly, and a DiT with its embedding shared. On a GPU, times are those between events on its
@@ -82,12 +85,13 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20)
     Args:
         backbone: in evaluation mode, without experts. latent_size: side of the latents.
         batch: of the backbone; guidance doubles that of a pipeline. runs: timed forwards, after five more.
+        sites: of the backbone; None: as in the paper.
     """
     inputs = example_inputs(backbone, latent_size, batch=batch)
-    sites = find_sites(backbone)
+    sites = sites or find_sites(backbone)
     on_gpu = backbone.device.type == "cuda"
-    starts: dict[str, Any] = {}
-    ends: dict[str, Any] = {}
+    starts: dict[nn.Module, Any] = {}
+    ends: dict[nn.Module, Any] = {}
 
     def now() -> Any:
         if not on_gpu:
@@ -99,15 +103,20 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20)
     def between(start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1e3 if on_gpu else end - start
 
+    def saved(layer: nn.Module, shortcut: nn.Module | None) -> float:
+        taken = between(starts[layer], ends[layer])
+        return taken if shortcut is None else taken - between(starts[shortcut], ends[shortcut])
+
     hooks: list[Any] = []
     shared = SharedEmbedding(backbone)
     times: list[list[float]] = []
     totals: list[float] = []
+    layers: list[nn.Module] = [backbone.get_submodule(site.path) for site in sites]
+    timed = [(layer, site.shortcut(layer)) for site, layer in zip(sites, layers, strict=True)]
     try:
-        for site in sites:
-            layer: nn.Module = backbone.get_submodule(site.name)
-            hooks.append(layer.register_forward_pre_hook(lambda *_, name=site.name: starts.update({name: now()})))
-            hooks.append(layer.register_forward_hook(lambda *_, name=site.name: ends.update({name: now()})))
+        for module in filter(None, itertools.chain(*timed)):
+            hooks.append(module.register_forward_pre_hook(lambda module, *_: starts.update({module: now()})))
+            hooks.append(module.register_forward_hook(lambda module, *_: ends.update({module: now()})))
         with torch.no_grad(), torch.cuda.device(backbone.device) if on_gpu else contextlib.nullcontext():
             for run in range(runs + 5):
                 shared.begin()
@@ -117,7 +126,7 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20)
                 if on_gpu:
                     torch.cuda.synchronize()
                 if run >= 5:
-                    times.append([between(starts[site.name], ends[site.name]) for site in sites])
+                    times.append(list(itertools.starmap(saved, timed)))
                     totals.append(between(start, end))
     finally:
         shared.remove()

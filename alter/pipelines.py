@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from .errors import InputError
 from .experts import TemporalExperts
-from .sites import PIPELINE_COMPONENT
+from .sites import PIPELINE_COMPONENT, named_sites
 from .trimming import WEIGHTS, load_trimmed, trim_layers
 
 
@@ -29,7 +29,8 @@ def load_pipeline(source: str | Path, **kwargs: Any) -> DiffusionPipeline:
         if (folder / WEIGHTS).is_file():
             if list(folder.glob("diffusion_pytorch_model*")):
                 raise InputError(f"{folder}: holds trimmed and untrimmed weights: remove those that are not meant")
-            backbone = load_trimmed(folder, cls, lambda model: trim_layers(model, experts.mask_EL, experts.used))
+            backbone = load_trimmed(folder, cls, lambda model: trim_layers(
+                model, named_sites(model, experts.sites), experts.mask_EL, experts.used))
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
             if isinstance(dtype, dict):
                 dtype = dtype.get(component, dtype.get("default"))

@@ -17,7 +17,17 @@ from .errors import InputError
 from .experts import TemporalExperts
 from .latency import Latency, measure_latency
 from .sampling import scheduler_class
-from .sites import PIPELINE_COMPONENT, Backbone, embedders, example_inputs, find_sites, null_class, tie_embedders
+from .sites import (
+    PIPELINE_COMPONENT,
+    Backbone,
+    Site,
+    embedders,
+    example_inputs,
+    find_sites,
+    named_sites,
+    null_class,
+    tie_embedders,
+)
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,15 +46,29 @@ def describe(config: Config, latency: Latency | None = None) -> tuple[
         cls, component = component_of(folder)
         backbone = cls.from_config(cls.load_config(folder / component))
         tie_embedders(backbone)
-    find_sites(backbone)
+    sites = choose_sites(config, backbone)
     check_validation(config, backbone)
     size, scheduler = latent_size(config, folder), load_scheduler(folder)
-    cost = count_cost(backbone, size)
+    cost = count_cost(backbone, size, sites)
     if by_time(config) and latency is None:
         if config.budget.latency_file is None:
             return backbone, cost, None, None
         latency = Latency.load(Path(config.budget.latency_file))
     return backbone, cost, *plan_budget(config, cost, size, scheduler, latency)
+
+
+def choose_sites(config: Config, backbone: Backbone) -> tuple[Site, ...]:
+    """Those of `experts.pretrained`, or what `experts.resnet_skip` and `experts.transformer_skip` choose.
+
+    Raises:
+        InputError: if the backbone does not have them.
+    """
+    experts = config.experts
+    sites = find_sites(backbone, experts.resnet_skip, experts.transformer_skip)
+    if experts.pretrained is None:
+        return sites
+    given = TemporalExperts.from_pretrained(experts.pretrained)
+    return named_sites(backbone, given.sites, f"experts.pretrained={experts.pretrained!r}")
 
 
 def by_time(config: Config) -> bool:
@@ -72,7 +96,8 @@ def measure(config: Config, device: torch.device | str, download: bool = False) 
     for embedder in embedders(backbone):  # equal copies, as in every trained DiT
         embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[config.train.mixed_precision])
-    return measure_latency(backbone, latent_size(config, folder), config.budget.batch)
+    return measure_latency(backbone, latent_size(config, folder), config.budget.batch,
+                           sites=choose_sites(config, backbone))
 
 
 def set_tf32(config: Config) -> None:
@@ -87,9 +112,6 @@ def plan_budget(config: Config, cost: CostTable, size: int, scheduler: DDPMSched
     timesteps = None
     if given is not None:
         experts = TemporalExperts.from_pretrained(given)
-        if experts.sites != cost.sites:
-            raise InputError(f"experts.pretrained={given!r}: its {len(experts.sites)} sites are not the "
-                             f"{len(cost.sites)} of this backbone: use the backbone it was trained with")
         if len(experts.expert_T) != scheduler.config.num_train_timesteps:
             raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
                              f"scheduler's {scheduler.config.num_train_timesteps}")

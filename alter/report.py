@@ -35,7 +35,7 @@ _STYLE: dict[Any, Any] = {
                      "ytick.color", "grid.color"), INK),
 }
 _SITE = re.compile(r"(?:(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnet|attention)s\.(\d+)\.?)?"
-                   r"(?:transformer_blocks\.(\d+))?")
+                   r"(?:transformer_blocks\.(\d+))?(?::residual)?")
 _styled = matplotlib.rc_context(_STYLE)
 count = EngFormatter(places=1, sep="\N{NO-BREAK SPACE}")  # of operations, as text: 12.5 M
 
@@ -275,6 +275,24 @@ def samples_figure(rows: dict[str, Tensor], labels: list[str]) -> Figure:
 
 
 @_styled
+def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
+    figure, axes = _figure(3.4, rows=2, width=2 * _WIDTH, sharex=True)
+    experts = [row for row in rows if row["variant"] != "dense"]
+    variants = sorted({row["variant"] for row in experts})
+    for axis, name, label in zip(axes, ("output_error", "fd"), ("output error", "Fréchet distance"), strict=True):
+        for index, variant in enumerate(variants):
+            points = [(row["time_ratio"], row[name]) for row in experts if row["variant"] == variant]
+            axis.plot(*zip(*points, strict=True), linestyle="", marker="osD^v<>ph*XPd"[index % 13], markersize=4,
+                      color=EXPERTS[index % len(EXPERTS)], label=variant.replace("_", " "))
+        axis.set(ylabel=label, yscale="log")
+        axis.grid()
+    axes[-1].axhline(np.mean([row["fd"] for row in rows if row["variant"] == "dense"]), color=INK, linewidth=0.8)
+    axes[-1].set(xlabel="measured time of sampling, dense model = 1; line: Fréchet distance of the dense model")
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0))
+    return figure
+
+
+@_styled
 def plot_experts(experts: TemporalExperts, path: Path) -> None:
     """experts.png: mask of every expert, expert of every timestep, MACs over timesteps."""
     figure = Figure((8, max(4.2, 1.3 + _ROW * len(experts.sites))), layout="constrained")
@@ -288,6 +306,11 @@ def plot_experts(experts: TemporalExperts, path: Path) -> None:
 def plot_sensitivity(table: Sensitivity, path: Path) -> None:
     """sensitivity.png."""
     sensitivity_figure(table).savefig(path, dpi=110)
+
+
+def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
+    """An ablation's rows (see `scripts/ablate.py`): output error and Fréchet distance against measured time."""
+    _quality_figure(rows).savefig(path, facecolor="white", dpi=160)
 
 
 def plot_samples(rows: dict[str, Tensor], labels: list[str], path: Path) -> None:

@@ -7,8 +7,10 @@ import os
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -36,7 +38,7 @@ from .history import FILE_NAME as HISTORY
 from .latency import Latency
 from .lora import FILE_NAME as ADAPTERS
 from .lora import merge_adapters, save_adapters
-from .metrics import accuracy, frechet_distance, output_error, train_classifier
+from .metrics import accuracy, errors_by_timestep, frechet_distance, train_classifier
 from .plan import by_time, plan_latency, set_tf32
 from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_latents
@@ -278,7 +280,7 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, processes: i
         summary |= {"time_ratio": experts.time_ratio, "time_measured_on": experts.latency.place}
     experts.apply(parts.backbone)
     micro_batch = config.train.batch_size // (config.train.gradient_accumulation * processes)
-    summary["output_error"] = _held_out_error(config, parts, micro_batch)
+    summary |= _held_out_errors(config, parts, micro_batch)
     judge = exam(config, parts.source)
     if judge is not None:
         summary |= _sample_quality(config, parts, judge, run_dir)
@@ -292,12 +294,12 @@ def _finish(config: Config, parts: Parts, experts: TemporalExperts, processes: i
     return summary
 
 
-def _held_out_error(config: Config, parts: Parts, batch_size: int, most: int = 256) -> float | None:
-    """`output_error` on at most `most` held-out samples; None without any, or without a dense model."""
+def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 256) -> dict[str, Any]:
+    """`errors_by_timestep` on at most `most` held-out samples, and their means; None without any, or a dense model."""
     _, held_out = split(parts.source, config.data.holdout, config.seed)
     if parts.teacher is None or not len(held_out):
-        return None
-    held_out, total = held_out[:most], 0.0
+        return {"output_error": None, "denoise_error": None}
+    held_out, errors = held_out[:most], []
     source = Tolerant(parts.source, held_out, config.seed, parts.fit)
     for first in range(0, len(held_out), batch_size):
         batch = collate([source[0, int(i)] for i in held_out[first : first + batch_size]])
@@ -306,17 +308,18 @@ def _held_out_error(config: Config, parts: Parts, batch_size: int, most: int = 2
                  for name, value in batch.items()}
         latents = parts.latents(batch, torch.zeros(count, *parts.latent_shape))
         conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
-        total += count * output_error(
-            parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first
-        )
+        errors.append(count / len(held_out) * errors_by_timestep(
+            parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first))
     parts.release_teacher()
-    return total / len(held_out)
+    output, denoise = np.sum(errors, axis=0).tolist()
+    return {"output_error": fmean(output), "denoise_error": fmean(denoise),
+            "output_error_by_timestep": output, "denoise_error_by_timestep": denoise}
 
 
 def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) -> dict[str, Any]:
     """Fréchet distances and accuracies, dense and experts, from the same seeds and conditions."""
     evaluate, device = config.evaluate, parts.backbone.device
-    classifier = train_classifier(judge.images, judge.targets, config.seed)
+    classifier = train_classifier(judge.images, judge.targets, 0)  # one judge for runs of all seeds
     reference = classifier.features(judge.images).numpy()
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in judge.batch.items()}
     everything = torch.ones(len(judge.asked), dtype=torch.bool)
@@ -332,7 +335,9 @@ def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) ->
             continue
         images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
                                              config.seed, evaluate.guidance_scale))
-        summary[f"fd_{name}"] = frechet_distance(classifier.features(images).numpy(), reference)
+        features = classifier.features(images).numpy()
+        summary[f"fd_{name}"] = frechet_distance(features, reference)
+        summary[f"fd_halves_{name}"] = frechet_distance(*np.array_split(features, 2))  # its own noise
         summary[f"accuracy_{name}"] = accuracy(classifier, images, judge.asked)
         pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:_SHOWN]
     parts.release_teacher()

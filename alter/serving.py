@@ -17,7 +17,7 @@ from .compiling import leave
 from .errors import InputError
 from .sharing import SharedEmbedding
 from .simulator import HardRows, Simulator
-from .sites import PIPELINE_COMPONENT, find_sites
+from .sites import PIPELINE_COMPONENT, Site, named_sites
 from .trimming import check_runnable
 
 
@@ -38,8 +38,7 @@ class Applied:
     def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
         self.target = target
         backbone = backbone_of(target)
-        check_fit(backbone, sites, mask_EL, np.unique(expert_T).tolist())
-        simulator = Simulator(backbone)
+        simulator = Simulator(backbone, fitting_sites(backbone, sites, mask_EL, np.unique(expert_T).tolist()))
         hook = _follow(simulator, mask_EL, expert_T)
         backbone._alter_applied = Installed(mask_EL, expert_T, simulator, hook, SharedEmbedding(backbone))
 
@@ -67,13 +66,15 @@ def remove(target: Any) -> None:
     del backbone._alter_applied
 
 
-def check_fit(backbone: nn.Module, sites: Sequence[str], mask_EL: np.ndarray, used: list[int]) -> None:
-    """Raises InputError for another backbone's experts, or if one runs a layer that this one was trimmed of."""
-    names = tuple(site.name for site in find_sites(backbone))
-    if names != tuple(sites):
-        raise InputError(f"experts: their {len(sites)} sites are not the {len(names)} of this "
-                         f"{type(backbone).__name__}: use the backbone that they were trained on")
-    check_runnable(backbone, mask_EL, used)
+def fitting_sites(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray, used: list[int]) -> tuple[Site, ...]:
+    """The backbone's sites of these names.
+
+    Raises:
+        InputError: for another backbone's experts, or if one runs a layer that this one was trimmed of.
+    """
+    sites = named_sites(backbone, names)
+    check_runnable(backbone, sites, mask_EL, used)
+    return sites
 
 
 @contextmanager
@@ -103,7 +104,7 @@ def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> 
     """Let the `timestep` argument of each forward choose the gates' rows; returns the hook's handle."""
     masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
-    site = simulator.sites[0].name  # where a copy of the backbone finds the rows of its own gates
+    site = simulator.sites[0].path  # where a copy of the backbone finds the rows of its own gates
 
     @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
     def choose_rows(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:

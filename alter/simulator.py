@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .errors import InputError
 from .sites import Site, find_sites
 
+_Bypass = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SoftRows:
@@ -25,12 +26,11 @@ class SoftRows:
 
     mask_BL: Tensor
 
-    def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
-        output = layer(hidden_states, *args, **kwargs)
-        bypass = site.bypass(hidden_states)
-        dtype = torch.promote_types(bypass.dtype, output.dtype)
+    def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
+        output, around = layer(hidden_states, *args, **kwargs), bypass(hidden_states)
+        dtype = torch.promote_types(around.dtype, output.dtype)
         mask = self.mask_BL[:, index].view(-1, *[1] * (output.dim() - 1)).to(dtype)
-        return torch.lerp(bypass.to(dtype), output.to(dtype), mask)
+        return torch.lerp(around.to(dtype), output.to(dtype), mask)
 
 
 class HardRows:
@@ -49,13 +49,13 @@ class HardRows:
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
 
-    def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
+    def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         kept = self.kept[index]
         if kept is True:
             return layer(hidden_states, *args, **kwargs)
-        bypass = site.bypass(hidden_states)
+        around = bypass(hidden_states)
         if kept is False:
-            return bypass
+            return around
         batch = len(hidden_states)
 
         def select(value: Any) -> Any:
@@ -65,8 +65,8 @@ class HardRows:
         output = layer(
             select(hidden_states), *map(select, args), **{name: select(value) for name, value in kwargs.items()}
         )
-        dtype = torch.promote_types(bypass.dtype, output.dtype)
-        return bypass.to(dtype).index_copy(0, kept, output.to(dtype))
+        dtype = torch.promote_types(around.dtype, output.dtype)
+        return around.to(dtype).index_copy(0, kept, output.to(dtype))
 
 
 Rows = SoftRows | HardRows
@@ -91,16 +91,17 @@ class Simulator:
 
     Args:
         backbone: a UNet2DConditionModel or DiTTransformer2DModel, changed in place until `remove()`.
+        sites: of the backbone; None: as in the paper.
 
     Raises:
         InputError: if the backbone has no sites, or already has gates.
     """
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: Any, sites: Sequence[Site] | None = None) -> None:
         self.backbone = backbone
-        self.sites = find_sites(backbone)
+        self.sites = tuple(sites or find_sites(backbone))
         self._state = _State()
-        self._layers: list[Any] = [backbone.get_submodule(site.name) for site in self.sites]
+        self._layers: list[Any] = [backbone.get_submodule(site.path) for site in self.sites]
         self._uncompiled: dict[int, tuple[Any, Any]] = {}  # what `compile` replaced
         if any(hasattr(layer, "_alter_gate") for layer in self._layers):
             raise InputError("backbone: it already has gates: remove them first")
@@ -144,6 +145,8 @@ class Simulator:
         state = self._state
 
         def with_rows(function: Callable, *args: Any) -> Any:
+            if not hasattr(function, "_alter_gate"):  # inside a site, in compiled code perhaps
+                return checkpoint(function, *args, use_reentrant=False)
             rows = state.rows
 
             def run(*inputs: Any) -> Any:
@@ -208,16 +211,24 @@ def _using(state: _State, rows: Rows | None) -> Iterator[None]:
 
 @functools.cache
 def _gated(cls: Any) -> Any:
-    def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = super(gated, self).__call__
+    def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dense = super(gated, self).__call__
         gate: _Gate = self._alter_gate
+        in_tuple = kwargs.get("return_dict") is False  # so diffusers asks a whole transformer for (output,)
+
+        def layer(*args: Any, **kwargs: Any) -> Tensor:
+            return dense(*args, **kwargs)[0] if in_tuple else dense(*args, **kwargs)
+
+        def bypass(hidden_states: Tensor) -> Tensor:
+            return gate.site.bypass(self, hidden_states)
+
         if gate.state.rows is None:
             output = layer(hidden_states, *args, **kwargs)
         else:
-            output = gate.state.rows.gate(gate.index, gate.site, layer, hidden_states, args, kwargs)
+            output = gate.state.rows.gate(gate.index, bypass, layer, hidden_states, args, kwargs)
         if gate.observer is not None:
             gate.observer(output)
-        return output
+        return (output,) if in_tuple else output
 
     gated: Any = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
     return gated

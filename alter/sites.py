@@ -1,11 +1,16 @@
 """The prunable layers ("sites") of a diffusers backbone; the only file that knows diffusers' block classes.
 
-DiT: every transformer block. UNet: every transformer block, and every resnet whose *hidden* input has as many
-channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
-concatenation of the hidden state and a skip feature, hidden state first, so its bypass is the first channels
-of its input and skipping it drops the skip feature, as ALTER's paper says.
+DiT: every transformer block. UNet, as in ALTER's paper: every transformer block, and every resnet whose *hidden* input
+has as many channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
+concatenation of the hidden state and a skip feature, hidden state first, so its bypass is the first channels of its
+input and skipping it drops the skip feature.
+
+Two other ways, of a UNet alone: of a resnet, any, only the residual branch is skipped (`resnet_skip="shortcut"`);
+the transformer around the transformer blocks is skipped as a whole, by its own residual (`transformer_skip="whole"`).
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,75 +18,127 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from .errors import InputError
 
 Backbone: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
 PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "transformer"}
+_RESNET_SKIPS, _TRANSFORMER_SKIPS = ("identity", "shortcut"), ("block", "whole")  # the paper's first
+_RESIDUAL = ":residual"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One prunable layer: its module path, and how many leading channels of its input bypass it.
+    """One prunable layer, and what its output is when it is skipped.
 
-    channels: None for a token layer [B, N, D], whose whole input bypasses it; else the C of [B, C, H, W].
+    name: its module path, followed by ":residual" for a resnet of which the residual branch alone is skipped.
+    channels: of its output [B, C, H, W]; None for a token layer [B, N, D].
     """
 
     name: str
     channels: int | None
 
-    def bypass(self, hidden_states: Tensor) -> Tensor:
+    @property
+    def path(self) -> str:
+        """Of the layer's module."""
+        return self.name.removesuffix(_RESIDUAL)
+
+    @property
+    def keeps_shortcut(self) -> bool:
+        return self.name.endswith(_RESIDUAL)
+
+    def shortcut(self, layer: Any) -> nn.Module | None:
+        """The part of the layer that runs even when it is skipped, if any."""
+        return layer.conv_shortcut if self.keeps_shortcut else None
+
+    def bypass(self, layer: Any, hidden_states: Tensor) -> Tensor:
         """The layer's output when it is skipped, x_in."""
-        return hidden_states if self.channels is None else hidden_states[:, : self.channels]
+        if not self.keeps_shortcut:
+            return hidden_states if self.channels is None else hidden_states[:, : self.channels]
+        shortcut = self.shortcut(layer)
+        output = hidden_states if shortcut is None else shortcut(hidden_states)
+        return output if layer.output_scale_factor == 1 else output / layer.output_scale_factor
 
 
 class Removed(nn.Module):
-    """What stands in a site whose layer was taken out of memory; it is still a site, which no expert may run.
+    """What stands in a site whose layer was taken out of memory; it is still a site, which no expert may run."""
 
-    out_channels: of the layer that was here, None for a token layer.
-    """
-
-    def __init__(self, out_channels: int | None) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self.out_channels = out_channels
+        self.site, self.out_channels = site, site.channels
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         raise InputError("experts: this backbone was trimmed and has no dense form: apply its experts first")
 
 
-def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
+def find_sites(backbone: nn.Module, resnet_skip: str = "identity",
+               transformer_skip: str = "block") -> tuple[Site, ...]:
     """The sites of `backbone`, in the order of its named modules.
 
+    Args:
+        resnet_skip: "identity", or "shortcut": only the residual branch of a resnet is skipped.
+        transformer_skip: "block", or "whole": a UNet's transformer is one site, with its norm and projections.
+
     Raises:
-        InputError: if the model is of another class or has no prunable layer.
+        InputError: if the model is of another class or has no prunable layer, or for the skips of a UNet elsewhere.
     """
     if not isinstance(backbone, tuple(PIPELINE_COMPONENT)):
         known = " or ".join(cls.__name__ for cls in PIPELINE_COMPONENT)
         raise InputError(
             f"backbone.pretrained: a {type(backbone).__name__} has no sites known to alter: use a {known}"
         )
-    hidden_channels = _hidden_channels(backbone) if isinstance(backbone, UNet2DConditionModel) else {}
+    is_unet = isinstance(backbone, UNet2DConditionModel)
+    for key, value, ways in (("resnet_skip", resnet_skip, _RESNET_SKIPS),
+                             ("transformer_skip", transformer_skip, _TRANSFORMER_SKIPS)):
+        if value != ways[0] and not is_unet:
+            raise InputError(f"experts.{key}={value!r} is for a UNet, and this is a {type(backbone).__name__}: "
+                             f"set {ways[0]}")
+    hidden_channels = _hidden_channels(backbone) if is_unet else {}
     sites = []
-    for name, module in backbone.named_modules():
-        if isinstance(module, BasicTransformerBlock):
-            sites.append(Site(name, None))
-        elif isinstance(module, Removed):
-            sites.append(Site(name, module.out_channels))
-        elif isinstance(module, ResnetBlock2D) and hidden_channels.get(name) == module.out_channels:
-            sites.append(Site(name, module.out_channels))
+    for path, module in backbone.named_modules():
+        if isinstance(module, Removed):
+            sites.append(module.site)
+        elif isinstance(module, BasicTransformerBlock) and transformer_skip == "block":
+            sites.append(Site(path, None))
+        elif isinstance(module, Transformer2DModel) and transformer_skip == "whole":
+            sites.append(Site(path, module.in_channels))
+        elif isinstance(module, ResnetBlock2D) and not (module.up or module.down):
+            if resnet_skip == "shortcut":
+                sites.append(Site(path + _RESIDUAL, module.out_channels))
+            elif hidden_channels.get(path) == module.out_channels:
+                sites.append(Site(path, module.out_channels))
     if not sites:
         raise InputError(f"backbone.pretrained: this {type(backbone).__name__} has no prunable layer")
     return tuple(sites)
 
 
+def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts") -> tuple[Site, ...]:
+    """The sites of `backbone`, found in the way that gives them these names.
+
+    Raises:
+        InputError: about `field`, if there is none.
+    """
+    ways = itertools.product(_RESNET_SKIPS, _TRANSFORMER_SKIPS) if isinstance(backbone, UNet2DConditionModel) else ((),)
+    found = [find_sites(backbone, *way) for way in ways]
+    for sites in found:
+        if tuple(site.name for site in sites) == tuple(names):
+            return sites
+    raise InputError(f"{field}: their {len(names)} sites are not the {len(found[0])} of this "
+                     f"{type(backbone).__name__}: use the backbone that they were trained on")
+
+
 def remove_layer(backbone: nn.Module, site: Site) -> None:
-    """Take the site's layer out of `backbone`, in place, except for what the rest of the model reads in it."""
-    layer, removed = backbone.get_submodule(site.name), Removed(site.channels)
-    if site.name == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
+    """Take the site's layer out of `backbone`, in place, except for its shortcut and what others read in it."""
+    layer: Any = backbone.get_submodule(site.path)
+    removed: Any = Removed(site)
+    if site.keeps_shortcut:
+        removed.conv_shortcut, removed.output_scale_factor = layer.conv_shortcut, layer.output_scale_factor
+    if site.path == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
         removed.norm1 = nn.Module()  # the output head embeds the timestep with the first block's embedder
-        removed.norm1.emb = layer.norm1.emb  # type: ignore[union-attr]
-    parent, _, child = site.name.rpartition(".")
+        removed.norm1.emb = layer.norm1.emb
+    parent, _, child = site.path.rpartition(".")
     setattr(backbone.get_submodule(parent), child, removed)
 
 

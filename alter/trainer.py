@@ -253,7 +253,8 @@ class Trainer:
         """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
         parts, loss = self.parts, self.config.loss
         logits = parts.hypernetwork()
-        mask_EL, router_TE = parts.hypernetwork.sample(logits, generator(self.config.seed, self.step, 1))
+        annealing = 1 + (self.config.experts.annealing - 1) * self.step / self.config.train.t_end
+        mask_EL, router_TE = parts.hypernetwork.sample(logits, generator(self.config.seed, self.step, 1), annealing)
         # Micro-batches send their gradients to these leaves, so that Φ itself is differentiated once, and
         # processes exchange nothing larger than the masks. Weights of the backbone get no gradient here.
         leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]

@@ -5,7 +5,7 @@ saved under a file name of ours, which plain diffusers does not find, and refuse
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import InputError
-from .sites import PIPELINE_COMPONENT, Removed, find_sites, remove_layer
+from .sites import PIPELINE_COMPONENT, Removed, Site, remove_layer
 
 WEIGHTS = "alter_trimmed.safetensors"
 
 
-def trim_layers(backbone: nn.Module, mask_EL: np.ndarray, used: list[int]) -> int:
+def trim_layers(backbone: nn.Module, sites: Sequence[Site], mask_EL: np.ndarray, used: list[int]) -> int:
     """Remove, in place, every layer that no expert of `used` runs.
 
     Args:
-        backbone: without gates. mask_EL: bool [E, L], over its sites.
+        backbone: without gates. sites: of it, [L]. mask_EL: bool [E, L].
 
     Returns: bytes of parameters freed.
     """
     before = _size(backbone)
-    for site, runs in zip(find_sites(backbone), mask_EL[used].max(axis=0), strict=True):
-        if not runs and not isinstance(backbone.get_submodule(site.name), Removed):
+    for site, runs in zip(sites, mask_EL[used].max(axis=0), strict=True):
+        if not runs and not isinstance(backbone.get_submodule(site.path), Removed):
             remove_layer(backbone, site)
     kind: Any = type(backbone)
     if kind in PIPELINE_COMPONENT:
@@ -38,10 +38,10 @@ def trim_layers(backbone: nn.Module, mask_EL: np.ndarray, used: list[int]) -> in
     return before - _size(backbone)
 
 
-def check_runnable(backbone: nn.Module, mask_EL: np.ndarray, used: list[int]) -> None:
+def check_runnable(backbone: nn.Module, sites: Sequence[Site], mask_EL: np.ndarray, used: list[int]) -> None:
     """Refuse experts that run a layer which the backbone no longer has."""
-    for site, runs in zip(find_sites(backbone), mask_EL[used].max(axis=0), strict=True):
-        if runs and isinstance(backbone.get_submodule(site.name), Removed):
+    for site, runs in zip(sites, mask_EL[used].max(axis=0), strict=True):
+        if runs and isinstance(backbone.get_submodule(site.path), Removed):
             raise InputError(f"experts: they run {site.name}, which this backbone was trimmed of: load it untrimmed")
 
 

@@ -3,13 +3,13 @@
 `python scripts/ablate.py --config configs/ablation_dit.yaml --out docs/results/ablation_dit.json [key.path=value ...]`
 
 All variants share the dense model, the number of training iterations, the keep ratio (every_second has its own) and the
-sampler. A row is written as soon as it is known; started again, what is there is not run again.
+sampler. A row is written as soon as it is known; started again, what is there is not run again. At the end it prints a
+table of means and standard deviations, and draws FILE's rows beside it.
 """
 
 import argparse
 import itertools
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from alter import InputError, load_config  # noqa: E402
-from alter.ablation import GIVEN, given_experts  # noqa: E402
+from alter.ablation import GIVEN, ablation_table, given_experts, time_ratio  # noqa: E402
 from alter.build import build  # noqa: E402
 from alter.demo import make_demo  # noqa: E402
 from alter.files import write_text  # noqa: E402
+from alter.latency import device_name  # noqa: E402
+from alter.report import plot_quality  # noqa: E402
 from alter.run import train  # noqa: E402
 
 SEARCHED = {
     "alter": [], "static": ["experts.count=1"], "manual": ["experts.router=uniform"],
     "two_stage": ["train.schedule=two_stage"], "no_distillation": ["loss.output_kd=0", "loss.feature_kd=0"],
-    "experts_2": ["experts.count=2"], "experts_10": ["experts.count=10"],
+    "experts_2": ["experts.count=2"], "experts_10": ["experts.count=10"], "annealed": ["experts.annealing=0.1"],
+    "low_balance": ["loss.balance=0.1"],
+}
+UNET_ONLY = {
+    "shortcut": ["experts.resnet_skip=shortcut"], "whole": ["experts.transformer_skip=whole"],
+    "shortcut_whole": ["experts.resnet_skip=shortcut", "experts.transformer_skip=whole"],
 }
 VARIANTS = ("dense", *SEARCHED, *GIVEN)
 
@@ -38,8 +45,8 @@ def main() -> int:
     parser.add_argument("--config", metavar="PATH", required=True, help="YAML file of a demo's run")
     parser.add_argument("--out", metavar="FILE", required=True, help="JSON file of rows, continued if it is there")
     parser.add_argument("--runs", metavar="DIR", default="outputs/ablation", help="folder of the runs themselves")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME",
-                        help=f"of {', '.join(VARIANTS)}")
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *UNET_ONLY), default=VARIANTS, metavar="NAME",
+                        help=f"of {', '.join(VARIANTS)} (default); of a UNet also {', '.join(UNET_ONLY)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="keep ratios (default 0.5)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the file")
@@ -61,10 +68,10 @@ def _ablate(arguments: argparse.Namespace) -> None:
         if any((row["variant"], row["seed"], row["keep_ratio_target"]) == (variant, seed, keep) for row in rows):
             continue
         print(f"== {variant}, keep ratio {keep}, seed {seed}", flush=True)
-        run = _run(arguments, variant, keep, seed)
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        rows += _rows(variant, keep, seed, summary)
+        rows += _rows(variant, keep, seed, _run(arguments, variant, keep, seed))
         write_text(out, json.dumps(rows, indent=1) + "\n")
+    print(ablation_table(rows))
+    plot_quality(rows, out.with_suffix(".png"))
 
 
 def _run(arguments: argparse.Namespace, variant: str, keep: float, seed: int) -> Path:
@@ -75,32 +82,41 @@ def _run(arguments: argparse.Namespace, variant: str, keep: float, seed: int) ->
         return run
     settings = [*arguments.overrides, f"seed={seed}", f"budget.keep_ratio={keep}", f"output_dir={run}",
                 f"evaluate.dense={'true' if variant == 'dense' else 'false'}"]
-    config = load_config(arguments.config, settings)
-    make_demo(load_config(arguments.config, arguments.overrides), torch.device("cpu"))  # of the same seed for all
+    config, device = load_config(arguments.config, settings), _device()
+    make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
     if variant in GIVEN or variant == "dense":
         chosen = "dense_tuned" if variant == "dense" else variant
-        given_experts(chosen, config, build(config), seed).save_pretrained(folder / "experts")
+        given_experts(chosen, config, build(config, device=device), seed).save_pretrained(folder / "experts")
         settings += [f"experts.pretrained={folder / 'experts'}", *(["train.steps=1"] if variant == "dense" else [])]
     else:
-        settings += SEARCHED[variant]
+        settings += {**SEARCHED, **UNET_ONLY}[variant]
     if any((run / "checkpoints").glob("step-*")):
         settings.append("resume=latest")
     return train(load_config(arguments.config, settings))
 
 
-def _rows(variant: str, keep: float, seed: int, summary: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(variant: str, keep: float, seed: int, run: Path) -> list[dict[str, Any]]:
     """A row; two for the dense model, with the steps of the experts and with 50."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    common = {"variant": variant, "seed": seed, "keep_ratio_target": keep, "device": device,
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    common = {"variant": variant, "seed": seed, "keep_ratio_target": keep, "device": device_name(_device()),
               "torch": torch.__version__, "samples": summary["samples"]}
     if variant == "dense":
+        nothing_lost = {"output_error": 0.0, "denoise_error": summary["denoise_error"],
+                        "denoise_error_by_timestep": summary["denoise_error_by_timestep"]}
         return [{**common, "keep_ratio": 1.0, "sampling_steps": steps, "fd": summary[f"fd_{name}"],
-                 "accuracy": summary[f"accuracy_{name}"], "macs": summary["macs_dense"], "output_error": 0.0}
+                 "fd_halves": summary[f"fd_halves_{name}"], "accuracy": summary[f"accuracy_{name}"],
+                 "macs": summary["macs_dense"], "time_ratio": steps / summary["sampling_steps"], **nothing_lost}
                 for name, steps in (("dense", summary["sampling_steps"]), ("dense_50", 50))]
+    errors = {name: summary[name] for name in ("output_error", "denoise_error", "output_error_by_timestep",
+                                               "denoise_error_by_timestep")}
     return [{**common, "keep_ratio": summary["keep_ratio"], "sampling_steps": summary["sampling_steps"],
-             "fd": summary["fd_experts"], "accuracy": summary["accuracy_experts"], "macs": summary["macs_experts"],
-             "output_error": summary["output_error"], "experts_used": summary["experts_used"],
-             "seconds": summary["seconds_total"]}]
+             "fd": summary["fd_experts"], "fd_halves": summary["fd_halves_experts"],
+             "accuracy": summary["accuracy_experts"], "macs": summary["macs_experts"],
+             "time_ratio": time_ratio(run, _device()), "experts_used": summary["experts_used"], **errors}]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

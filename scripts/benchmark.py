@@ -88,7 +88,7 @@ def _rows(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[
              "torch": torch.__version__, "diffusers": diffusers.__version__}
     in_use = {"step": inference.steps, "trajectory": inference.trajectories}
     for name in arguments.cases:
-        case = load_case(name, device, arguments.dtype) if set(arguments.kinds) & set(in_use) else None
+        case = load_case(name, device, arguments.dtype, arguments.run) if set(arguments.kinds) & set(in_use) else None
         for batch in arguments.batch:
             for kind, measure in in_use.items():
                 for mode in arguments.modes if kind in arguments.kinds and case else []:

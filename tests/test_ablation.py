@@ -31,7 +31,7 @@ def test_given_experts_meet_the_budget(small_config, variant, kind):
         assert np.array_equal(experts.mask_EL[0], np.arange(len(experts.sites)) % 2 == 0)
     else:
         assert abs(kept - 0.7) < (0.06 if kind == "dit" else 0.005)  # the DiT's four equal blocks allow 0.75
-        assert len(experts.mask_EL) == (2 if variant == "greedy" else 1)
+        assert len(experts.mask_EL) == (2 if variant in ("greedy", "removal") else 1)
     assert kept == pytest.approx(experts.keep_ratio_target)
 
 
@@ -87,8 +87,11 @@ def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
     first = run("dense", "random")
     assert [row["variant"] for row in first] == ["dense", "dense", "random"]
     assert [row["sampling_steps"] for row in first] == [2, 50, 2] and first[0]["keep_ratio"] == 1
-    wanted = {"variant", "seed", "keep_ratio", "sampling_steps", "fd", "accuracy", "macs", "device", "output_error"}
+    wanted = {"variant", "seed", "keep_ratio", "sampling_steps", "fd", "accuracy", "macs", "device", "output_error",
+              "denoise_error", "time_ratio"}
     assert all(wanted <= row.keys() for row in first)
+    assert np.mean(first[2]["output_error_by_timestep"]) == pytest.approx(first[2]["output_error"])
+    assert 0 < first[2]["time_ratio"] < 2
     changed = (tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json").stat().st_mtime_ns
     rows = run("dense", "random", "alter", "static")
     assert rows[:3] == first and [row["variant"] for row in rows[3:]] == ["alter", "static"]

@@ -320,7 +320,7 @@ def test_given_experts_bring_their_budget_and_take_the_costs_of_this_resolution(
 
 
 def test_experts_of_another_backbone_are_refused(small_config, searched):
-    with pytest.raises(InputError, match=r"experts.pretrained=.*: its 26 sites are not the 4"):
+    with pytest.raises(InputError, match=r"experts.pretrained=.*: their 26 sites are not the 4"):
         build(small_config("dit", experts={"pretrained": str(searched / "final")}))
     for given, message in ((str(searched), "holds no experts.json"), ("./nowhere", "no such folder, and the hub")):
         with pytest.raises(InputError, match=message):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit
+from diffusers import DPMSolverMultistepScheduler
 from scipy.optimize import linprog
 
 from alter import InputError
 from alter.budget import Budget
 from alter.build import build
+from alter.probe import Probe
 from alter.sensitivity import Sensitivity, allocate, measure_sensitivity, verdict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -22,7 +24,8 @@ def table_of(error_LB, denoise=1.0, steps=1000):
     error_LB = np.array(error_LB, dtype=float)
     layers, bins = error_LB.shape
     edges = tuple(int(edge) for edge in np.linspace(0, steps, bins + 1))
-    return Sensitivity(tuple(f"layer.{i}" for i in range(layers)), edges, 4, error_LB, np.full(bins, denoise))
+    names = tuple(f"layer.{i}" for i in range(layers))
+    return Sensitivity(names, edges, 4, error_LB, np.full(bins, denoise), np.ones(bins))
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])
@@ -42,25 +45,65 @@ def test_errors_are_those_of_models_without_the_layer(small_config, kind):
         seen.setdefault("calls", []).append((arguments, keywords))
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    measure_sensitivity(config, parts, bins, samples, batch_size=2)
+    measure_sensitivity(config, parts, bins, samples, batch_size=2, trials=0)
     handle.remove()
     parts.simulator.remove()
     model.eval()
-    calls = seen["calls"][:: len(table.sites) + 1]  # the dense forward of each batch and bin
+    calls = seen["calls"][: bins * 2 * (len(table.sites) + 1) : len(table.sites) + 1]  # the dense forwards
     assert len(calls) == 2 * bins
     for layer in (0, len(table.sites) - 1):
         expected = np.zeros(bins)
         for k, (arguments, keywords) in enumerate(calls):
-            low, high = table.edges[k % bins], table.edges[k % bins + 1]
-            assert all(low <= int(t) < high for t in arguments[1])
+            low, high = table.edges[k // 2], table.edges[k // 2 + 1]
+            assert all(low <= int(t) < high for t in keywords["timestep"])
             with torch.no_grad():
                 dense = model(*arguments, **keywords).sample
                 module = model.get_submodule(table.sites[layer])
                 module.forward = lambda hidden, *rest, **named: hidden
                 without = model(*arguments, **keywords).sample
                 del module.forward
-            expected[k % bins] += (without - dense).pow(2).flatten(1).mean(1).sum().item()
+            expected[k // 2] += (without - dense).pow(2).flatten(1).mean(1).sum().item()
         assert np.allclose(table.error_LB[layer], expected / samples, rtol=1e-4), table.sites[layer]
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_the_response_is_that_of_samples_drawn_without_the_layer(small_config, kind):
+    """Reference: the gates removed, the layer's forward replaced in one bin, and every step of sampling run anew."""
+    config = small_config(kind)
+    parts = build(config)
+    probe, sites, edges = Probe(config, parts, 3, batch_size=3), len(parts.simulator.sites), [0, 500, 1000]
+    mask_L = np.arange(sites) != 1
+    found = probe.response(mask_L[None], edges)
+    (_, _, noise, conditioning), = probe._batches
+    layer = parts.backbone.get_submodule(parts.simulator.sites[1].path)
+    parts.simulator.remove()
+
+    @torch.no_grad()
+    def draw(where):
+        solver = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
+        solver.set_timesteps(4)
+        latents, outputs = noise, []
+        for timestep in solver.timesteps:
+            if int(timestep) in where:
+                layer.forward = lambda hidden, *rest, **named: hidden
+            outputs.append((int(timestep), parts.backbone(latents, timestep.expand(3), **conditioning).sample))
+            layer.__dict__.pop("forward", None)
+            latents = solver.step(outputs[-1][1][:, : latents.shape[1]], timestep, latents).prev_sample
+        return latents, dict(outputs)
+
+    dense, known = draw(range(0))
+    for b, bin_ in enumerate((range(500), range(500, 1000))):
+        samples, outputs = draw(bin_)
+        first = max(timestep for timestep in outputs if timestep in bin_)
+        expected = (samples - dense).square().mean() / (outputs[first] - known[first]).square().mean()
+        assert found[b] == pytest.approx(expected.item(), rel=1e-3), b
+
+
+def test_a_mask_that_changes_nothing_has_response_one(small_config):
+    config = small_config("dit")
+    parts = build(config)
+    everything = np.ones((1, len(parts.simulator.sites)), dtype=bool)
+    assert Probe(config, parts, 2).response(everything, [0, 500, 1000]).tolist() == [1, 1]
 
 
 def test_the_allocation_is_nearly_the_best_of_all_borders():
@@ -78,7 +121,7 @@ def test_the_allocation_is_nearly_the_best_of_all_borders():
             cost = np.array([budget.share_L * len(part) / 6 for part in segments]).ravel()
             found = linprog(-avoided, A_ub=cost[None], b_ub=[0.6 + 0.004 - budget.fixed], bounds=(0, 1))
             best = min(best, avoided.sum() + found.fun)
-        assert best <= table.predicted_error(mask_EL, expert_T) <= best * 1.1
+        assert best <= table.predicted_effect(mask_EL, expert_T) <= best * 1.1
 
 
 def test_experts_follow_the_error():
@@ -88,8 +131,8 @@ def test_experts_follow_the_error():
     mask_EL, expert_T = allocate(table, budget, 2)
     assert mask_EL.tolist() == [[True, True, False, False], [False, False, True, True]]
     assert expert_T.tolist() == [0] * 500 + [1] * 500
-    assert table.predicted_error(mask_EL, expert_T) == 0
-    assert table.predicted_error(*allocate(table, budget, 1)) == pytest.approx(1.0)
+    assert table.predicted_effect(mask_EL, expert_T) == 0
+    assert table.predicted_effect(*allocate(table, budget, 1)) == pytest.approx(1.0)
     assert table.agreement == pytest.approx(-1 / 3)  # 1 within the halves, -1 between them
 
 
@@ -103,7 +146,7 @@ def test_the_verdict():
     crossed = table_of([[4, 4, 1, 1], [3, 3, 2, 2], [2, 2, 3, 3], [1, 1, 4, 4]])
     text = verdict(crossed, budget, 2)
     assert "different at different timesteps" in text and "experts have something to gain" in text
-    assert f"{(3 + 7) / 2 / 3:.2f} times the error of 2 experts" in text
+    assert f"{(3 + 7) / 2 / 3:.2f} times as far (squared) as 2 experts" in text
 
 
 def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatch, capsys):
@@ -118,6 +161,6 @@ def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatc
     assert table.error_LB.shape == (make_dit().config.num_layers, 4) and (table.error_LB > 0).all()
     assert (tmp_path / "out/sensitivity.png").stat().st_size > 5000
     content = json.loads((tmp_path / "out/sensitivity.json").read_text())
-    (tmp_path / "bad.json").write_text(json.dumps({**content, "alter_sensitivity": 2}))
+    (tmp_path / "bad.json").write_text(json.dumps({**content, "alter_sensitivity": 1}))
     with pytest.raises(InputError, match="no sensitivity table"):
         Sensitivity.load(tmp_path / "bad.json")

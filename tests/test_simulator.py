@@ -8,7 +8,13 @@ from alter.errors import InputError
 from alter.simulator import FeatureTap, HardRows, Simulator, SoftRows
 from alter.sites import feature_points, find_sites
 
-KINDS = ["dit", "unet"]
+WAYS = [("identity", "block"), ("shortcut", "block"), ("identity", "whole"), ("shortcut", "whole")]
+CASES = [pytest.param("dit", (), id="dit"), *(pytest.param("unet", way, id=f"unet-{'-'.join(way)}") for way in WAYS)]
+
+
+def gated(kind, way):
+    model = make_model(kind)
+    return model, Simulator(model, find_sites(model, *way))
 
 
 def random_mask(batch, sites, seed=3):
@@ -27,11 +33,10 @@ def gradients(model):
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_all_ones_equals_the_untouched_model_bit_for_bit(kind):
-    model = make_model(kind)
-    untouched = copy.deepcopy(model)
-    simulator = Simulator(model)
+@pytest.mark.parametrize("kind, way", CASES)
+def test_all_ones_equals_the_untouched_model_bit_for_bit(kind, way):
+    untouched = make_model(kind)
+    model, simulator = gated(kind, way)
     ones = torch.ones(5, len(simulator.sites))
     expected = run(untouched, kind)
     for rows in (None, SoftRows(ones), HardRows(ones.bool()), HardRows(ones[:1].bool())):
@@ -39,12 +44,12 @@ def test_all_ones_equals_the_untouched_model_bit_for_bit(kind):
             assert torch.equal(run(model, kind), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_removing_restores_the_model(kind):
+@pytest.mark.parametrize("kind, way", CASES)
+def test_removing_restores_the_model(kind, way):
     model = make_model(kind)
     before = {name: type(module) for name, module in model.named_modules()}
     keys, expected = list(model.state_dict()), run(model, kind)
-    simulator = Simulator(model)
+    simulator = Simulator(model, find_sites(model, *way))
     assert list(model.state_dict()) == keys
     simulator.set(HardRows(torch.zeros(1, len(simulator.sites), dtype=torch.bool)))
     assert not torch.equal(run(model, kind), expected)
@@ -92,14 +97,14 @@ def test_a_skipped_unet_site_equals_a_model_with_an_identity_there():
             assert torch.equal(run(model, "unet"), run(replaced, "unet")), site.name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, way", CASES)
 @pytest.mark.parametrize("uniform", [False, True], ids=["mixed", "uniform"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-def test_soft_with_binary_masks_equals_hard(kind, uniform, checkpointing):
+def test_soft_with_binary_masks_equals_hard(kind, way, uniform, checkpointing):
     results = []
     for hard in (False, True):
-        model = make_model(kind).double()
-        simulator = Simulator(model)
+        model, simulator = gated(kind, way)
+        model.double()
         if checkpointing:
             simulator.enable_gradient_checkpointing()
         mask = random_mask(5, len(simulator.sites))
@@ -120,10 +125,10 @@ def test_soft_with_binary_masks_equals_hard(kind, uniform, checkpointing):
         assert torch.allclose(expected, hard_gradients[name], rtol=1e-9, atol=1e-10), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_mask_gradient_matches_finite_differences(kind):
-    model = make_model(kind).double().eval()
-    simulator = Simulator(model)
+@pytest.mark.parametrize("kind, way", CASES)
+def test_the_mask_gradient_matches_finite_differences(kind, way):
+    model, simulator = gated(kind, way)
+    model.double().eval()
     args, kwargs = make_inputs(kind)
     inputs = ((args[0].double(), args[1]), {n: v.double() if v.is_floating_point() else v for n, v in kwargs.items()})
     mask = (torch.rand(5, len(simulator.sites), dtype=torch.float64) * 0.8 + 0.1).requires_grad_()
@@ -139,12 +144,11 @@ def test_the_mask_gradient_matches_finite_differences(kind):
     assert (gradient * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_hard_layer_sees_only_the_samples_that_keep_it(kind):
-    model = make_model(kind)
-    simulator = Simulator(model)
+@pytest.mark.parametrize("kind, way", CASES)
+def test_a_hard_layer_sees_only_the_samples_that_keep_it(kind, way):
+    model, simulator = gated(kind, way)
     mask = random_mask(5, len(simulator.sites))
-    seen = dict.fromkeys((site.name for site in simulator.sites), 0)
+    seen = dict.fromkeys((site.path for site in simulator.sites), 0)
     for name in seen:
         model.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen.__setitem__(name, len(args[0])))
@@ -162,12 +166,11 @@ def test_a_deepcopy_has_gates_of_its_own():
     assert torch.equal(run(twin, "dit"), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, way", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_features_are_taken_after_the_gate(kind, checkpointing):
+def test_features_are_taken_after_the_gate(kind, way, checkpointing):
     """With every site off, the tap still sees each feature point, and a skipped DiT block gives its input."""
-    model = make_model(kind)
-    simulator = Simulator(model)
+    model, simulator = gated(kind, way)
     if checkpointing:
         simulator.enable_gradient_checkpointing()
     tap = FeatureTap(model, feature_points(model))

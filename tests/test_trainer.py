@@ -14,6 +14,7 @@ from alter.build import build
 from alter.checkpoint import checkpoints, load_checkpoint
 from alter.config import save_config
 from alter.errors import InputError
+from alter.hypernetwork import HyperNetwork
 from alter.run import make_accelerator, train
 from alter.trainer import NonFiniteLoss, Trainer
 
@@ -132,6 +133,20 @@ def test_two_stage_leaves_the_backbone_alone_while_it_searches(small_config, tmp
     backbone = snapshot(trainer.parts.backbone)
     trainer.run()
     assert not changed(trainer.parts.backbone, backbone)
+
+
+def test_annealing_shrinks_temperature_and_noise_over_the_search(small_config, tmp_path, monkeypatch):
+    factors = []
+    sample = HyperNetwork.sample
+
+    def note(self, logits, noise, annealing=1.0):
+        factors.append(annealing)
+        return sample(self, logits, noise, annealing)
+
+    monkeypatch.setattr(HyperNetwork, "sample", note)
+    config = small_config("dit", train={"steps": 5, "search_steps": 4}, experts={"annealing": 0.2})
+    make_trainer(config, tmp_path).run()
+    assert factors == pytest.approx([1.0, 0.8, 0.6, 0.4])
 
 
 def test_masks_do_not_change_after_the_search(small_config, tmp_path):

@@ -1,6 +1,6 @@
 """What a model achieves: distances and scores of images, by the published protocols."""
 
-from .classifier import SmallClassifier, accuracy, output_error, train_classifier
+from .classifier import SmallClassifier, accuracy, errors_by_timestep, train_classifier
 from .distances import frechet_distance
 
-__all__ = ["SmallClassifier", "accuracy", "frechet_distance", "output_error", "train_classifier"]
+__all__ = ["SmallClassifier", "accuracy", "errors_by_timestep", "frechet_distance", "train_classifier"]

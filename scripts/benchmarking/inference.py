@@ -6,7 +6,7 @@ own.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from alter import TemporalExperts
 from alter.compiling import compile_forward
 from alter.latency import measure_latency
 from alter.sampling import sample_latents
-from alter.sites import embedders, example_inputs, find_sites
+from alter.sites import Site, embedders, example_inputs
 
 from .cases import Case, draw_experts, shallow_copy, share_embedding, trained_experts, without_layers
 from .timing import host_reads, interleave, peak_memory
@@ -30,7 +30,7 @@ def steps(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[st
     """Every mask by itself; in eager mode also the time ratio that the layers' latencies promise."""
     inputs = example_inputs(case.backbone, case.size, batch=batch)
     sharing = _sharing(case, inputs, arguments.runs) if mode == "eager" else {}
-    latency = measure_latency(case.backbone, case.size, batch, arguments.runs) if mode == "eager" else None
+    latency = measure_latency(case.backbone, case.size, batch, arguments.runs, case.sites) if mode == "eager" else None
     for about, experts in _experts(case, arguments, count=1):
         for expert in experts.used:
             timestep = int(np.flatnonzero(experts.expert_T == expert)[0])
@@ -79,7 +79,7 @@ def _sharing(case: Case, inputs: dict[str, Any], runs: int) -> dict[str, float]:
 
 def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str, Any], TemporalExperts]]:
     if arguments.run:
-        experts = trained_experts(arguments.run, case)
+        experts = trained_experts(arguments.run)
         yield {"keep_ratio": experts.keep_ratio, "mask_seed": None}, experts
         return
     for keep in arguments.keep:
@@ -92,7 +92,7 @@ def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
     """The three to compare, compiled in the same way if at all, and that way's name."""
     dense, served = share_embedding(shallow_copy(case.backbone)), shallow_copy(case.backbone)
     experts.apply(served)
-    copies = {expert: share_embedding(without_layers(case.backbone, experts.mask_EL[expert]))
+    copies = {expert: share_embedding(without_layers(case, experts.mask_EL[expert]))
               for expert in sorted(set(order))}
     way = "eager"
     if mode == "compiled":
@@ -101,14 +101,14 @@ def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
         print(report, flush=True)
         way = report.kept
         for model in (dense, *copies.values()):
-            _compile(model, way)
+            _compile(model, case.sites, way)
     return {"dense": dense, "experts": served, "by_hand": _InTurn(copies, order)}, way
 
 
-def _compile(model: Any, way: str) -> None:
+def _compile(model: Any, sites: Sequence[Site], way: str) -> None:
     if way == "layers":
-        for site in find_sites(model):
-            model.get_submodule(site.name).compile()
+        for site in sites:
+            model.get_submodule(site.path).compile()
     elif way != "eager":
         model.forward = functools.partial(compile_forward(type(model), way), model)
 

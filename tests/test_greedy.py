@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from alter.build import build
+from alter.greedy import remove_greedily
+from alter.probe import Probe
+from alter.sensitivity import Sensitivity, measure_sensitivity
+
+
+@pytest.fixture
+def parts_of(small_config):
+    def make(keep_ratio):
+        config = small_config("dit", budget={"keep_ratio": keep_ratio, "over": "prunable"})
+        return config, build(config)
+    return make
+
+
+def errors_of(function):
+    """In place of forwards: the error as a function of the layers that are gone and of the range's middle."""
+    def errors(self, masks, low, high, weight_T):
+        return np.array([function(set(np.flatnonzero(~mask)), (low + high) / 2) for mask in masks], dtype=float), 1.0
+    return errors
+
+
+def table(layers, error_LB):
+    error_LB = np.array(error_LB, dtype=float)
+    edges = tuple(np.linspace(0, 1000, error_LB.shape[1] + 1).astype(int).tolist())
+    return Sensitivity(tuple(map(str, range(layers))), edges, 4, error_LB, np.ones(error_LB.shape[1]),
+                       np.ones(error_LB.shape[1]))
+
+
+def test_a_layer_and_its_double_do_not_both_go(parts_of, monkeypatch):
+    """Each of layers 0 and 1 is free to lose while the other is there; errors that add up would lose both."""
+    config, parts = parts_of(0.5)
+    single = [0.0, 0.0, 1.0, 2.0]
+    monkeypatch.setattr(Probe, "errors", errors_of(
+        lambda gone, _: sum(single[layer] for layer in gone) + (50 if {0, 1} <= gone else 0)))
+    masks, _ = remove_greedily(config, parts, table(4, [[value] for value in single]), 1)
+    assert masks.tolist() == [[False, True, False, True]] or masks.tolist() == [[True, False, False, True]]
+
+
+def test_timesteps_that_suffer_keep_more_layers(parts_of, monkeypatch):
+    config, parts = parts_of(0.5)
+    worth = np.array([1.0, 2.0, 3.0, 4.0])
+    scale = lambda middle: 10 if middle < 500 else 1  # noqa: E731
+    monkeypatch.setattr(Probe, "errors", errors_of(
+        lambda gone, middle: scale(middle) * sum(worth[list(gone)])))
+    masks, expert_T = remove_greedily(config, parts, table(4, np.outer(worth, [10, 1])), 2)
+    assert expert_T.tolist() == [0] * 500 + [1] * 500
+    assert masks.sum(1).tolist() == [3, 1] and masks.tolist() == [[False, True, True, True], [False] * 3 + [True]]
+
+
+def test_its_first_removal_is_the_least_sensitive_layer(parts_of):
+    """With real forwards, one layer to lose: the layer of least error, by `measure_sensitivity`."""
+    config, parts = parts_of(0.75)
+    measured = measure_sensitivity(config, parts, bins=1, samples=8)
+    masks, _ = remove_greedily(config, parts, measured, 1, samples=8)
+    assert np.flatnonzero(~masks[0]).tolist() == [measured.error_LB[:, 0].argmin()]
