@@ -1,6 +1,5 @@
 """Experts found otherwise than by the search, to compare it with: random, by rule, by measured influence or error."""
 
-import contextlib
 import dataclasses
 import statistics
 import time
@@ -103,26 +102,27 @@ def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[
 
 
 def time_ratio(run: Path, device: torch.device, images: int = 32, rounds: int = 5) -> float:
-    """Seconds of sampling with a demo run's experts over those of the same model without, medians, in turn."""
+    """Seconds of sampling with a demo run's experts over those with experts that keep every layer; medians, in turn."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
     parts = build(config, device=device)
     judge = exam(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images)),
                  parts.source)
     assert parts.experts is not None and judge is not None, "a demo's run"
+    everything_kept = dataclasses.replace(parts.experts, mask_EL=np.ones_like(parts.experts.mask_EL))
     batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in judge.batch.items()}
     everything = torch.ones(images, dtype=torch.bool)
     given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
+    parts.simulator.remove()
     parts.backbone.eval()
 
-    def seconds(experts: TemporalExperts | None) -> float:
-        with experts.serving(parts.simulator) if experts else contextlib.nullcontext():
+    def seconds(experts: TemporalExperts) -> float:
+        with experts.apply(parts.backbone):
             started = time.perf_counter()
             sample_latents(parts.backbone, parts.scheduler, parts.latent_shape, given, nothing,
                            config.evaluate.sampling_steps, config.seed, config.evaluate.guidance_scale).cpu()
             return time.perf_counter() - started
 
-    seconds(None)
-    pairs = [(seconds(parts.experts), seconds(None)) for _ in range(rounds)]
+    pairs = [(seconds(parts.experts), seconds(everything_kept)) for _ in range(rounds + 1)][1:]  # the first warms up
     ours, dense = (statistics.median(column) for column in zip(*pairs, strict=True))
     return ours / dense
 

@@ -64,7 +64,7 @@ class Budget:
 
     def measured(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
         """The keep ratio of deterministic masks [E, L], with the expert of each training timestep [T]."""
-        return self.fixed + float((mask_EL @ self.share_L)[self._averaged(expert_T)].mean()) / self.scale
+        return self.fixed + float((mask_EL @ self.share_L)[self.averaged(expert_T)].mean()) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
         """The most probable masks (log-likelihood within 1%) with this keep ratio, and each timestep's best expert.
@@ -78,7 +78,7 @@ class Budget:
         logits_EL = logits.mask_EL.detach().double().cpu().numpy()
         expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
         experts, sites = logits_EL.shape
-        averaged = self._averaged(expert_T)
+        averaged = self.averaged(expert_T)
         timesteps_E = np.bincount(averaged, minlength=experts)
         cost = (timesteps_E[:, None] / len(averaged) * self.share_L / self.scale).ravel()
         alive = np.kron(np.eye(experts)[np.unique(expert_T)], np.ones(sites))
@@ -91,7 +91,8 @@ class Budget:
         assert mask is not None, "at least one site an expert is always feasible"
         return mask.reshape(experts, sites), expert_T
 
-    def _averaged(self, expert_T: np.ndarray) -> np.ndarray:
+    def averaged(self, expert_T: np.ndarray) -> np.ndarray:
+        """The experts of the timesteps over which the kept share is averaged, int64."""
         return expert_T if self.timesteps is None else expert_T[self.timesteps]
 
 

@@ -148,6 +148,10 @@ class ExpertsConfig:
 @dataclass(frozen=True)
 class BudgetConfig:
     keep_ratio: float = key(0.65, "p, the share of the cost to keep, averaged over timesteps.", within="(0, 1]")
+    descent: float = key(
+        0.0, "Share of the search in which the ratio loss's target falls from 1 to p, linearly; 0: it is p at once, as "
+        "in the paper.", within="[0, 1]",
+    )
     over: str = key(
         "total",
         "What p is a share of. total: the whole backbone. prunable: only its sites.",

@@ -3,6 +3,7 @@
 import numpy as np
 from tqdm import tqdm
 
+from .budget import TOLERANCE
 from .build import Parts
 from .config import Config
 from .probe import Probe
@@ -15,13 +16,15 @@ def remove_greedily(config: Config, parts: Parts, table: Sensitivity, experts: i
 
     The experts' intervals are `allocate`'s. Among all layers of all experts, the next to go has the least increase of
     the output's mean squared error, weighted by the samples' response to it, per cost saved; measured with what that
-    expert has lost already, since errors need not add up. It ends where no removal brings the keep ratio nearer to
-    the budget's. Takes up to E·L²/2 forwards of `samples` samples.
+    expert has lost already, since errors need not add up. Removals that would fall short of the budget come last, and
+    only where they bring the keep ratio nearer to it. Takes up to E·L²/2 forwards of `samples` samples.
     """
     _, expert_T = allocate(table, parts.budget, experts)
     probe, budget = Probe(config, parts, samples), parts.budget
     timesteps_E, response_T = np.bincount(expert_T), np.repeat(table.response_B, np.diff(table.edges))
-    cost_EL = timesteps_E[:, None] / len(expert_T) * budget.share_L / budget.scale
+    averaged = budget.averaged(expert_T)
+    counted_E = np.bincount(averaged, minlength=len(timesteps_E))
+    cost_EL = counted_E[:, None] / len(averaged) * budget.share_L / budget.scale
     mask_EL, worth_EL = np.ones(cost_EL.shape, dtype=bool), np.zeros(cost_EL.shape)
     error_E = np.zeros(len(mask_EL))
 
@@ -38,10 +41,12 @@ def remove_greedily(config: Config, parts: Parts, table: Sensitivity, experts: i
     with tqdm(unit="layer", desc="greedy removal", dynamic_ncols=True) as bar:
         while True:
             surplus = budget.measured(mask_EL, expert_T) - budget.keep_ratio
-            removable = mask_EL & (mask_EL.sum(1, keepdims=True) > 1) & (cost_EL < 2 * surplus)
-            if not removable.any():
+            removable = mask_EL & (mask_EL.sum(1, keepdims=True) > 1) & (cost_EL > 0)
+            fitting, nearer = removable & (cost_EL <= surplus + TOLERANCE), removable & (cost_EL < 2 * surplus)
+            if surplus <= TOLERANCE or not nearer.any():
                 return mask_EL, expert_T
-            first = np.where(removable, worth_EL / cost_EL, np.inf).argmin()
+            chosen = fitting if fitting.any() else nearer
+            first = np.where(chosen, worth_EL / np.where(chosen, cost_EL, 1.0), np.inf).argmin()
             e, layer = divmod(int(first), mask_EL.shape[1])
             mask_EL[e, layer] = False
             error_E[e] += worth_EL[e, layer] / timesteps_E[e]

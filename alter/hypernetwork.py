@@ -93,17 +93,16 @@ class HyperNetwork(ModelMixin, ConfigMixin):
             if router == "learned" else UniformRouter(experts, num_timesteps)
         )
 
-    def forward(self) -> Logits:
-        """The logits, float32: mask_EL [E, L], router_TE [T, E]."""
-        return Logits(self.expert_generator() + self.config.offset, self.temporal_router())
+    def forward(self, annealing: float = 1.0) -> Logits:
+        """The logits, float32: mask_EL [E, L], router_TE [T, E].
 
-    def sample(self, logits: Logits, noise: torch.Generator, annealing: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E].
-
-        annealing: factor of both temperature and noise.
+        annealing: they are divided by it, which is the same as multiplying noise and temperature by it.
         """
-        tau = annealing * self.config.tau
+        return Logits((self.expert_generator() + self.config.offset) / annealing, self.temporal_router() / annealing)
+
+    def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E]."""
         return (
-            gumbel_sigmoid(logits.mask_EL, tau, noise, annealing),
-            gumbel_softmax(logits.router_TE, tau, noise, annealing),
+            gumbel_sigmoid(logits.mask_EL, self.config.tau, noise),
+            gumbel_softmax(logits.router_TE, self.config.tau, noise),
         )

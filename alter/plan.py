@@ -64,9 +64,8 @@ def choose_sites(config: Config, backbone: Backbone) -> tuple[Site, ...]:
         InputError: if the backbone does not have them.
     """
     experts = config.experts
-    sites = find_sites(backbone, experts.resnet_skip, experts.transformer_skip)
     if experts.pretrained is None:
-        return sites
+        return find_sites(backbone, experts.resnet_skip, experts.transformer_skip)
     given = TemporalExperts.from_pretrained(experts.pretrained)
     return named_sites(backbone, given.sites, f"experts.pretrained={experts.pretrained!r}")
 
@@ -126,7 +125,8 @@ def plan_budget(config: Config, cost: CostTable, size: int, scheduler: DDPMSched
         timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
-                         f"{len(cost.sites)} of this backbone: measure this one with scripts/latency.py")
+                         f"{len(cost.sites)} of this backbone with these experts.resnet_skip and transformer_skip: "
+                         "measure them with scripts/latency.py")
     if latency is not None and latency.latent_size != size:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: measured at latents of {latency.latent_size}, "
                          f"the run's are of {size}: measure them with scripts/latency.py")

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from .build import Parts
@@ -13,6 +12,7 @@ from .config import Config
 from .data import Tolerant, collate, split
 from .diffusion import generator, predict, training_target
 from .losses import mse_per_sample
+from .sampling import make_solver
 from .simulator import HardRows
 
 
@@ -43,7 +43,8 @@ class Probe:
     def errors(self, masks: np.ndarray, low: int, high: int, weight_T: np.ndarray | None = None) -> tuple[
             np.ndarray, float]:
         """At timesteps spread evenly over low..high-1, of bool masks [M, L]: mean squared changes of the dense model's
-        output, float64 [M], each weighted by its timestep; and the dense model's own error against the target."""
+        output (without a learned variance), float64 [M], each weighted by its timestep; and the dense model's own error
+        against the target."""
         parts, errors, denoise = self.parts, np.zeros(len(masks)), 0.0
         for first, latents, noise, conditioning in self._batches:
             positions = np.arange(first, first + len(latents)) + 0.5
@@ -53,7 +54,7 @@ class Probe:
             noisy = parts.scheduler.add_noise(latents, noise, there)
             dense = self._predict(None, noisy, there, conditioning)
             target = training_target(parts.scheduler, latents, noise, there)
-            denoise += mse_per_sample(dense[:, : target.shape[1]], target).sum().item()
+            denoise += mse_per_sample(dense, target).sum().item()
             for m, mask_L in enumerate(masks):
                 changes = mse_per_sample(self._predict(mask_L, noisy, there, conditioning), dense)
                 errors[m] += (changes.cpu() * weights).sum().item()
@@ -63,34 +64,35 @@ class Probe:
     def response(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
 
-        Of DPM-Solver++ with two steps a bin, when each of the bool masks [M, L] is in force in that bin alone: the sum
-        of the changes of the samples over that of the changes of the output at the first of these steps.
+        Of DPM-Solver++ with two steps in each bin, without guidance, when each of the bool masks [M, L] is in force in
+        that bin alone: the sum of the changes of the samples over that of the changes of the output at the first of
+        these steps. It depends on the width of the bins.
 
         Args:
-            edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1].
+            edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]; two or more in each.
 
         Returns: float64 [B]; 1 where no mask changes the output.
         """
-        bins = list(pairwise(edges))
+        bins = [(int(low), int(high)) for low, high in pairwise(edges)]
+        steps = [low + quarter * (high - low) // 4 for low, high in reversed(bins) for quarter in (3, 1)]
         moved_B, caused_B = np.zeros(len(bins)), np.zeros(len(bins))
         for _, _, noise, conditioning in self._batches:
-            samples, outputs, _ = self._sample(None, range(0), noise, conditioning, [], 2 * len(bins))
+            samples, outputs, _ = self._sample(None, range(0), noise, conditioning, [], steps)
             for b, (low, high) in enumerate(bins):
                 for mask_L in masks:
-                    changed, _, caused = self._sample(mask_L, range(low, high), noise, conditioning, outputs,
-                                                      2 * len(bins))
+                    changed, _, caused = self._sample(mask_L, range(low, high), noise, conditioning, outputs, steps)
                     moved_B[b] += mse_per_sample(changed, samples).sum().item()
                     caused_B[b] += caused
         return np.divide(moved_B, caused_B, out=np.ones(len(bins)), where=caused_B > 0)
 
     def _sample(self, mask_L: np.ndarray | None, where: range, noise: Tensor, conditioning: dict[str, Tensor],
-                known: list[Tensor], steps: int) -> tuple[Tensor, list[Tensor], float]:
+                known: list[Tensor], steps: list[int]) -> tuple[Tensor, list[Tensor], float]:
         """Samples, the outputs of all steps, and the summed change of the output at the first step within `where`.
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
-        solver = DPMSolverMultistepScheduler.from_config(self.parts.scheduler.config)
-        solver.set_timesteps(steps)
+        solver = make_solver(self.parts.scheduler)
+        solver.set_timesteps(timesteps=steps)
         latents, outputs, caused, begun = noise, [], 0.0, False
         for step, timestep in enumerate(solver.timesteps):
             masked = int(timestep) in where
@@ -101,11 +103,11 @@ class Probe:
                 outputs.append(known[step])
             if masked and not begun:
                 begun, caused = True, mse_per_sample(outputs[-1], known[step]).sum().item()
-            latents = solver.step(outputs[-1][:, : latents.shape[1]], timestep, latents).prev_sample
+            latents = solver.step(outputs[-1], timestep, latents).prev_sample
         return latents, outputs, caused
 
     def _predict(self, mask_L: np.ndarray | None, noisy: Tensor, timesteps: Tensor,
                  conditioning: dict[str, Tensor]) -> Tensor:
         rows = None if mask_L is None else HardRows(torch.from_numpy(mask_L)[None], noisy.device)
         with self.parts.simulator.use(rows):
-            return predict(self.parts.backbone, noisy, timesteps, conditioning).float()
+            return predict(self.parts.backbone, noisy, timesteps, conditioning)[:, : noisy.shape[1]].float()

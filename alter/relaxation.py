@@ -15,7 +15,7 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def gumbel_sigmoid(logits: Tensor, tau: float, generator: torch.Generator, noise_scale: float = 1.0) -> Tensor:
+def gumbel_sigmoid(logits: Tensor, tau: float, generator: torch.Generator) -> Tensor:
     """Sample 0 or 1 with P(1) = sigmoid(logit), straight-through.
 
     The noise is logistic, the difference of two Gumbels (Maddison et al. 2017, arXiv 1611.00712, Sec. 3.3):
@@ -25,28 +25,26 @@ def gumbel_sigmoid(logits: Tensor, tau: float, generator: torch.Generator, noise
         logits: float tensor of any shape, the log-odds of a one.
         tau: temperature > 0 of the soft value sigmoid((logits + noise) / tau).
         generator: CPU generator of the noise.
-        noise_scale: the noise is multiplied by it; below 1, P(1) = sigmoid(logit / noise_scale).
 
     Returns: tensor of the shape and dtype of `logits`, exactly 0 or 1.
     """
     uniform = _uniform(logits, generator)
-    noise = noise_scale * (uniform.log() - (-uniform).log1p())
+    noise = uniform.log() - (-uniform).log1p()
     soft = ((logits + noise) / tau).sigmoid()
     return straight_through(soft, (soft > 0.5).to(soft.dtype))
 
 
-def gumbel_softmax(logits: Tensor, tau: float, generator: torch.Generator, noise_scale: float = 1.0) -> Tensor:
+def gumbel_softmax(logits: Tensor, tau: float, generator: torch.Generator) -> Tensor:
     """Sample one-hot vectors with P(i) = softmax(logits)_i, straight-through (Jang et al. 2017, arXiv 1611.01144).
 
     Args:
         logits: float tensor [..., E]; an entry of -inf is never drawn.
         tau: temperature > 0 of the soft value softmax((logits + Gumbel) / tau).
         generator: CPU generator of the noise.
-        noise_scale: the noise is multiplied by it; below 1, P(i) = softmax(logits / noise_scale)_i.
 
     Returns: tensor of the shape and dtype of `logits`, exactly one-hot along the last axis.
     """
-    noise = noise_scale * -(-_uniform(logits, generator).log()).log()
+    noise = -(-_uniform(logits, generator).log()).log()
     soft = ((logits + noise) / tau).softmax(dim=-1)
     return straight_through(soft, one_hot_argmax(soft))
 

@@ -337,7 +337,7 @@ def _sample_quality(config: Config, parts: Parts, judge: Exam, run_dir: Path) ->
                                              config.seed, evaluate.guidance_scale))
         features = classifier.features(images).numpy()
         summary[f"fd_{name}"] = frechet_distance(features, reference)
-        summary[f"fd_halves_{name}"] = frechet_distance(*np.array_split(features, 2))  # its own noise
+        summary[f"fd_halves_{name}"] = [frechet_distance(half, reference) for half in np.array_split(features, 2)]
         summary[f"accuracy_{name}"] = accuracy(classifier, images, judge.asked)
         pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:_SHOWN]
     parts.release_teacher()

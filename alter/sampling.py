@@ -25,6 +25,11 @@ def scheduler_class(name: str, field: str) -> Any:
     return found
 
 
+def make_solver(scheduler: Any) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ (arXiv 2211.01095) with the betas and prediction type of `scheduler`, without a learned variance."""
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, variance_type=None)
+
+
 @torch.no_grad()
 def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Mapping[str, Tensor],
                    unconditional: Mapping[str, Tensor], steps: int, seed: int, guidance_scale: float = 1.0,
@@ -48,7 +53,7 @@ def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Ma
         given, nothing = ({name: value[rows] for name, value in arguments.items()}
                           for arguments in (conditioning, unconditional))
         latents = noise[rows].to(next(iter(given.values())).device)
-        solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
+        solver = make_solver(scheduler)
         solver.set_timesteps(steps)
         for timestep in solver.timesteps:
             timesteps = timestep.expand(len(latents)).to(latents.device)

@@ -20,6 +20,7 @@ from .sites import Site, find_sites
 
 _Bypass = Callable[[Tensor], Tensor]
 
+
 @dataclass(frozen=True)
 class SoftRows:
     """Dense compute, blended by the mask: gradients reach mask_BL, float [B, L]."""

@@ -126,7 +126,8 @@ def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts
         if tuple(site.name for site in sites) == tuple(names):
             return sites
     raise InputError(f"{field}: their {len(names)} sites are not the {len(found[0])} of this "
-                     f"{type(backbone).__name__}: use the backbone that they were trained on")
+                     f"{type(backbone).__name__} (they begin with {names[0] if names else None!r}): use the backbone "
+                     "that they were trained on")
 
 
 def remove_layer(backbone: nn.Module, site: Site) -> None:

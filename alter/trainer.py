@@ -33,6 +33,7 @@ from .experts import TemporalExperts
 from .files import append_text
 from .history import FILE_NAME as HISTORY
 from .history import describe_masks
+from .hypernetwork import Logits
 from .report import plot_experts
 from .simulator import HardRows, Rows, SoftRows
 from .sites import PIPELINE_COMPONENT
@@ -252,9 +253,8 @@ class Trainer:
     def update_hypernetwork(self, batches: list[Batch]) -> dict[str, float]:
         """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
         parts, loss = self.parts, self.config.loss
-        logits = parts.hypernetwork()
-        annealing = 1 + (self.config.experts.annealing - 1) * self.step / self.config.train.t_end
-        mask_EL, router_TE = parts.hypernetwork.sample(logits, generator(self.config.seed, self.step, 1), annealing)
+        logits = self.logits()
+        mask_EL, router_TE = parts.hypernetwork.sample(logits, generator(self.config.seed, self.step, 1))
         # Micro-batches send their gradients to these leaves, so that Φ itself is differentiated once, and
         # processes exchange nothing larger than the masks. Weights of the backbone get no gradient here.
         leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]
@@ -269,7 +269,7 @@ class Trainer:
         gradients = [self.accelerator.reduce(gradient, "mean") for gradient in gradients]
 
         expected = parts.budget.expected(logits)
-        ratio = losses.log_ratio(expected, self.config.budget.keep_ratio)
+        ratio = losses.log_ratio(expected, self.target())
         balance = losses.load_balance(logits.router_TE)
         sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
                    if out.requires_grad]
@@ -278,7 +278,18 @@ class Trainer:
         metrics = self._read("search", totals, ratio=ratio, balance=balance, expected_keep_ratio=expected,
                              gradient_norm=self._clip(self.hyper_optim, list(parts.hypernetwork.parameters())))
         self._step(self.hyper_optim, self.hyper_lr)
-        return metrics
+        return {**metrics, "search/target": self.target()}
+
+    def logits(self) -> Logits:
+        """Φ's, annealed as far as this step of the search is."""
+        return self.parts.hypernetwork(1 + (self.config.experts.annealing - 1) * self.step / self.config.train.t_end)
+
+    def target(self) -> float:
+        """What L_ratio drives the expected keep ratio to, at this step of the search."""
+        budget = self.config.budget
+        last = budget.descent * self.config.train.t_end
+        left = 1 - self.step / last if self.step < last else 0.0
+        return budget.keep_ratio + left * (1 - budget.keep_ratio)
 
     def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, float]:
         """One step of θ on L_perf under deterministic masks, paying only for the layers that they keep."""
@@ -306,14 +317,14 @@ class Trainer:
         if self.experts is not None:
             return self.experts.mask_EL, self.experts.expert_T
         with torch.no_grad():
-            logits = self.parts.hypernetwork()
+            logits = self.logits()
             return self._agreed(self.parts.budget.masks(logits, float(self.parts.budget.expected(logits))))
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray]:
         """T_end: the most probable masks at the target itself."""
         budget = self.config.budget
         with torch.no_grad():
-            masks = self._agreed(self.parts.budget.masks(self.parts.hypernetwork(), budget.keep_ratio))
+            masks = self._agreed(self.parts.budget.masks(self.logits(), budget.keep_ratio))
         self.experts = self._experts(masks)
         if self.accelerator.is_main_process:
             missed = self.parts.budget.measured(*masks) - budget.keep_ratio

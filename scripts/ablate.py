@@ -31,7 +31,8 @@ SEARCHED = {
     "alter": [], "static": ["experts.count=1"], "manual": ["experts.router=uniform"],
     "two_stage": ["train.schedule=two_stage"], "no_distillation": ["loss.output_kd=0", "loss.feature_kd=0"],
     "experts_2": ["experts.count=2"], "experts_10": ["experts.count=10"], "annealed": ["experts.annealing=0.1"],
-    "low_balance": ["loss.balance=0.1"],
+    "low_balance": ["loss.balance=0.1"], "gradual": ["budget.descent=0.75"],
+    "gradual_static": ["budget.descent=0.75", "experts.count=1"],
 }
 UNET_ONLY = {
     "shortcut": ["experts.resnet_skip=shortcut"], "whole": ["experts.transformer_skip=whole"],
@@ -63,6 +64,8 @@ def _ablate(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
+    if not load_config(arguments.config, arguments.overrides).data.holdout:
+        raise InputError("data.holdout=0: some samples are needed to measure the output error on")
     rows = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     for keep, seed, variant in itertools.product(arguments.keep, arguments.seeds, arguments.variants):
         if any((row["variant"], row["seed"], row["keep_ratio_target"]) == (variant, seed, keep) for row in rows):
@@ -87,7 +90,9 @@ def _run(arguments: argparse.Namespace, variant: str, keep: float, seed: int) ->
     if variant in GIVEN or variant == "dense":
         chosen = "dense_tuned" if variant == "dense" else variant
         given_experts(chosen, config, build(config, device=device), seed).save_pretrained(folder / "experts")
-        settings += [f"experts.pretrained={folder / 'experts'}", *(["train.steps=1"] if variant == "dense" else [])]
+        settings.append(f"experts.pretrained={folder / 'experts'}")
+        if variant == "dense":
+            settings += ["train.steps=1", "optim.warmup_steps=1"]  # a step at rate 0
     else:
         settings += {**SEARCHED, **UNET_ONLY}[variant]
     if any((run / "checkpoints").glob("step-*")):

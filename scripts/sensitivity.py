@@ -1,7 +1,8 @@
 """Before GPU days are spent: what is each layer worth at each timestep, and have experts anything to gain?
 
 `python scripts/sensitivity.py --config configs/dit_xl2.yaml --out DIR [key.path=value ...]` skips each layer alone, at
-timesteps of every bin, and writes sensitivity.json and sensitivity.png.
+timesteps of every bin, and writes sensitivity.json and sensitivity.png. It also samples with a few layers skipped in
+one bin each time, to see how far an error of the output moves samples.
 """
 
 import argparse
@@ -25,11 +26,13 @@ def main() -> int:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--bins", type=int, default=10, help="equal intervals of timesteps (default 10)")
     parser.add_argument("--samples", type=int, default=32, help="samples of each bin (default 32)")
+    parser.add_argument("--trials", type=int, default=4,
+                        help="layers skipped while sampling; each costs bins + 1 forwards a bin (default 4)")
     parser.add_argument("--batch", type=int, default=16, help="samples of one forward (default 16)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the file")
     arguments = parser.parse_intermixed_args()
     try:
-        for name in ("bins", "samples", "batch"):
+        for name in ("bins", "samples", "trials", "batch"):
             if getattr(arguments, name) < 1:
                 raise InputError(f"--{name} {getattr(arguments, name)}: choose at least 1")
         _measure(arguments)
@@ -44,7 +47,8 @@ def _measure(arguments: argparse.Namespace) -> None:
     loss = dataclasses.replace(config.loss, output_kd=0.0, feature_kd=0.0, denoise=1.0)  # no teacher is needed
     config = dataclasses.replace(config, loss=loss)
     parts = build(config, device="cuda" if torch.cuda.is_available() else "cpu")
-    table = measure_sensitivity(config, parts, arguments.bins, arguments.samples, arguments.batch)
+    table = measure_sensitivity(config, parts, arguments.bins, arguments.samples, arguments.batch,
+                                arguments.trials)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     table.save(out / FILE_NAME)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,28 @@ def test_timesteps_that_suffer_keep_more_layers(parts_of, monkeypatch):
     masks, expert_T = remove_greedily(config, parts, table(4, np.outer(worth, [10, 1])), 2)
     assert expert_T.tolist() == [0] * 500 + [1] * 500
     assert masks.sum(1).tolist() == [3, 1] and masks.tolist() == [[False, True, True, True], [False] * 3 + [True]]
+
+
+def test_a_sampler_s_timesteps_decide_what_a_removal_saves(small_config, monkeypatch):
+    """The later half is never visited: losing layers there saves nothing, however little it hurts."""
+    config = small_config("dit", budget={"keep_ratio": 0.5, "over": "prunable"})
+    parts = build(config)
+    parts.budget = dataclasses.replace(parts.budget, timesteps=np.arange(0, 500, 25))
+    worth = np.array([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(Probe, "errors", errors_of(
+        lambda gone, middle: (10 if middle < 500 else 1) * sum(worth[list(gone)])))
+    masks, _ = remove_greedily(config, parts, table(4, np.outer(worth, [10, 1])), 2)
+    assert masks.astype(int).tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+def test_removals_end_as_near_as_layers_of_unequal_cost_allow(small_config, monkeypatch):
+    """What falls short of the budget is not taken while something else fits."""
+    config = small_config("dit", budget={"keep_ratio": 0.6, "over": "prunable"})
+    parts = build(config)
+    parts.budget = dataclasses.replace(parts.budget, share_L=np.array([0.5, 0.3, 0.1, 0.1]))
+    monkeypatch.setattr(Probe, "errors", errors_of(lambda gone, _: sum(np.array([1.0, 9.0, 9.0, 9.0])[list(gone)])))
+    masks, _ = remove_greedily(config, parts, table(4, [[1.0], [9], [9], [9]]), 1)
+    assert masks.astype(int).tolist() in ([[1, 0, 0, 1]], [[1, 0, 1, 0]])
 
 
 def test_its_first_removal_is_the_least_sensitive_layer(parts_of):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import sys
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from scipy.optimize import linprog
 
 from alter import InputError
@@ -81,7 +82,7 @@ def test_the_response_is_that_of_samples_drawn_without_the_layer(small_config, k
     @torch.no_grad()
     def draw(where):
         solver = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
-        solver.set_timesteps(4)
+        solver.set_timesteps(timesteps=[875, 625, 375, 125])  # two in each bin
         latents, outputs = noise, []
         for timestep in solver.timesteps:
             if int(timestep) in where:
@@ -97,6 +98,46 @@ def test_the_response_is_that_of_samples_drawn_without_the_layer(small_config, k
         first = max(timestep for timestep in outputs if timestep in bin_)
         expected = (samples - dense).square().mean() / (outputs[first] - known[first]).square().mean()
         assert found[b] == pytest.approx(expected.item(), rel=1e-3), b
+
+
+def test_errors_are_weighted_by_their_timestep(small_config):
+    config = small_config("dit")
+    parts = build(config)
+    probe, masks = Probe(config, parts, 4, batch_size=2), np.ones((1, 4), dtype=bool)
+    masks[0, 2] = False
+    parts_of_range = [probe.errors(masks, low, high)[0][0] for low, high in ((0, 250), (0, 500))]
+    weight_T = np.where(np.arange(1000) < 250, 3.0, 1.0)
+    assert probe.errors(masks, 0, 250, weight_T)[0][0] == pytest.approx(3 * parts_of_range[0])
+    assert parts_of_range[1] < probe.errors(masks, 0, 500, weight_T)[0][0] < 3 * parts_of_range[1]
+
+
+def test_the_response_decides_which_timesteps_keep_layers():
+    flat = table_of([[2, 1], [2, 1], [4, 2], [4, 2]])
+    budget = Budget(np.full(4, 0.25), 0.5, "prunable")
+    tilted = dataclasses.replace(flat, response_B=np.array([1.0, 10.0]))
+    for table, more in ((flat, 0), (tilted, 1)):
+        mask_EL, expert_T = allocate(table, budget, 2)
+        kept_B = mask_EL[expert_T[[0, 999]]].sum(1)
+        assert kept_B.sum() == 4 and kept_B[more] >= kept_B[1 - more]
+        assert table.predicted_effect(mask_EL, expert_T) <= table.predicted_effect(np.array([[0, 0, 1, 1]], bool),
+                                                                                  np.zeros(1000, int))
+    assert tilted.gain(budget, 2) > flat.gain(budget, 2)
+
+
+def test_a_learned_variance_is_left_out(small_config):
+    """The output's further channels neither count as error nor disturb the solver."""
+    config = small_config("dit")
+    parts = build(config)
+    wide = make_dit(learned_sigma=True)
+    scheduler = DDPMScheduler.from_config(parts.scheduler.config, variance_type="learned_range")
+    parts = dataclasses.replace(parts, backbone=wide, teacher=None, scheduler=scheduler)
+    probe, masks = Probe(config, parts, 2), np.arange(4)[None] != 1
+    before = probe.errors(masks, 0, 1000)[0], probe.response(masks, np.array([0, 500, 1000]))
+    channels = wide.config.in_channels
+    with torch.no_grad():  # of each patch's output values, those of the further channels
+        wide.proj_out_2.weight.view(-1, 2 * channels, wide.proj_out_2.in_features)[:, channels:] += 1
+    after = probe.errors(masks, 0, 1000)[0], probe.response(masks, np.array([0, 500, 1000]))
+    assert np.array_equal(before[0], after[0]) and np.array_equal(before[1], after[1])
 
 
 def test_a_mask_that_changes_nothing_has_response_one(small_config):

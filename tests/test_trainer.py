@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from alter import losses
 from alter.build import build
 from alter.checkpoint import checkpoints, load_checkpoint
 from alter.config import save_config
 from alter.errors import InputError
-from alter.hypernetwork import HyperNetwork
 from alter.run import make_accelerator, train
 from alter.trainer import NonFiniteLoss, Trainer
 
@@ -135,18 +135,33 @@ def test_two_stage_leaves_the_backbone_alone_while_it_searches(small_config, tmp
     assert not changed(trainer.parts.backbone, backbone)
 
 
-def test_annealing_shrinks_temperature_and_noise_over_the_search(small_config, tmp_path, monkeypatch):
-    factors = []
-    sample = HyperNetwork.sample
+def test_annealing_is_less_noise_at_a_lower_temperature_and_the_budget_knows(small_config, tmp_path):
+    """At the last step of the search: samples of the annealed logits against the closed form of their budget."""
+    config = small_config("dit", train={"steps": 5, "search_steps": 4}, experts={"annealing": 0.2, "offset": 0.5})
+    trainer = make_trainer(config, tmp_path)
+    plain = trainer.logits()
+    trainer.step = 3
+    logits = trainer.logits()
+    assert torch.allclose(logits.mask_EL * 0.4, plain.mask_EL)
+    noise = torch.Generator().manual_seed(0)
+    samples = torch.stack([trainer.parts.hypernetwork.sample(logits, noise)[0] for _ in range(4000)])
+    louder = torch.rand(4000, *logits.mask_EL.shape, generator=noise).logit()  # the definition: noise and tau times 0.4
+    assert torch.allclose(samples.mean(0), (plain.mask_EL + 0.4 * louder > 0).float().mean(0), atol=0.04)
+    budget, probability_E = trainer.parts.budget, logits.router_TE.softmax(-1).mean(0)
+    sampled = budget.fixed + (probability_E @ samples.mean(0) @ torch.as_tensor(budget.share_L).float()) / budget.scale
+    assert budget.expected(logits).item() == pytest.approx(sampled.item(), abs=0.01)
 
-    def note(self, logits, noise, annealing=1.0):
-        factors.append(annealing)
-        return sample(self, logits, noise, annealing)
 
-    monkeypatch.setattr(HyperNetwork, "sample", note)
-    config = small_config("dit", train={"steps": 5, "search_steps": 4}, experts={"annealing": 0.2})
-    make_trainer(config, tmp_path).run()
-    assert factors == pytest.approx([1.0, 0.8, 0.6, 0.4])
+@pytest.mark.parametrize("descent, targets", [(0.0, [0.6, 0.6, 0.6, 0.6]), (0.5, [1.0, 0.8, 0.6, 0.6]),
+                                              (1.0, [1.0, 0.9, 0.8, 0.7])])
+def test_the_target_descends_to_the_budget(small_config, tmp_path, monkeypatch, descent, targets):
+    seen = []
+    log_ratio = losses.log_ratio
+    monkeypatch.setattr(losses, "log_ratio", lambda keep, target: seen.append(target) or log_ratio(keep, target))
+    config = small_config("dit", train={"steps": 5, "search_steps": 4},
+                          budget={"keep_ratio": 0.6, "over": "prunable", "descent": descent})
+    experts = make_trainer(config, tmp_path).run()
+    assert seen == pytest.approx(targets) and experts.keep_ratio_target == 0.6
 
 
 def test_masks_do_not_change_after_the_search(small_config, tmp_path):
