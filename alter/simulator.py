@@ -27,6 +27,10 @@ class SoftRows:
 
     mask_BL: Tensor
 
+    def runs_all(self, index: int) -> bool:
+        """Whether the layer's own output is all that the site gives."""
+        return False
+
     def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         output, around = layer(hidden_states, *args, **kwargs), bypass(hidden_states)
         dtype = torch.promote_types(around.dtype, output.dtype)
@@ -49,6 +53,9 @@ class HardRows:
         self.kept: list[Tensor | bool] = [
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
+
+    def runs_all(self, index: int) -> bool:
+        return self.kept[index] is True
 
     def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         kept = self.kept[index]
@@ -213,23 +220,26 @@ def _using(state: _State, rows: Rows | None) -> Iterator[None]:
 @functools.cache
 def _gated(cls: Any) -> Any:
     def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dense = super(gated, self).__call__
         gate: _Gate = self._alter_gate
+        rows = gate.state.rows
+        if gate.observer is None and (rows is None or rows.runs_all(gate.index)):
+            return dense(self, hidden_states, *args, **kwargs)
         in_tuple = kwargs.get("return_dict") is False  # so diffusers asks a whole transformer for (output,)
 
         def layer(*args: Any, **kwargs: Any) -> Tensor:
-            return dense(*args, **kwargs)[0] if in_tuple else dense(*args, **kwargs)
+            return dense(self, *args, **kwargs)[0] if in_tuple else dense(self, *args, **kwargs)
 
         def bypass(hidden_states: Tensor) -> Tensor:
             return gate.site.bypass(self, hidden_states)
 
-        if gate.state.rows is None:
+        if rows is None:
             output = layer(hidden_states, *args, **kwargs)
         else:
-            output = gate.state.rows.gate(gate.index, bypass, layer, hidden_states, args, kwargs)
+            output = rows.gate(gate.index, bypass, layer, hidden_states, args, kwargs)
         if gate.observer is not None:
             gate.observer(output)
         return (output,) if in_tuple else output
 
+    dense = cls.__call__
     gated: Any = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
     return gated
