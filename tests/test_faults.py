@@ -346,8 +346,10 @@ def test_a_changed_model_is_refused_and_harmless_changes_are_named(small_config,
         "optim.backbone_lr: 0.001 → 5e-06", "checkpoint.every: 4 → 2"]
 
 
-def test_a_second_signal_stops_at_once(small_config, tmp_path):
+def test_a_second_signal_stops_at_once(small_config, tmp_path, request):
     trainer = make_trainer(small_config("dit"), tmp_path)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script begins without it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
     with trainer._signals():
         signal.raise_signal(signal.SIGINT)
         assert trainer._received == signal.SIGINT
