@@ -276,7 +276,7 @@ def samples_figure(rows: dict[str, Tensor], labels: list[str]) -> Figure:
 
 @_styled
 def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = _figure(3.4, rows=2, width=2 * _WIDTH, sharex=True)
+    figure, axes = _figure(4.5, rows=2, width=2 * _WIDTH, sharex=True)
     experts = [row for row in rows if row["variant"] != "dense"]
     variants = sorted({row["variant"] for row in experts})
     for axis, name, label in zip(axes, ("output_error", "fd"), ("output error", "Fréchet distance"), strict=True):
@@ -291,7 +291,7 @@ def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
     if dense:
         axes[-1].axhline(np.mean(dense), color=INK, linewidth=0.8, label="dense")
     axes[-1].set(xlabel="measured time of sampling, dense model = 1 (line: the dense model)")
-    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
