@@ -13,14 +13,14 @@ from torch import Tensor
 from .budget import Budget
 from .build import Parts, build
 from .config import Config, load_config
-from .data import Tolerant, collate, split
 from .demo import exam
-from .diffusion import generator
+from .diffusion import predict
 from .errors import InputError
 from .experts import TemporalExperts
 from .greedy import remove_greedily
 from .hypernetwork import Logits
 from .metrics.demo_images import own_weights
+from .probe import Probe
 from .sampling import sample_latents
 from .sensitivity import allocate, measure_sensitivity
 from .sites import Site
@@ -65,34 +65,23 @@ def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> Temp
 @torch.no_grad()
 def block_influence(config: Config, parts: Parts, samples: int = 64) -> np.ndarray:
     """BI of every layer, float64 [L]: 1 - cosine between what bypasses it and its output, over tokens and timesteps."""
-    train, _ = split(parts.source, config.data.holdout, config.seed)
-    indices = np.resize(train, samples)
-    source = Tolerant(parts.source, indices, config.seed, parts.fit)
-    batch: Any = collate([source[k, int(index)] for k, index in enumerate(indices)])
-    device, random = parts.backbone.device, generator(config.seed, 0, 4)
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    latents = parts.latents(batch, torch.randn(samples, *parts.latent_shape, generator=random))
-    noise = torch.randn(latents.shape, generator=random).to(latents)
-    steps = parts.scheduler.config.num_train_timesteps
-    timesteps = ((torch.arange(samples) + 0.5) / samples * steps).long().to(device)
-    scores: dict[int, float] = {}
+    probe, scores_L = Probe(config, parts, samples), np.zeros(len(parts.simulator.sites))
 
     def observe(layer: int, site: Site) -> Any:
         def hook(module: Any, arguments: tuple, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output  # of a whole transformer
             dim = -1 if site.channels is None else 1
             alike = torch.cosine_similarity(site.bypass(module, arguments[0]).float(), output.float(), dim=dim)
-            scores[layer] = 1 - alike.mean().item()
+            scores_L[layer] += (1 - alike.mean().item()) * len(output) / samples
         return hook
 
     hooks = [parts.backbone.get_submodule(site.path).register_forward_hook(observe(layer, site))
              for layer, site in enumerate(parts.simulator.sites)]
-    parts.backbone.eval()
-    parts.backbone(parts.scheduler.add_noise(latents, noise, timesteps), timesteps,
-                   **parts.conditioning(batch, torch.zeros(samples, dtype=torch.bool)))
+    for noisy, timesteps, conditioning, _ in probe.noised(0, parts.scheduler.config.num_train_timesteps):
+        predict(parts.backbone, noisy, timesteps, conditioning)
     for hook in hooks:
         hook.remove()
-    return np.array([scores[layer] for layer in range(len(hooks))])
+    return scores_L
 
 
 def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """What a mask does to the dense model's output, and what that does to its samples."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -39,24 +40,29 @@ class Probe:
             self._batches.append((first, latents, noise, conditioning))
         parts.backbone.eval()
 
+    def noised(self, low: int, high: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
+        """Batches at timesteps spread evenly over low..high-1: noisy latents, timesteps, conditioning and target."""
+        scheduler = self.parts.scheduler
+        for first, latents, noise, conditioning in self._batches:
+            positions = np.arange(first, first + len(latents)) + 0.5
+            spread = (low + positions / self.samples * (high - low)).astype(np.int64)
+            timesteps = torch.from_numpy(spread).to(latents.device)
+            yield (scheduler.add_noise(latents, noise, timesteps), timesteps, conditioning,
+                   training_target(scheduler, latents, noise, timesteps))
+
     @torch.no_grad()
     def errors(self, masks: np.ndarray, low: int, high: int, weight_T: np.ndarray | None = None) -> tuple[
             np.ndarray, float]:
         """At timesteps spread evenly over low..high-1, of bool masks [M, L]: mean squared changes of the dense model's
         output (without a learned variance), float64 [M], each weighted by its timestep; and the dense model's own error
         against the target."""
-        parts, errors, denoise = self.parts, np.zeros(len(masks)), 0.0
-        for first, latents, noise, conditioning in self._batches:
-            positions = np.arange(first, first + len(latents)) + 0.5
-            timesteps = (low + positions / self.samples * (high - low)).astype(np.int64)
-            weights = torch.from_numpy(np.ones(len(timesteps)) if weight_T is None else weight_T[timesteps])
-            there = torch.from_numpy(timesteps).to(latents.device)
-            noisy = parts.scheduler.add_noise(latents, noise, there)
-            dense = self._predict(None, noisy, there, conditioning)
-            target = training_target(parts.scheduler, latents, noise, there)
+        errors, denoise = np.zeros(len(masks)), 0.0
+        for noisy, timesteps, conditioning, target in self.noised(low, high):
+            weights = torch.from_numpy(np.ones(len(noisy)) if weight_T is None else weight_T[timesteps.cpu().numpy()])
+            dense = self._predict(None, noisy, timesteps, conditioning)
             denoise += mse_per_sample(dense, target).sum().item()
             for m, mask_L in enumerate(masks):
-                changes = mse_per_sample(self._predict(mask_L, noisy, there, conditioning), dense)
+                changes = mse_per_sample(self._predict(mask_L, noisy, timesteps, conditioning), dense)
                 errors[m] += (changes.cpu() * weights).sum().item()
         return errors / self.samples, denoise / self.samples
 
