@@ -104,21 +104,19 @@ def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> 
     """Let the `timestep` argument of each forward choose the gates' rows; returns the hook's handle."""
     masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
-    site = simulator.sites[0].path  # where a copy of the backbone finds the rows of its own gates
-
     @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
     def choose_rows(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if hasattr(module, "_alter_applied"):
-            module._alter_applied.shared.begin()
+        installed: Installed | None = getattr(module, "_alter_applied", None)  # a copy's own, in a copy of the backbone
+        if installed is not None:
+            installed.shared.begin()
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
         experts = [routes[min(max(round(value), 0), last)] for value in (given if isinstance(given, list) else [given])]
-        layer: Any = module.get_submodule(site)
-        state = layer._alter_gate.state
         if experts.count(experts[0]) == len(experts):
-            state.rows = rows_E[experts[0]]
+            rows = rows_E[experts[0]]
         else:
             sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            state.rows = HardRows(masks[experts], sample.device)
+            rows = HardRows(masks[experts], sample.device)
+        (installed.simulator if installed is not None else simulator).set(rows)
 
     return simulator.backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)

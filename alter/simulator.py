@@ -2,7 +2,9 @@
 
 Attaching sets each site's `__class__` to a parameter-free subclass of the same name whose `__call__` consults
 the gate before it calls the layer. State-dict keys, `deepcopy`, hooks and `block.compile()` keep working, and
-the branch stays outside compiled code. `remove()` restores the model.
+the branch stays outside compiled code. While all samples run the same layers and no gradient is recorded, even that
+look is spared: the layers that run have their own class again, and the others one that only bypasses. `remove()`
+restores the model.
 """
 
 import functools
@@ -27,10 +29,6 @@ class SoftRows:
 
     mask_BL: Tensor
 
-    def runs_all(self, index: int) -> bool:
-        """Whether the layer's own output is all that the site gives."""
-        return False
-
     def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         output, around = layer(hidden_states, *args, **kwargs), bypass(hidden_states)
         dtype = torch.promote_types(around.dtype, output.dtype)
@@ -53,9 +51,6 @@ class HardRows:
         self.kept: list[Tensor | bool] = [
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
-
-    def runs_all(self, index: int) -> bool:
-        return self.kept[index] is True
 
     def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         kept = self.kept[index]
@@ -84,6 +79,7 @@ class _State:
     """What the gates of one model share: the rows in force (None: dense)."""
 
     rows: Rows | None = None
+    settled: bool = False  # by the layers' classes
 
 
 @dataclass
@@ -91,6 +87,7 @@ class _Gate:
     index: int
     site: Site
     state: _State
+    own: type
     observer: Callable[[Tensor], None] | None = None
 
 
@@ -114,18 +111,41 @@ class Simulator:
         if any(hasattr(layer, "_alter_gate") for layer in self._layers):
             raise InputError("backbone: it already has gates: remove them first")
         for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
-            layer._alter_gate = _Gate(index, site, self._state)
-            layer.__class__ = _gated(layer.__class__)
+            own: Any = type(layer)
+            layer._alter_gate, layer.__class__ = _Gate(index, site, self._state, own), _gated(own)
 
     @contextmanager
     def use(self, rows: Rows | None) -> Iterator[None]:
         """Put `rows` in force for the forwards inside."""
-        with _using(self._state, rows):
+        self._settle(None)
+        before, self._state.rows = self._state.rows, rows
+        try:
             yield
+        finally:
+            self._state.rows = before
 
     def set(self, rows: Rows | None) -> None:
         """Put `rows` in force until changed."""
-        self._state.rows = rows
+        # A block whose activations are recomputed in backward must find the rows of its forward: not with gradients.
+        uniform = rows if isinstance(rows, HardRows) and not torch.is_grad_enabled() else None
+        if rows is not self._state.rows or self._state.settled != (uniform is not None):
+            self._state.rows = rows
+            self._settle(uniform)
+
+    def _settle(self, rows: HardRows | None) -> None:
+        """Let the layers' classes say which run; None: they consult their gates."""
+        if rows is None and not self._state.settled:
+            return
+        self._state.settled = rows is not None
+        for layer in self._layers:
+            gate: _Gate = layer._alter_gate
+            kept = None if rows is None or gate.observer is not None else rows.kept[gate.index]
+            settled = kept if isinstance(kept, bool) else None
+            # In the layer's own dictionary too, whose changes torch.compile's guards watch.
+            object.__setattr__(layer, "_alter_settled", settled)
+            own: Any = gate.own
+            cls = own if settled else _gated(own) if settled is None else _bypassed(own)
+            object.__setattr__(layer, "__class__", cls)
 
     @property
     def is_uniform(self) -> bool:
@@ -150,15 +170,13 @@ class Simulator:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, with the rows that were in force in *that* forward."""
-        state = self._state
-
         def with_rows(function: Callable, *args: Any) -> Any:
             if not hasattr(function, "_alter_gate"):  # inside a site, in compiled code perhaps
                 return checkpoint(function, *args, use_reentrant=False)
-            rows = state.rows
+            rows = self._state.rows
 
             def run(*inputs: Any) -> Any:
-                with _using(state, rows):
+                with self.use(rows):
                     return function(*inputs)
 
             return checkpoint(run, *args, use_reentrant=False)
@@ -167,9 +185,11 @@ class Simulator:
 
     def remove(self) -> None:
         """Restore the model to what it was."""
+        self._settle(None)
         for layer in self._layers:
-            layer.__class__ = type(layer).__mro__[1]
+            layer.__class__ = layer._alter_gate.own
             del layer._alter_gate
+            vars(layer).pop("_alter_settled", None)
         self._layers = []
 
 
@@ -208,21 +228,12 @@ class FeatureTap:
             self._kept[index] = output[0] if isinstance(output, tuple) else output
 
 
-@contextmanager
-def _using(state: _State, rows: Rows | None) -> Iterator[None]:
-    before, state.rows = state.rows, rows
-    try:
-        yield
-    finally:
-        state.rows = before
-
-
 @functools.cache
 def _gated(cls: Any) -> Any:
     def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         gate: _Gate = self._alter_gate
         rows = gate.state.rows
-        if gate.observer is None and (rows is None or rows.runs_all(gate.index)):
+        if rows is None and gate.observer is None:
             return dense(self, hidden_states, *args, **kwargs)
         in_tuple = kwargs.get("return_dict") is False  # so diffusers asks a whole transformer for (output,)
 
@@ -241,5 +252,17 @@ def _gated(cls: Any) -> Any:
         return (output,) if in_tuple else output
 
     dense = cls.__call__
-    gated: Any = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
-    return gated
+    return _subclass(cls, call)
+
+
+@functools.cache
+def _bypassed(cls: Any) -> Any:
+    def call(self: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        output = self._alter_gate.site.bypass(self, hidden_states)
+        return (output,) if kwargs.get("return_dict") is False else output
+
+    return _subclass(cls, call)
+
+
+def _subclass(cls: Any, call: Callable) -> Any:
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -67,6 +68,60 @@ def test_a_batch_of_different_timesteps():
     for i in range(5):
         alone = model(sample[i : i + 1], timesteps[i : i + 1], class_labels=conditioning["class_labels"][i : i + 1])
         assert torch.allclose(together[i : i + 1], alone.sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_gates_may_be_used_otherwise_after_a_forward_without_gradients(kind):
+    """Without gradients, layers serve without a look at the rows; other rows, gradients and copies must notice."""
+    experts, model = make_experts(kind), make_model(kind)
+    (sample, _), conditioning = make_inputs(kind)
+    timesteps = [torch.full((len(sample),), value) for value in (100, 900)]
+    dense = model(sample, timesteps[0], **conditioning).sample
+    expected = []
+    for expert, timestep in enumerate(timesteps):
+        simulator = Simulator(model)
+        with simulator.use(HardRows(torch.from_numpy(experts.mask_EL[expert])[None])):
+            expected.append(model(sample, timestep, **conditioning).sample)
+        simulator.remove()
+    with experts.apply(model):
+        simulator = model._alter_applied.simulator
+        for _ in range(2):
+            for timestep, result in zip(timesteps, expected, strict=True):
+                with torch.no_grad():
+                    assert torch.equal(model(sample, timestep, **conditioning).sample, result)
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            assert torch.equal(copied(sample, timesteps[0], **conditioning).sample, expected[0])
+            assert torch.equal(model(sample, timesteps[1], **conditioning).sample, expected[1])
+        assert torch.equal(model(sample, timesteps[0], **conditioning).sample, expected[0])  # with gradients
+        with torch.no_grad():
+            model(sample, timesteps[1], **conditioning)
+        handle = model._alter_applied.hook
+        handle.remove()
+        with simulator.use(None):
+            assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
+    assert not any(hasattr(layer, name) for layer in model.modules() for name in ("_alter_gate", "_alter_settled"))
+    assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_activations_are_recomputed_by_the_expert_of_their_forward(kind):
+    experts, gradients = make_experts(kind), []
+    (sample, _), conditioning = make_inputs(kind)
+    for checkpointing in (False, True):
+        model = make_model(kind).train().requires_grad_(True)
+        with experts.apply(model):
+            if checkpointing:
+                model._alter_applied.simulator.enable_gradient_checkpointing()
+            outputs = [model(sample, torch.full((len(sample),), value), **conditioning).sample for value in (100, 900)]
+            with torch.no_grad():
+                model(sample, torch.full((len(sample),), 900), **conditioning)
+            sum(output.square().sum() for output in outputs).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert (plain is None) == (recomputed is None)
+        if plain is not None:
+            torch.testing.assert_close(recomputed, plain)
 
 
 def test_wrong_models_are_refused():
