@@ -114,12 +114,15 @@ def leave(backbone: Any, simulator: Simulator) -> None:
     if hasattr(backbone, "_alter_forward"):
         backbone.__class__ = type(backbone).__mro__[1]
         del backbone._alter_forward
+        installed = backbone._alter_applied
+        installed.hook = backbone.register_forward_pre_hook(installed.choose_rows, with_kwargs=True)
 
 
 def _enter(way: str, backbone: Any, simulator: Simulator, options: dict[str, Any]) -> None:
     if way == "layers":
         simulator.compile(**options)
     elif way != "eager":
+        backbone._alter_applied.hook.remove()  # the forward chooses the rows itself, with less around it
         backbone._alter_forward = compile_forward(type(backbone), way, **options)
         backbone.__class__ = _compiled(backbone.__class__)
 
@@ -174,9 +177,9 @@ def _graphs() -> int:
 
 @functools.cache
 def _compiled(cls: Any) -> Any:
-    missing = inspect.Parameter.empty
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls.forward).parameters.items()
                 if name != "self"}
+    first = next(iter(defaults))
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,15 +187,17 @@ def _compiled(cls: Any) -> Any:
 
         It may be called after `leave`, by hooks that have kept it.
         """
-        if not hasattr(self, "_alter_forward") or not self._alter_applied.simulator.is_uniform:
+        if not hasattr(self, "_alter_forward"):
+            return cls.forward(self, *args, **kwargs)
+        self._alter_applied.choose_rows(self, args, kwargs)
+        if not self._alter_applied.simulator.is_uniform:
             return cls.forward(self, *args, **kwargs)
         # Pipelines write the same call in several ways, and schedulers the same timestep, each of which would be a
         # graph; the backbone makes a float of it first of all.
-        given = {**dict(zip(defaults, args, strict=False)), **kwargs}
-        latents = given[next(iter(defaults))]
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+        latents = given[first]
         given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32, device=latents.device)
-        return self._alter_forward(self, **{name: given[name] for name in (*defaults, *given) if name in given
-                                            and given[name] is not defaults.get(name, missing)})
+        return self._alter_forward(self, **given)
 
     compiled: Any = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
     return compiled

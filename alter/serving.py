@@ -28,7 +28,8 @@ class Installed:
     mask_EL: np.ndarray
     expert_T: np.ndarray
     simulator: Simulator
-    hook: Any
+    choose_rows: Any  # of a forward, from its arguments
+    hook: Any  # that calls it
     shared: SharedEmbedding
 
 
@@ -39,8 +40,9 @@ class Applied:
         self.target = target
         backbone = backbone_of(target)
         simulator = Simulator(backbone, fitting_sites(backbone, sites, mask_EL, np.unique(expert_T).tolist()))
-        hook = _follow(simulator, mask_EL, expert_T)
-        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, hook, SharedEmbedding(backbone))
+        choose_rows = _chooser(simulator, mask_EL, expert_T)
+        hook = backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
+        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, choose_rows, hook, SharedEmbedding(backbone))
 
     def __enter__(self) -> Any:
         return self.target
@@ -80,7 +82,7 @@ def fitting_sites(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray
 @contextmanager
 def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Iterator[None]:
     """As `Applied`, inside the block, for a backbone that has gates already."""
-    hook = _follow(simulator, mask_EL, expert_T)
+    hook = simulator.backbone.register_forward_pre_hook(_chooser(simulator, mask_EL, expert_T), with_kwargs=True)
     try:
         yield
     finally:
@@ -100,8 +102,8 @@ def backbone_of(target: Any) -> Any:
     return getattr(target, "_orig_mod", target)
 
 
-def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
-    """Let the `timestep` argument of each forward choose the gates' rows; returns the hook's handle."""
+def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
+    """A forward pre-hook that lets the `timestep` argument choose the gates' rows."""
     masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
     @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
@@ -119,4 +121,4 @@ def _follow(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> 
             rows = HardRows(masks[experts], sample.device)
         (installed.simulator if installed is not None else simulator).set(rows)
 
-    return simulator.backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
+    return choose_rows

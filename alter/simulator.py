@@ -51,6 +51,7 @@ class HardRows:
         self.kept: list[Tensor | bool] = [
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
+        self.is_uniform = all(isinstance(kept, bool) for kept in self.kept)  # all samples run the same sites
 
     def gate(self, index: int, bypass: _Bypass, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
         kept = self.kept[index]
@@ -144,14 +145,14 @@ class Simulator:
             # In the layer's own dictionary too, whose changes torch.compile's guards watch.
             object.__setattr__(layer, "_alter_settled", settled)
             own: Any = gate.own
-            cls = own if settled else _gated(own) if settled is None else _bypassed(own)
+            cls = own if settled else _gated(own) if settled is None else _bypassed(own, gate.site.channels is None)
             object.__setattr__(layer, "__class__", cls)
 
     @property
     def is_uniform(self) -> bool:
         """Whether all samples of a batch run the same sites, by the hard rows in force."""
         rows = self._state.rows
-        return isinstance(rows, HardRows) and all(isinstance(kept, bool) for kept in rows.kept)
+        return isinstance(rows, HardRows) and rows.is_uniform
 
     def compile(self, **options: Any) -> None:
         """torch.compile every site's layer with these options; the branches stay outside."""
@@ -256,12 +257,16 @@ def _gated(cls: Any) -> Any:
 
 
 @functools.cache
-def _bypassed(cls: Any) -> Any:
-    def call(self: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+def _bypassed(cls: Any, of_tokens: bool) -> Any:
+    """of_tokens: the layer gives back its input, without a lookup that compiled code would have to guard."""
+    def around(self: Any, hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
         output = self._alter_gate.site.bypass(self, hidden_states)
         return (output,) if kwargs.get("return_dict") is False else output
 
-    return _subclass(cls, call)
+    def through(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    return _subclass(cls, through if of_tokens else around)
 
 
 def _subclass(cls: Any, call: Callable) -> Any:

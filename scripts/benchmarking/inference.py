@@ -1,7 +1,7 @@
 """One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand.
 
-All of them share a DiT's embedding, so that they differ in their layers alone; what the sharing gains is a ratio of its
-own.
+All of them share a DiT's embedding, so that they differ in their layers alone; what the sharing gains has ratios of its
+own, and so has a model by hand that embeds in every block.
 """
 
 import functools
@@ -89,20 +89,25 @@ def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str,
 
 def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
             mode: str) -> tuple[dict[str, Any], str]:
-    """The three to compare, compiled in the same way if at all, and that way's name."""
+    """Those to compare, compiled in the same way if at all, and that way's name."""
     dense, served = share_embedding(shallow_copy(case.backbone)), shallow_copy(case.backbone)
     experts.apply(served)
-    copies = {expert: share_embedding(without_layers(case, experts.mask_EL[expert]))
-              for expert in sorted(set(order))}
+    copies = {name: {expert: share(without_layers(case, experts.mask_EL[expert])) for expert in sorted(set(order))}
+              for name, share in (("by_hand", share_embedding), ("by_hand_unshared", _as_it_is))
+              if name == "by_hand" or embedders(case.backbone)}
     way = "eager"
     if mode == "compiled":
         torch.compiler.reset()
         report = experts.compile(served, batch=batch, latent_size=case.size)
         print(report, flush=True)
         way = report.kept
-        for model in (dense, *copies.values()):
+        for model in (dense, *itertools.chain(*(own.values() for own in copies.values()))):
             _compile(model, case.sites, way)
-    return {"dense": dense, "experts": served, "by_hand": _InTurn(copies, order)}, way
+    return {"dense": dense, "experts": served, **{name: _InTurn(own, order) for name, own in copies.items()}}, way
+
+
+def _as_it_is(backbone: Any) -> Any:
+    return backbone
 
 
 def _compile(model: Any, sites: Sequence[Site], way: str) -> None:
@@ -132,7 +137,8 @@ def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, coun
         torch.testing.assert_close(results["experts"], results["by_hand"], rtol=1e-3, atol=1e-3)
     with host_reads(device) as reads:
         ways["experts"]()
+    unshared = {"overhead_unshared": seconds["experts"] / seconds["by_hand_unshared"]} if len(ways) == 4 else {}
     return {"macs_ratio": macs, "time_ratio": seconds["experts"] / seconds["dense"],
             "efficiency": seconds["dense"] / seconds["experts"] * macs,
-            "overhead": seconds["experts"] / seconds["by_hand"], "seconds_dense": seconds["dense"],
+            "overhead": seconds["experts"] / seconds["by_hand"], **unshared, "seconds_dense": seconds["dense"],
             "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}
