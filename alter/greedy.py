@@ -36,8 +36,7 @@ def remove_greedily(config: Config, parts: Parts, table: Sensitivity, experts: i
         errors, _ = probe.errors(without, int(served[0]), int(served[-1]) + 1, response_T)
         worth_EL[e, kept] = timesteps_E[e] * (errors - error_E[e])
 
-    for e in range(len(mask_EL)):
-        look(e)
+    stale = set(range(len(mask_EL)))  # experts to look at again
     with tqdm(unit="layer", desc="greedy removal", dynamic_ncols=True) as bar:
         while True:
             surplus = budget.measured(mask_EL, expert_T) - budget.keep_ratio
@@ -45,10 +44,12 @@ def remove_greedily(config: Config, parts: Parts, table: Sensitivity, experts: i
             fitting, nearer = removable & (cost_EL <= surplus + TOLERANCE), removable & (cost_EL < 2 * surplus)
             if surplus <= TOLERANCE or not nearer.any():
                 return mask_EL, expert_T
+            for e in stale:
+                look(e)
             chosen = fitting if fitting.any() else nearer
             first = np.where(chosen, worth_EL / np.where(chosen, cost_EL, 1.0), np.inf).argmin()
             e, layer = divmod(int(first), mask_EL.shape[1])
             mask_EL[e, layer] = False
             error_E[e] += worth_EL[e, layer] / timesteps_E[e]
-            look(e)
+            stale = {e}
             bar.update()

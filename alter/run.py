@@ -44,6 +44,7 @@ from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_latents
 from .sites import PIPELINE_COMPONENT
 from .trainer import Trainer
+from .trainer_state import restore_state
 from .trial import describe_memory, measure_memory
 
 _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
@@ -91,7 +92,7 @@ def train(config: Config) -> Path:
         if accelerator.is_main_process:
             print(describe_memory(trainer, peaks))
     if resume_from:
-        trainer.restore(resume_from)
+        restore_state(trainer, resume_from)
     experts = trainer.run()
     trainer.close()
     if accelerator.is_main_process:

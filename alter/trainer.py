@@ -2,11 +2,7 @@
 are frozen and the backbone alone is tuned. One trainer for every backbone."""
 
 import contextlib
-import hashlib
-import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,33 +25,19 @@ from .data import GlobalBatches, Order, Tolerant, make_loader, patiently, split
 from .diffusion import Draw, draw, generator, min_snr_weight, training_target
 from .errors import InputError
 from .experts import TemporalExperts
-from .files import append_text
-from .history import FILE_NAME as HISTORY
-from .history import describe_masks
 from .hypernetwork import Logits
-from .report import plot_experts
+from .interruption import Interrupted, Interruption, agreed_signal
+from .journal import Journal
 from .simulator import HardRows, Rows, SoftRows
-from .sites import PIPELINE_COMPONENT
-from .sources import weights_hash
-from .validation import Validator, log_pictures
+from .trainer_state import fingerprint, save_state
+from .validation import Validator
 
 _COUNTED = ("skipped_samples", "truncated_prompts")  # in each process
 _MOST_SKIPPED_UPDATES = 50  # in a row, by the loss scaler
-_FIXED = {"data": ("another number of samples, or other shards, in data.path", "bring the data back"),
-          "weights": ("other weights in backbone.pretrained", "name the model that the run began with")}
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class NonFiniteLoss(RuntimeError):
     """A loss was NaN or infinite; no optimizer step was taken with it."""
-
-
-class Interrupted(RuntimeError):
-    """A signal ended the run after a complete step and its checkpoint."""
-
-    def __init__(self, signum: int, saved: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with resume={saved}")
-        self.signum = signum
 
 
 @dataclass
@@ -120,13 +101,7 @@ class Trainer:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
-        # What a checkpoint does not hold, and a resumed run must find as it was: the samples' places, and the weights
-        # of teacher, VAE and text encoder, and of what is frozen.
-        stored = parts.source.shards or [len(parts.source)]
-        self._fixed = {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(),
-                       "weights": [weights_hash(parts.folder / part) for part in
-                                   (*PIPELINE_COMPONENT.values(), "vae", "text_encoder")]}
-
+        self.inputs = fingerprint(parts)
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
         self.counts = dict.fromkeys((*_COUNTED, "skipped_updates"), 0)  # of all processes, since the run began
@@ -137,8 +112,8 @@ class Trainer:
         self.validator: Validator | None = None
         if config.validate.every and accelerator.is_main_process:
             self.validator = Validator(config, parts, accelerator, run_dir)
-        self._unwritable: set[str] = set()  # of what is dispensable, and has been warned of
-        self._received = 0  # a signal, by this process alone
+        self.journal = Journal(run_dir, accelerator)
+        self.interruption = Interruption()  # of this process alone
         self._stop = 0  # the signal that all processes have agreed to stop for
 
     def run(self) -> TemporalExperts:
@@ -153,7 +128,7 @@ class Trainer:
         micro_batches = self.micro_batches()
         bar = tqdm(total=train.steps, initial=self.step, desc=config.name, unit="step", dynamic_ncols=True,
                    disable=not self.accelerator.is_main_process)
-        with self._signals(), bar:
+        with self.interruption, bar:
             if self.validator and self.step == 0:
                 self._validate_start(self.validator)
             while self.step < train.steps:
@@ -164,11 +139,11 @@ class Trainer:
                 if self.step % config.log.every == 0 or self.step == train.steps:
                     self._log(metrics, time.perf_counter() - started, bar)
                 if searching and (self.step % config.log.masks_every == 0 or self.step == train.t_end):
-                    self._log_masks(metrics["keep_ratio"])
+                    self.journal.masks(self.step, metrics["keep_ratio"], self._present_experts())
                 if self.validator and self.step % self.validator.every == 0:
                     self._validate(self.validator)
                 if self.step % config.checkpoint.every == 0 or self.step == train.steps or self._stop:
-                    saved = self._save(needed=self.step == train.steps or self._stop > 0)
+                    saved = save_state(self, needed=self.step == train.steps or self._stop > 0)
                     if self._stop and self.step < train.steps:
                         raise Interrupted(self._stop, saved)
         assert self.experts is not None
@@ -229,7 +204,9 @@ class Trainer:
     def prepare_batch(self, raw: dict[str, Any], noise: Draw) -> Batch:
         """One micro-batch from raw samples, as `data.collate` joins them, and their noise."""
         parts, device = self.parts, self.accelerator.device
-        self._note(raw.pop("skipped"))
+        if skipped := raw.pop("skipped"):
+            self._own["skipped_samples"] += len(skipped)
+            self.journal.unreadable(self.step + 1, skipped)
         if parts.text is not None and "captions" in raw:
             self._own["truncated_prompts"] += parts.text.too_long(raw["captions"])
         raw = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -338,10 +315,17 @@ class Trainer:
         return TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
                                      self.parts.latency)
 
+    def _present_experts(self) -> TemporalExperts:
+        """The frozen ones, or those of the last iteration."""
+        if self.experts is not None:
+            return self.experts
+        assert self._masks is not None
+        return self._experts(self._masks)
+
     def _validate_start(self, validator: Validator) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
         if self.parts.teacher is not None:
-            with self._dispensable("samples/"):
+            with self.journal.dispensable("samples/"):
                 validator(self.parts.teacher, 0, "dense")
             self.parts.release_teacher()
         else:
@@ -349,27 +333,16 @@ class Trainer:
 
     def _validate(self, validator: Validator) -> None:
         """Images from the weights to be exported, under the masks of the last iteration."""
-        experts = self.experts
-        if experts is None:
-            assert self._masks is not None
-            experts = self._experts(self._masks)
+        experts = self._present_experts()
         if self.ema:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         self.backbone.eval()
-        with experts.serving(self.parts.simulator), self._dispensable("samples/"):
+        with experts.serving(self.parts.simulator), self.journal.dispensable("samples/"):
             validator(self.backbone, self.step, "experts")
         self.backbone.train()
         if self.ema:
             self.ema.restore(self.parameters)
-
-    def _note(self, skipped: list[str]) -> None:
-        """Count unreadable samples and name them in unreadable.jsonl, which all processes append to."""
-        self._own["skipped_samples"] += len(skipped)
-        if skipped:
-            lines = [json.dumps({"step": self.step + 1, "sample": name}) + "\n" for name in skipped]
-            with self._dispensable("unreadable.jsonl"):
-                append_text(self.run_dir / "unreadable.jsonl", "".join(lines))
 
     def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Process 0's masks, on every process."""
@@ -406,12 +379,12 @@ class Trainer:
         """Means over micro-batches and processes, and whether to stop: the update's one host read."""
         names = [*totals[0], *extra]
         means = [torch.stack([t[name].detach().float() for t in totals]).mean() for name in totals[0]]
-        own = [self._received > 0, self._received, *self._own.values()]
+        received = self.interruption.received
+        own = [received > 0, received, *self._own.values()]
         values = torch.stack([*means, *(value.detach().float().to(means[0].device) for value in extra.values()),
                               *torch.tensor(own, dtype=torch.float, device=means[0].device)])
-        *numbers, stop, received, skipped, truncated = self.accelerator.reduce(values, "mean").tolist()
-        if stop:  # the number that those processes got which got one; any, where they got several
-            self._stop = min(_STOPS, key=lambda number: abs(number - received / stop))
+        *numbers, stopping, signum, skipped, truncated = self.accelerator.reduce(values, "mean").tolist()
+        self._stop = self._stop or agreed_signal(stopping, signum)
         processes = self.accelerator.num_processes
         self.counts |= {name: self._counted[name] + round(mean * processes) for name, mean in
                         zip(_COUNTED, (skipped, truncated), strict=True)}
@@ -455,124 +428,5 @@ class Trainer:
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
         if self.scaler.is_enabled():
             metrics["loss_scale"] = self.scaler.get_scale()
-        metrics = {**metrics, **self.counts, "seconds_per_step": seconds,
-                   "backbone_lr": self.backbone_lr.get_last_lr()[0], "hypernetwork_lr": self.hyper_lr.get_last_lr()[0]}
-        with self._dispensable("the tracker's log"):
-            self.accelerator.log(metrics, step=self.step)
-        if self.accelerator.is_main_process:
-            with self._dispensable("metrics.jsonl"):
-                append_text(self.run_dir / "metrics.jsonl", json.dumps({"step": self.step, **metrics}) + "\n")
-            perf = metrics.get("train/perf", metrics.get("search/perf", math.nan))
-            searching = {name: f"{metrics[f'search/{name}']:.3f}" for name in ("ratio", "balance")
-                         if f"search/{name}" in metrics}
-            bar.set_postfix(searching, loss=f"{perf:.4f}", keep=f"{metrics['keep_ratio']:.3f}",
-                            experts=f"{metrics['experts_used']:.0f}")
-
-    def _log_masks(self, keep_ratio: float) -> None:
-        """The search's masks and routes now: a line of history.jsonl, and a picture to disk and to the trackers."""
-        if not self.accelerator.is_main_process:
-            return
-        assert self._masks is not None
-        record = {"step": self.step, "keep_ratio": keep_ratio, **describe_masks(*self._masks)}
-        picture = self.run_dir / "experts.png"
-        with self._dispensable(HISTORY):
-            append_text(self.run_dir / HISTORY, json.dumps(record) + "\n")
-            plot_experts(self._experts(self._masks), picture)
-            with Image.open(picture) as image:
-                log_pictures(self.accelerator, "experts", np.asarray(image.convert("RGB"))[None], self.step)
-
-    @contextlib.contextmanager
-    def _dispensable(self, name: str) -> Iterator[None]:
-        """On a full disk, the run goes on without what is written here: one line says so, the first time."""
-        try:
-            yield
-        except OSError as error:
-            if name not in self._unwritable:
-                self._unwritable.add(name)
-                tqdm.write(f"warning: {self.run_dir}: {name} could not be written ({error}): the run goes on without",
-                           file=sys.stderr)
-
-    def _save(self, needed: bool) -> Path:
-        """Write a checkpoint, of which all processes learn the outcome.
-
-        Raises:
-            InputError: if it could not be written and is `needed`; otherwise a line says so, and the run goes on.
-        """
-        folder = self.run_dir / "checkpoints"
-        path = folder / f"step-{self.step:06d}"
-        failure = None
-        if self.accelerator.is_main_process:
-            tensors = {"backbone": dict(checkpoint.trained_parameters(self.backbone)),
-                       "hypernetwork": self.parts.hypernetwork.state_dict()}
-            if self.ema:
-                tensors["ema"] = dict(zip(tensors["backbone"], self.ema.shadow_params, strict=True))
-            optimizers = {name: getattr(self, name).state_dict()
-                          for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
-            state = {"frozen": self.experts is not None, "counts": self.counts, **self._fixed,
-                     "ema_step": self.ema.optimization_step if self.ema else 0}
-            try:
-                saved = checkpoint.save_checkpoint(folder, self.step, self.config, tensors, optimizers, state,
-                                                   self.experts)
-                assert saved == path
-            except checkpoint.UNWRITTEN as error:
-                failure = f"{path} could not be written ({' '.join(str(error).split())[:200]})"
-                written = checkpoint.checkpoints(folder)
-                if needed:
-                    failure += ": make room, and " + (f"go on from {written[-1].name} with resume=latest" if written
-                                                      else "start anew: there is no earlier checkpoint")
-                else:
-                    tqdm.write(f"warning: {failure}: the run goes on to the next checkpoint", file=sys.stderr)
-        failure = broadcast_object_list([failure])[0]
-        if failure and needed:
-            raise InputError(failure)
-        return path
-
-    def restore(self, folder: Path) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            InputError: if it cannot be read, or was made with other data or other pretrained weights.
-        """
-        tensors, optimizers, state = checkpoint.load_checkpoint(folder)
-        for name, (what, remedy) in _FIXED.items():
-            if state[name] != self._fixed[name]:
-                raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
-        checkpoint.load_parameters(self.backbone, tensors["backbone"])
-        self.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
-        for name, value in optimizers.items():
-            if value:  # a disabled scaler has no state
-                getattr(self, name).load_state_dict(value)
-        optim = self.config.optim  # a rate or decay changed for the resumed run holds from here on
-        for optimizer, schedule, lr in ((self.backbone_optim, self.backbone_lr, optim.backbone_lr),
-                                        (self.hyper_optim, self.hyper_lr, optim.hypernetwork_lr)):
-            schedule.base_lrs = [lr]
-            for group in optimizer.param_groups:
-                group["lr"] *= lr / group["initial_lr"]
-                group.update(initial_lr=lr, weight_decay=optim.weight_decay, betas=optim.betas)
-        if self.ema:
-            for name, shadow in zip(checkpoint.trained_parameters(self.backbone), self.ema.shadow_params, strict=True):
-                shadow.copy_(tensors["ema"][name])
-            self.ema.optimization_step = state["ema_step"]
-        if state["frozen"]:
-            self.experts = TemporalExperts.from_pretrained(folder)
-        self.step = state["step"]
-        self.counts |= state["counts"]
-        self._counted = dict(self.counts)
-
-    @contextlib.contextmanager
-    def _signals(self):
-        """Finish the step and save at the first signal; the second has its usual effect."""
-        def note(signum: int, frame: Any) -> None:
-            self._received = signum
-            for name, handler in before.items():
-                signal.signal(name, handler)
-
-        try:
-            before = {name: signal.signal(name, note) for name in _STOPS}
-        except ValueError:  # not the main thread, which alone receives signals
-            before = {}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+        rates = {"backbone_lr": self.backbone_lr.get_last_lr()[0], "hypernetwork_lr": self.hyper_lr.get_last_lr()[0]}
+        self.journal.metrics(self.step, {**metrics, **self.counts, "seconds_per_step": seconds, **rates}, bar)

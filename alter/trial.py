@@ -15,7 +15,7 @@ def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
     """Bytes at the peak of one iteration of the search (if `searching`) and of the tuning, on this process's device.
 
     Real iterations on the run's own data, by optimizers that have their state already, at a learning rate of zero: no
-    weight changes. `trainer` must be fresh, before `restore`; afterwards it is fresh again.
+    weight changes. `trainer` must be fresh, before `restore_state`; afterwards it is fresh again.
 
     Raises:
         InputError: if the device has not enough memory.

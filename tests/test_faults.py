@@ -21,6 +21,7 @@ from alter import InputError, load_config, train
 from alter.checkpoint import checkpoints, damage, find_run, load_checkpoint, save_checkpoint
 from alter.config import CONFIGS, save_config
 from alter.files import append_text, write_text
+from alter.interruption import Interruption
 
 ROOT = CONFIGS.parent
 WEIGHTS = "final/transformer/diffusion_pytorch_model.safetensors"
@@ -307,7 +308,7 @@ def test_a_checkpoint_that_a_run_ends_with_must_be_written(small_config, tmp_pat
             train(small_config("dit", **changes))
         (tmp_path / "other").mkdir()
         trainer = make_trainer(small_config("dit"), tmp_path / "other")
-        trainer._received = signal.SIGTERM
+        trainer.interruption.received = signal.SIGTERM
         fill_the_disk(patch, (alter.checkpoint, "save_file"), at=1)
         with pytest.raises(InputError, match="step-000001 could not be written .* start anew: there is no earlier"):
             trainer.run()
@@ -346,13 +347,12 @@ def test_a_changed_model_is_refused_and_harmless_changes_are_named(small_config,
         "optim.backbone_lr: 0.001 → 5e-06", "checkpoint.every: 4 → 2"]
 
 
-def test_a_second_signal_stops_at_once(small_config, tmp_path, request):
-    trainer = make_trainer(small_config("dit"), tmp_path)
+def test_a_second_signal_stops_at_once(request):
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script begins without it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, usual))
-    with trainer._signals():
+    with Interruption() as interruption:
         signal.raise_signal(signal.SIGINT)
-        assert trainer._received == signal.SIGINT
+        assert interruption.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

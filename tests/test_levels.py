@@ -6,7 +6,7 @@ from pathlib import Path
 import alter
 
 LEVELS = [
-    {"errors", "files", "history", "memory", "processes"},
+    {"errors", "files", "history", "interruption", "memory", "processes"},
     {"schema", "relaxation", "losses", "diffusion", "sites", "images", "shapes", "text", "lora", "dit_weights"},
     {"config", "hypernetwork", "simulator", "cost", "trimming", "sharing"},
     {"compiling", "latency"},
@@ -19,7 +19,8 @@ LEVELS = [
     {"sensitivity"},
     {"report", "greedy"},
     {"card", "validation", "demo", "dry_run", "encode", "page"},
-    {"trainer", "metrics"},
+    {"journal", "trainer_state", "metrics"},
+    {"trainer"},
     {"trial", "ablation"},
     {"run"},
 ]
