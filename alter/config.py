@@ -124,6 +124,11 @@ class ExpertsConfig:
         1.0, "Factor by which temperature and noise of both shrink in the course of the search, linearly; 1 keeps "
         "them, as the paper does.", within="(0, 1]",
     )
+    start: str = key(
+        "dense", "Masks near which the search starts. dense: every layer is kept; the paper's. greedy: those layers of "
+        "which the sensitivity table says that they are worth their cost at the budget, by every expert.",
+        choices=("dense", "greedy"),
+    )
     resnet_skip: str = key(
         "identity",
         "What a skipped resnet of a UNet gives. identity: (the first channels of) its input, where channels allow; the "
@@ -137,7 +142,8 @@ class ExpertsConfig:
         choices=("block", "whole"),
     )
     offset: float = key(
-        4.0, "b, added to every mask logit: a site starts active with probability sigmoid(b)."
+        4.0, "b, added to the mask logits: a site that `start` keeps is active with probability sigmoid(b) at first, "
+        "another with sigmoid(-b)."
     )
     pretrained: str | None = key(
         None, "Folder or hub id with an experts.json: its masks and routes are kept, nothing is searched, and the "

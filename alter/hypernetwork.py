@@ -78,16 +78,18 @@ class HyperNetwork(ModelMixin, ConfigMixin):
         timestep_width: D, width of the backbone's sinusoidal timestep embedding.
         router: "learned" or "uniform".
         tau: temperature of both relaxations, > 0.
-        offset: b, added to every mask logit.
+        offset: b, added to every mask logit; `offset_L`, float32 [L], may be given others.
     """
 
     config_name = "config.json"
+    offset_L: Tensor
 
     @register_to_config
     def __init__(self, experts: int, sites: int, num_timesteps: int, timestep_width: int,
                  router: str = "learned", tau: float = 0.4, offset: float = 4.0) -> None:
         super().__init__()
         self.expert_generator = ExpertGenerator(experts, sites)
+        self.register_buffer("offset_L", torch.full((sites,), float(offset)))
         self.temporal_router: nn.Module = (
             TemporalRouter(experts, num_timesteps, timestep_width)
             if router == "learned" else UniformRouter(experts, num_timesteps)
@@ -98,7 +100,7 @@ class HyperNetwork(ModelMixin, ConfigMixin):
 
         annealing: they are divided by it, which is the same as multiplying noise and temperature by it.
         """
-        return Logits((self.expert_generator() + self.config.offset) / annealing, self.temporal_router() / annealing)
+        return Logits((self.expert_generator() + self.offset_L) / annealing, self.temporal_router() / annealing)
 
     def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E]."""

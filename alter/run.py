@@ -34,6 +34,7 @@ from .demo import Exam, exam, make_demo
 from .errors import InputError
 from .experts import TemporalExperts
 from .files import write_text
+from .greedy import start_greedily
 from .history import FILE_NAME as HISTORY
 from .latency import Latency
 from .lora import FILE_NAME as ADAPTERS
@@ -85,6 +86,8 @@ def train(config: Config) -> Path:
     if parts.latency is not None and accelerator.is_main_process:
         parts.latency.save(run_dir / LATENCY)
 
+    if config.experts.start == "greedy" and parts.experts is None and not resume_from and accelerator.is_main_process:
+        start_greedily(config, parts)  # the trainer tells the other processes
     trainer = Trainer(config, parts, accelerator, run_dir)
     begun = step_of(resume_from) if resume_from else 0
     if begun < config.train.steps:

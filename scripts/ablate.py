@@ -33,6 +33,8 @@ SEARCHED = {
     "experts_2": ["experts.count=2"], "experts_10": ["experts.count=10"], "annealed": ["experts.annealing=0.1"],
     "low_balance": ["loss.balance=0.1"], "gradual": ["budget.descent=0.75"],
     "gradual_static": ["budget.descent=0.75", "experts.count=1"],
+    "started": ["experts.start=greedy", "experts.offset=2"],
+    "started_static": ["experts.start=greedy", "experts.offset=2", "experts.count=1"],
 }
 UNET_ONLY = {
     "shortcut": ["experts.resnet_skip=shortcut"], "whole": ["experts.transformer_skip=whole"],

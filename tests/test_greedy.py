@@ -3,8 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+import alter.run
+from alter import TemporalExperts, train
 from alter.build import build
-from alter.greedy import remove_greedily
+from alter.greedy import remove_greedily, start_greedily
 from alter.probe import Probe
 from alter.sensitivity import Sensitivity, measure_sensitivity
 
@@ -19,7 +21,7 @@ def parts_of(small_config):
 
 def errors_of(function):
     """In place of forwards: the error as a function of the layers that are gone and of the range's middle."""
-    def errors(self, masks, low, high, weight_T):
+    def errors(self, masks, low, high, weight_T=None):
         return np.array([function(set(np.flatnonzero(~mask)), (low + high) / 2) for mask in masks], dtype=float), 1.0
     return errors
 
@@ -80,3 +82,26 @@ def test_its_first_removal_is_the_least_sensitive_layer(parts_of):
     measured = measure_sensitivity(config, parts, bins=1, samples=8)
     masks, _ = remove_greedily(config, parts, measured, 1, samples=8)
     assert np.flatnonzero(~masks[0]).tolist() == [measured.error_LB[:, 0].argmin()]
+
+
+def test_a_search_starts_at_the_masks_of_the_table(small_config, monkeypatch):
+    """Whatever the codes say, a large offset makes them the most probable masks of every expert, at the budget."""
+    config = small_config("dit", experts={"count": 3, "start": "greedy", "offset": 20.0},
+                          budget={"keep_ratio": 0.5, "over": "prunable"})
+    parts = build(config)
+    monkeypatch.setattr(Probe, "errors", errors_of(lambda gone, _: sum(np.array([1.0, 4.0, 2.0, 3.0])[list(gone)])))
+    start_greedily(config, parts)
+    logits = parts.hypernetwork()
+    assert logits.mask_EL.gt(0).tolist() == [[False, True, False, True]] * 3
+    assert parts.budget.expected(logits).item() == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_run_that_starts_greedily_is_resumed_without_measuring_again(small_config, tmp_path, monkeypatch):
+    changes = {"experts": {"count": 2, "start": "greedy", "offset": 20.0}, "output_dir": str(tmp_path / "run"),
+               "optim": {"hypernetwork_lr": 1e-9}, "budget": {"keep_ratio": 0.5, "over": "prunable"}}
+    run = train(small_config("dit", checkpoint={"every": 1, "keep": 10}, **changes))
+    first = TemporalExperts.from_pretrained(run / "final").mask_EL
+    monkeypatch.setattr(alter.run, "start_greedily", None)
+    train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
+    assert np.array_equal(TemporalExperts.from_pretrained(run / "final").mask_EL, first)
+    assert first.sum(1).tolist() == [2, 2] and (first == first[0]).all()
