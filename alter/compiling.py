@@ -122,8 +122,8 @@ def _enter(way: str, backbone: Any, simulator: Simulator, options: dict[str, Any
     if way == "layers":
         simulator.compile(**options)
     elif way != "eager":
-        backbone._alter_applied.hook.remove()  # the forward chooses the rows itself, with less around it
         backbone._alter_forward = compile_forward(type(backbone), way, **options)
+        backbone._alter_applied.hook.remove()  # the forward chooses the rows itself, with less around it
         backbone.__class__ = _compiled(backbone.__class__)
 
 
@@ -177,9 +177,9 @@ def _graphs() -> int:
 
 @functools.cache
 def _compiled(cls: Any) -> Any:
+    names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
     defaults = {name: parameter.default for name, parameter in inspect.signature(cls.forward).parameters.items()
-                if name != "self"}
-    first = next(iter(defaults))
+                if parameter.default is not inspect.Parameter.empty}
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -194,9 +194,8 @@ def _compiled(cls: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
         # Pipelines write the same call in several ways, and schedulers the same timestep, each of which would be a
         # graph; the backbone makes a float of it first of all.
-        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        latents = given[first]
-        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32, device=latents.device)
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32, device=given[names[0]].device)
         return self._alter_forward(self, **given)
 
     compiled: Any = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})

@@ -126,7 +126,8 @@ class ExpertsConfig:
     )
     start: str = key(
         "dense", "Masks near which the search starts. dense: every layer is kept; the paper's. greedy: those layers of "
-        "which the sensitivity table says that they are worth their cost at the budget, by every expert.",
+        "which the sensitivity table, measured first (minutes), says that they are worth their cost at the budget, by "
+        "every expert.",
         choices=("dense", "greedy"),
     )
     resnet_skip: str = key(
@@ -354,6 +355,10 @@ class Config:
         if self.budget.latency_file is not None and self.budget.cost != "latency":
             raise InputError(f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
                              "set budget.cost=latency")
+        if self.experts.start == "greedy" and (self.experts.offset <= 0 or self.budget.descent > 0):
+            raise InputError(f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
+                             f"{self.budget.descent}: it needs an offset above 0, and no descent, since it starts at "
+                             "the budget")
         if self.data.source != "digits" and self.data.path is None:
             raise InputError(f"data.path is not set: data.source={self.data.source!r} needs a folder")
 

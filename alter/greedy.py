@@ -1,14 +1,13 @@
 """Masks without a search: layers are removed one after the other, each time the one that the samples miss least."""
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from .budget import TOLERANCE
 from .build import Parts
 from .config import Config
 from .probe import Probe
-from .sensitivity import Sensitivity, allocate, measure_sensitivity
+from .sensitivity import Sensitivity, allocate
 
 
 def remove_greedily(config: Config, parts: Parts, table: Sensitivity, experts: int,
@@ -54,10 +53,3 @@ def remove_greedily(config: Config, parts: Parts, table: Sensitivity, experts: i
             error_E[e] += worth_EL[e, layer] / timesteps_E[e]
             stale = {e}
             bar.update()
-
-
-def start_greedily(config: Config, parts: Parts) -> None:
-    """Let the search of a fresh hypernetwork start near the one mask that `allocate` finds for all timesteps."""
-    (mask_L,), _ = allocate(measure_sensitivity(config, parts), parts.budget, experts=1)
-    offset_L = parts.hypernetwork.offset_L
-    offset_L.copy_(torch.where(torch.from_numpy(mask_L).to(offset_L.device), offset_L, -offset_L))

@@ -34,7 +34,6 @@ from .demo import Exam, exam, make_demo
 from .errors import InputError
 from .experts import TemporalExperts
 from .files import write_text
-from .greedy import start_greedily
 from .history import FILE_NAME as HISTORY
 from .latency import Latency
 from .lora import FILE_NAME as ADAPTERS
@@ -43,6 +42,8 @@ from .metrics import accuracy, errors_by_timestep, frechet_distance, train_class
 from .plan import by_time, plan_latency, set_tf32
 from .report import plot_experts, plot_samples, summary_table
 from .sampling import sample_latents
+from .sensitivity import FILE_NAME as SENSITIVITY
+from .sensitivity import measure_sensitivity, start_near
 from .sites import PIPELINE_COMPONENT
 from .trainer import Trainer
 from .trainer_state import restore_state
@@ -87,7 +88,9 @@ def train(config: Config) -> Path:
         parts.latency.save(run_dir / LATENCY)
 
     if config.experts.start == "greedy" and parts.experts is None and not resume_from and accelerator.is_main_process:
-        start_greedily(config, parts)  # the trainer tells the other processes
+        table = measure_sensitivity(config, parts)
+        table.save(run_dir / SENSITIVITY)
+        start_near(table, parts.budget, parts.hypernetwork)  # the trainer tells the other processes
     trainer = Trainer(config, parts, accelerator, run_dir)
     begun = step_of(resume_from) if resume_from else 0
     if begun < config.train.steps:

@@ -15,7 +15,7 @@ from .build import Parts
 from .config import Config
 from .errors import InputError
 from .files import write_text
-from .hypernetwork import Logits
+from .hypernetwork import HyperNetwork, Logits
 from .probe import Probe
 
 FILE_NAME = "sensitivity.json"
@@ -160,3 +160,10 @@ def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
         f"{budget.keep_ratio}, if effects added up, one mask for all timesteps would move the samples {gain:.2f} times "
         f"as far (squared) as {experts} experts' masks: "
         + ("experts have something to gain." if gain > 1.1 else "experts have little to gain over one mask."))
+
+
+def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork) -> None:
+    """Let the search of a fresh hypernetwork start near the one mask that `allocate` finds for all timesteps."""
+    (mask_L,), _ = allocate(table, budget, experts=1)
+    offset_L = hypernetwork.offset_L
+    offset_L.copy_(torch.where(torch.from_numpy(mask_L).to(offset_L.device), offset_L, -offset_L))

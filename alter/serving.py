@@ -1,7 +1,7 @@
 """Experts at work in a diffusers pipeline: the backbone's own timestep chooses the rows of its gates.
 
-The choice is made once a forward, in Python, outside compiled code, from at most one host read of the timestep;
-every site then branches on the host. Nothing compares tensors.
+The choice is made once a forward, in Python, outside compiled code, from at most one host read of the timestep; the
+layers then run or not without a look at the device (simulator.py). Nothing compares tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class Installed:
     expert_T: np.ndarray
     simulator: Simulator
     choose_rows: Any  # of a forward, from its arguments
-    hook: Any  # that calls it
+    hook: Any  # that calls it, except where the backbone's compiled forward does
     shared: SharedEmbedding
 
 
@@ -108,6 +108,8 @@ def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) ->
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
     @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
     def choose_rows(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if "_is_replica" in vars(module):
+            raise InputError("experts: nn.DataParallel's replicas share one choice of layers: use a process each GPU")
         installed: Installed | None = getattr(module, "_alter_applied", None)  # a copy's own, in a copy of the backbone
         if installed is not None:
             installed.shared.begin()

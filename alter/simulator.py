@@ -2,9 +2,8 @@
 
 Attaching sets each site's `__class__` to a parameter-free subclass of the same name whose `__call__` consults
 the gate before it calls the layer. State-dict keys, `deepcopy`, hooks and `block.compile()` keep working, and
-the branch stays outside compiled code. While all samples run the same layers and no gradient is recorded, even that
-look is spared: the layers that run have their own class again, and the others one that only bypasses. `remove()`
-restores the model.
+the branch stays outside compiled code. In inference (`set`, without gradients) even that look is spared: a layer that
+all samples run has its own class again, one that none runs a class that only bypasses. `remove()` restores the model.
 """
 
 import functools
@@ -88,8 +87,23 @@ class _Gate:
     index: int
     site: Site
     state: _State
-    own: type
+    own: Any  # the layer's class when the gate was made
+    base: Any  # that, or what others have made of it since
+    given: Any  # the class that the layer has from here
     observer: Callable[[Tensor], None] | None = None
+
+    def settle(self, layer: Any, kept: Tensor | bool | None) -> None:
+        """Let the layer's class say that it runs (True) or does not (False); else the gate is consulted."""
+        if type(layer) is not self.given:
+            self.base = type(layer)
+        settled = kept if isinstance(kept, bool) and self.observer is None and self.base is self.own else None
+        if settled is None:
+            self.given = _gated(self.base, self.own)
+        else:
+            self.given = self.own if settled else _bypassed(self.own, self.site.channels is None)
+        object.__setattr__(layer, "__class__", self.given)
+        # In the layer's own dictionary too, whose changes torch.compile's guards watch.
+        object.__setattr__(layer, "_alter_settled", settled)
 
 
 class Simulator:
@@ -112,8 +126,9 @@ class Simulator:
         if any(hasattr(layer, "_alter_gate") for layer in self._layers):
             raise InputError("backbone: it already has gates: remove them first")
         for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
-            own: Any = type(layer)
-            layer._alter_gate, layer.__class__ = _Gate(index, site, self._state, own), _gated(own)
+            own = type(layer)
+            layer._alter_gate = _Gate(index, site, self._state, own, own, own)
+            layer._alter_gate.settle(layer, None)
 
     @contextmanager
     def use(self, rows: Rows | None) -> Iterator[None]:
@@ -130,23 +145,19 @@ class Simulator:
         # A block whose activations are recomputed in backward must find the rows of its forward: not with gradients.
         uniform = rows if isinstance(rows, HardRows) and not torch.is_grad_enabled() else None
         if rows is not self._state.rows or self._state.settled != (uniform is not None):
-            self._state.rows = rows
+            self._state.rows = None  # until all layers have followed, should an interrupt come between
             self._settle(uniform)
+            self._state.rows = rows
 
     def _settle(self, rows: HardRows | None) -> None:
         """Let the layers' classes say which run; None: they consult their gates."""
         if rows is None and not self._state.settled:
             return
-        self._state.settled = rows is not None
+        self._state.settled = True
         for layer in self._layers:
             gate: _Gate = layer._alter_gate
-            kept = None if rows is None or gate.observer is not None else rows.kept[gate.index]
-            settled = kept if isinstance(kept, bool) else None
-            # In the layer's own dictionary too, whose changes torch.compile's guards watch.
-            object.__setattr__(layer, "_alter_settled", settled)
-            own: Any = gate.own
-            cls = own if settled else _gated(own) if settled is None else _bypassed(own, gate.site.channels is None)
-            object.__setattr__(layer, "__class__", cls)
+            gate.settle(layer, None if rows is None else rows.kept[gate.index])
+        self._state.settled = rows is not None
 
     @property
     def is_uniform(self) -> bool:
@@ -190,7 +201,7 @@ class Simulator:
         for layer in self._layers:
             layer.__class__ = layer._alter_gate.own
             del layer._alter_gate
-            vars(layer).pop("_alter_settled", None)
+            del layer._alter_settled
         self._layers = []
 
 
@@ -208,6 +219,7 @@ class FeatureTap:
             keep = functools.partial(self._keep, index)
             if hasattr(module, "_alter_gate"):
                 module._alter_gate.observer = keep
+                module._alter_gate.settle(module, None)
             else:
                 module.register_forward_hook(lambda module, inputs, output, keep=keep: keep(output))
 
@@ -230,7 +242,7 @@ class FeatureTap:
 
 
 @functools.cache
-def _gated(cls: Any) -> Any:
+def _gated(cls: Any, own: Any) -> Any:
     def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         gate: _Gate = self._alter_gate
         rows = gate.state.rows
@@ -252,7 +264,7 @@ def _gated(cls: Any) -> Any:
             gate.observer(output)
         return (output,) if in_tuple else output
 
-    dense = cls.__call__
+    dense = own.__call__
     return _subclass(cls, call)
 
 

@@ -76,7 +76,8 @@ def restore_state(trainer: Any, folder: Path) -> None:
         if state[name] != trainer.inputs[name]:
             raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
     checkpoint.load_parameters(trainer.backbone, tensors["backbone"])
-    trainer.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
+    hypernetwork = trainer.parts.hypernetwork
+    hypernetwork.load_state_dict({"offset_L": hypernetwork.offset_L, **tensors["hypernetwork"]})  # older ones lack it
     for name, value in optimizers.items():
         if value:  # a disabled scaler has no state
             getattr(trainer, name).load_state_dict(value)

@@ -32,7 +32,7 @@ def rows(tmp_path, monkeypatch, *arguments):
 
 def test_rows_of_use(tmp_path, monkeypatch):
     found = rows(tmp_path, monkeypatch, "--cases", "demo_dit", "--masks", 2, "--runs", 1, "--batch", 1, 2)
-    assert len(found) == 2 * 2 * 2 * 2 and all(KEYS <= row.keys() for row in found)
+    assert len(found) == 2 * 2 * 2 * 2 and all({*KEYS, "overhead_unshared"} <= row.keys() for row in found)
     for row in found:
         assert row["macs_ratio"] == pytest.approx(row["keep_ratio"] * (1 if row["kind"] == "step" else 0.4), abs=0.06)
         assert row["efficiency"] == pytest.approx(row["macs_ratio"] / row["time_ratio"])

@@ -123,7 +123,10 @@ def test_what_cannot_be_compiled_is_reported(folder):
     with pytest.raises(InputError, match="these belong to the ways"):
         experts.compile(pipe, mode="max-autotune")
     assert hasattr(pipe.unet, "_alter_forward")  # a refused call changes nothing
-    draw(pipe)
+    expected = draw(pipe)
+    with pytest.raises(TypeError):
+        experts.compile(pipe, ways=["experts"], no_such_option=1)
+    assert len(pipe.unet._forward_pre_hooks) == 1 and np.abs(draw(pipe) - expected).max() < 1e-6
 
 
 def test_compile_first_then_offload(folder):

@@ -13,6 +13,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 
 from alter import InputError, TemporalExperts
 from alter.cost import count_cost
@@ -89,6 +91,9 @@ def test_gates_may_be_used_otherwise_after_a_forward_without_gradients(kind):
             for timestep, result in zip(timesteps, expected, strict=True):
                 with torch.no_grad():
                     assert torch.equal(model(sample, timestep, **conditioning).sample, result)
+        layers = [model.get_submodule(site.path) for site in simulator.sites]
+        for layer, kept in zip(layers, experts.mask_EL[1], strict=True):
+            assert (type(layer) in (BasicTransformerBlock, ResnetBlock2D)) == kept  # the layer's own class: no gate
         copied = copy.deepcopy(model)
         with torch.no_grad():
             assert torch.equal(copied(sample, timesteps[0], **conditioning).sample, expected[0])
@@ -102,6 +107,39 @@ def test_gates_may_be_used_otherwise_after_a_forward_without_gradients(kind):
             assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
     assert not any(hasattr(layer, name) for layer in model.modules() for name in ("_alter_gate", "_alter_settled"))
     assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_layers_that_others_patch_meanwhile_stay_patched(kind):
+    """tomesd and others put a subclass of a layer's present class in its place."""
+    experts, model, calls = make_experts(kind), make_model(kind), []
+    (sample, _), conditioning = make_inputs(kind)
+
+    def draw(value):
+        return model(sample, torch.full((len(sample),), value), **conditioning).sample
+
+    with torch.no_grad(), experts.apply(model):
+        expected = [draw(100), draw(900)]
+        site = next(site for site, kept in enumerate(experts.mask_EL.T) if kept.tolist() == [True, False])
+        layer = model.get_submodule(experts.sites[site])
+        for value in (100, 900):  # while it runs, and while it is skipped
+            draw(value)
+            cls = type(layer)
+            layer.__class__ = type("Patched", (cls,), {"forward": lambda self, *args, cls=cls, **kwargs: (
+                calls.append(1), cls.forward(self, *args, **kwargs))[1]})
+            calls.clear()
+            assert all(torch.equal(draw(t), result) for _ in range(2)
+                       for t, result in zip((100, 900), expected, strict=True))
+            assert len(calls) == (2 if value == 100 else 4)
+
+
+def test_data_parallel_replicas_are_refused():
+    experts, model = make_experts(), make_model("dit")
+    (sample, _), conditioning = make_inputs("dit")
+    with experts.apply(model):
+        replica = model._replicate_for_data_parallel()
+        with pytest.raises(InputError, match="use a process each GPU"):
+            replica(sample, torch.full((len(sample),), 100), **conditioning)
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])

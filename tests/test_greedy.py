@@ -3,12 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+import alter.checkpoint
 import alter.run
-from alter import TemporalExperts, train
+from alter import InputError, TemporalExperts, train
 from alter.build import build
-from alter.greedy import remove_greedily, start_greedily
+from alter.greedy import remove_greedily
 from alter.probe import Probe
-from alter.sensitivity import Sensitivity, measure_sensitivity
+from alter.sensitivity import Sensitivity, measure_sensitivity, start_near
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_search_starts_at_the_masks_of_the_table(small_config, monkeypatch):
                           budget={"keep_ratio": 0.5, "over": "prunable"})
     parts = build(config)
     monkeypatch.setattr(Probe, "errors", errors_of(lambda gone, _: sum(np.array([1.0, 4.0, 2.0, 3.0])[list(gone)])))
-    start_greedily(config, parts)
+    start_near(measure_sensitivity(config, parts), parts.budget, parts.hypernetwork)
     logits = parts.hypernetwork()
     assert logits.mask_EL.gt(0).tolist() == [[False, True, False, True]] * 3
     assert parts.budget.expected(logits).item() == pytest.approx(0.5, abs=1e-4)
@@ -101,7 +102,32 @@ def test_a_run_that_starts_greedily_is_resumed_without_measuring_again(small_con
                "optim": {"hypernetwork_lr": 1e-9}, "budget": {"keep_ratio": 0.5, "over": "prunable"}}
     run = train(small_config("dit", checkpoint={"every": 1, "keep": 10}, **changes))
     first = TemporalExperts.from_pretrained(run / "final").mask_EL
-    monkeypatch.setattr(alter.run, "start_greedily", None)
+    monkeypatch.setattr(alter.run, "measure_sensitivity", None)
     train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
     assert np.array_equal(TemporalExperts.from_pretrained(run / "final").mask_EL, first)
     assert first.sum(1).tolist() == [2, 2] and (first == first[0]).all()
+    assert Sensitivity.load(run / "sensitivity.json").samples == 32
+
+
+@pytest.mark.parametrize("changes", [{"experts": {"start": "greedy", "offset": 0.0}},
+                                     {"experts": {"start": "greedy"}, "budget": {"descent": 0.5}}])
+def test_a_start_that_would_be_undone_is_refused(small_config, changes):
+    with pytest.raises(InputError, match="experts.start=greedy with experts.offset"):
+        small_config("dit", **changes)
+
+
+def test_checkpoints_from_before_the_sites_had_offsets_of_their_own(small_config, tmp_path, monkeypatch):
+    changes = {"output_dir": str(tmp_path / "run"), "checkpoint": {"every": 1, "keep": 10}}
+    run = train(small_config("dit", **changes))
+    whole = TemporalExperts.from_pretrained(run / "final")
+    load = alter.checkpoint.load_checkpoint
+
+    def load_older(folder):
+        tensors, *others = load(folder)
+        del tensors["hypernetwork"]["offset_L"]
+        return tensors, *others
+
+    monkeypatch.setattr(alter.checkpoint, "load_checkpoint", load_older)
+    train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
+    resumed = TemporalExperts.from_pretrained(run / "final")
+    assert np.array_equal(whole.mask_EL, resumed.mask_EL) and np.array_equal(whole.expert_T, resumed.expert_T)

@@ -157,6 +157,18 @@ def test_a_hard_layer_sees_only_the_samples_that_keep_it(kind, way):
     assert list(seen.values()) == mask.sum(0).tolist()
 
 
+def test_features_are_taken_of_layers_that_serve_already():
+    model, ((sample, _), conditioning) = make_model("dit"), make_inputs("dit")
+    simulator = Simulator(model)
+    with torch.no_grad():
+        simulator.set(HardRows(torch.ones(1, len(simulator.sites), dtype=torch.bool)))
+        model(sample, torch.zeros(len(sample)), **conditioning)
+        tap = FeatureTap(model, [simulator.sites[0].path])
+        with tap.capture() as features:
+            model(sample, torch.zeros(len(sample)), **conditioning)
+    assert len(features) == 1
+
+
 def test_a_deepcopy_has_gates_of_its_own():
     model = make_model("dit")
     simulator = Simulator(model)

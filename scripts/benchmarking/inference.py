@@ -137,8 +137,9 @@ def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, coun
         torch.testing.assert_close(results["experts"], results["by_hand"], rtol=1e-3, atol=1e-3)
     with host_reads(device) as reads:
         ways["experts"]()
-    unshared = {"overhead_unshared": seconds["experts"] / seconds["by_hand_unshared"]} if len(ways) == 4 else {}
+    unshared = seconds.get("by_hand_unshared")
     return {"macs_ratio": macs, "time_ratio": seconds["experts"] / seconds["dense"],
             "efficiency": seconds["dense"] / seconds["experts"] * macs,
-            "overhead": seconds["experts"] / seconds["by_hand"], **unshared, "seconds_dense": seconds["dense"],
-            "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}
+            "overhead": seconds["experts"] / seconds["by_hand"],
+            **({"overhead_unshared": seconds["experts"] / unshared} if unshared else {}),
+            "seconds_dense": seconds["dense"], "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}
