@@ -142,4 +142,5 @@ def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, coun
             "efficiency": seconds["dense"] / seconds["experts"] * macs,
             "overhead": seconds["experts"] / seconds["by_hand"],
             **({"overhead_unshared": seconds["experts"] / unshared} if unshared else {}),
-            "seconds_dense": seconds["dense"], "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}
+            "seconds_dense": seconds["dense"], "peak_memory_bytes": peak_memory(ways["experts"], device),
+            "host_syncs_per_step": len(reads) / count}
