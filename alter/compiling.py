@@ -177,8 +177,9 @@ def _graphs() -> int:
 
 @functools.cache
 def _compiled(cls: Any) -> Any:
-    names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
-    defaults = {name: parameter.default for name, parameter in inspect.signature(cls.forward).parameters.items()
+    parameters = inspect.signature(cls.forward).parameters
+    names = [name for name in parameters if name != "self"]
+    defaults = {name: parameter.default for name, parameter in parameters.items()
                 if parameter.default is not inspect.Parameter.empty}
 
     @functools.wraps(cls.forward)
@@ -187,16 +188,18 @@ def _compiled(cls: Any) -> Any:
 
         It may be called after `leave`, by hooks that have kept it.
         """
-        if not hasattr(self, "_alter_forward"):
+        compiled_forward = vars(self).get("_alter_forward")
+        if compiled_forward is None:
             return cls.forward(self, *args, **kwargs)
-        self._alter_applied.choose_rows(self, args, kwargs)
-        if not self._alter_applied.simulator.is_uniform:
+        installed = self._alter_applied
+        installed.choose_rows(self, args, kwargs)
+        if not installed.simulator.is_uniform:
             return cls.forward(self, *args, **kwargs)
         # Pipelines write the same call in several ways, and schedulers the same timestep, each of which would be a
         # graph; the backbone makes a float of it first of all.
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
         given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32, device=given[names[0]].device)
-        return self._alter_forward(self, **given)
+        return compiled_forward(self, **given)
 
     compiled: Any = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
     return compiled

@@ -5,6 +5,7 @@ result serves all others, to the bit.
 """
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .sites import embedders
 
+_version = operator.attrgetter("_version")
 _PLAIN = (nn.Linear, nn.Embedding, nn.SiLU, Timesteps)  # no adapter, no quantised layer
 
 
@@ -31,9 +33,10 @@ class SharedEmbedding:
         if not _are_equal(self.embedders):
             self.embedders = []
         modules = [module for embedder in self.embedders for module in embedder.modules()]
-        self._children = [module._modules for module in modules if module._modules]
-        self._weights = [module._parameters for module in modules if module._parameters]
-        self._state = self._current()
+        self._entries = [entries for module in modules for entries in (module._modules, module._parameters) if entries]
+        self._kept = [dict(entries) for entries in self._entries]
+        self._weights = [weight for embedder in self.embedders for weight in embedder.parameters()]
+        self._versions = [*map(_version, self._weights)]
         for embedder in self.embedders:
             embedder._alter_shared = self
             embedder.__class__ = _sharing(embedder.__class__)
@@ -41,7 +44,7 @@ class SharedEmbedding:
     def begin(self) -> None:
         """Forget the last forward's embedding."""
         self.arguments = self.result = None
-        if self.embedders and self._current() != self._state:
+        if self.embedders and not self._is_unchanged():
             self.remove()
 
     def remove(self) -> None:
@@ -51,10 +54,11 @@ class SharedEmbedding:
             del embedder._alter_shared
         self.embedders = []
 
-    def _current(self) -> tuple[list[int], list[tuple[int, int]]]:
-        return ([id(child) for children in self._children for child in children.values()],
-                [(id(weight), weight._version) for weights in self._weights for weight in weights.values()
-                 if weight is not None])
+    def _is_unchanged(self) -> bool:
+        try:  # by identity, in one call, since a compiled step of a small model takes less than a millisecond
+            return self._entries == self._kept and [*map(_version, self._weights)] == self._versions
+        except RuntimeError:  # a weight has been replaced, and where two tensors are equal is not one answer
+            return False
 
 
 def _are_equal(copies: list[Any]) -> bool:

@@ -68,6 +68,10 @@ def change_a_weight(embedder):
         embedder.timestep_embedder.linear_2.weight += 1
 
 
+def replace_a_weight(embedder):
+    embedder.timestep_embedder.linear_2.weight = nn.Parameter(2 * embedder.timestep_embedder.linear_2.weight)
+
+
 def replace_a_layer(embedder):
     embedder.timestep_embedder.linear_1 = nn.Sequential(copy.deepcopy(embedder.timestep_embedder.linear_1), nn.Tanh())
 
@@ -77,7 +81,7 @@ def add_adapters(embedder):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["linear_1"], init_lora_weights=False), embedder)
 
 
-@pytest.mark.parametrize("change", [change_a_weight, replace_a_layer, add_adapters])
+@pytest.mark.parametrize("change", [change_a_weight, replace_a_weight, replace_a_layer, add_adapters])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_copies_that_differ_embed_for_themselves(model, change, when):
     if when == "after":
