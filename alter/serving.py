@@ -111,8 +111,6 @@ def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) ->
         if "_is_replica" in vars(module):
             raise InputError("experts: nn.DataParallel's replicas share one choice of layers: use a process each GPU")
         installed: Installed | None = getattr(module, "_alter_applied", None)  # a copy's own, in a copy of the backbone
-        if installed is not None:
-            installed.shared.begin()
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
         experts = [routes[min(max(round(value), 0), last)] for value in (given if isinstance(given, list) else [given])]
@@ -121,6 +119,10 @@ def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) ->
         else:
             sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             rows = HardRows(masks[experts], sample.device)
-        (installed.simulator if installed is not None else simulator).set(rows)
+        if installed is None:
+            simulator.set(rows)
+        else:
+            installed.simulator.set(rows)
+            installed.shared.begin()
 
     return choose_rows

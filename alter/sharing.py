@@ -12,7 +12,7 @@ import torch
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
-from .sites import embedders
+from .sites import embedders, embedding_blocks
 
 _version = operator.attrgetter("_version")
 _PLAIN = (nn.Linear, nn.Embedding, nn.SiLU, Timesteps)  # no adapter, no quantised layer
@@ -32,31 +32,42 @@ class SharedEmbedding:
         self.result: Tensor | None = None
         if not _are_equal(self.embedders):
             self.embedders = []
-        modules = [module for embedder in self.embedders for module in embedder.modules()]
-        self._entries = [entries for module in modules for entries in (module._modules, module._parameters) if entries]
-        self._kept = [dict(entries) for entries in self._entries]
-        self._weights = [weight for embedder in self.embedders for weight in embedder.parameters()]
-        self._versions = [*map(_version, self._weights)]
+        # The output layer uses the first block's, whether that block runs or not.
+        users = [backbone, *embedding_blocks(backbone)[1:]]
+        self._copies = [(user, _Copy(own)) for user, own in zip(users, self.embedders, strict=False)]
         for embedder in self.embedders:
             embedder._alter_shared = self
             embedder.__class__ = _sharing(embedder.__class__)
 
     def begin(self) -> None:
-        """Forget the last forward's embedding."""
+        """Forget the last forward's embedding. Copies in blocks that the simulator has settled to skip may differ."""
         self.arguments = self.result = None
-        if self.embedders and not self._is_unchanged():
-            self.remove()
+        for user, copy in self._copies:
+            if vars(user).get("_alter_settled") is not False and not copy.is_unchanged():
+                self.remove()
+                break
 
     def remove(self) -> None:
         """Let every block embed for itself again."""
         for embedder in self.embedders:
             embedder.__class__ = type(embedder).__mro__[1]
             del embedder._alter_shared
-        self.embedders = []
+        self.embedders, self._copies = [], []
 
-    def _is_unchanged(self) -> bool:
+
+class _Copy:
+    """What an embedder was made of."""
+
+    def __init__(self, embedder: nn.Module) -> None:
+        modules = list(embedder.modules())
+        self.entries = [entries for module in modules for entries in (module._modules, module._parameters) if entries]
+        self.kept = [dict(entries) for entries in self.entries]
+        self.weights = list(embedder.parameters())
+        self.versions = [*map(_version, self.weights)]
+
+    def is_unchanged(self) -> bool:
         try:  # by identity, in one call, since a compiled step of a small model takes less than a millisecond
-            return self._entries == self._kept and [*map(_version, self._weights)] == self._versions
+            return self.entries == self.kept and [*map(_version, self.weights)] == self.versions
         except RuntimeError:  # a weight has been replaced, and where two tensors are equal is not one answer
             return False
 

@@ -178,10 +178,18 @@ def null_class(backbone: DiTTransformer2DModel) -> int:
 
 def embedders(backbone: nn.Module) -> list[Any]:
     """The copies of a DiT's timestep and label embedder, one a block, each once; none for a UNet."""
+    return [block.norm1.emb for block in embedding_blocks(backbone)]
+
+
+def embedding_blocks(backbone: nn.Module) -> list[Any]:
+    """The blocks of a DiT in which those copies are, in the same order; none for a UNet."""
     if not isinstance(backbone, DiTTransformer2DModel):
         return []
-    return list({id(block.norm1.emb): block.norm1.emb for block in backbone.transformer_blocks
-                 if hasattr(block, "norm1")}.values())
+    blocks: dict[int, Any] = {}
+    for block in backbone.transformer_blocks:
+        if hasattr(block, "norm1"):
+            blocks.setdefault(id(block.norm1.emb), block)
+    return list(blocks.values())
 
 
 def tie_embedders(backbone: Backbone) -> None:

@@ -2,12 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import make_dit, make_inputs, make_unet
 from torch import nn
 
+from alter import TemporalExperts
+from alter.cost import count_cost
 from alter.sharing import SharedEmbedding
 from alter.sites import embedders
 
@@ -94,6 +97,20 @@ def test_copies_that_differ_embed_for_themselves(model, change, when):
     output = forward(shared, model)
     shared.remove()
     assert torch.equal(output, run(model))
+
+
+@pytest.mark.parametrize(("changed", "skipping", "running"), [(2, 1, 5), (0, 4, 5)])
+def test_a_copy_may_differ_while_its_block_is_skipped(model, changed, skipping, running):
+    """Unless it is the first block's, which the output layer uses too."""
+    mask_EL = np.ones((2, 4), dtype=bool)
+    mask_EL[0, changed] = False
+    (latents, _), conditioning = make_inputs("dit", batch=3)
+    with TemporalExperts.build(mask_EL, np.arange(1000) // 500, count_cost(model, 8), 0.9, "total").apply(model):
+        change_a_weight(embedders(model)[changed])
+        for timestep, expected in ((100, skipping), (900, running)):
+            inputs = {"hidden_states": latents, "timestep": torch.full((3,), timestep), **conditioning}
+            with torch.no_grad():
+                assert count_embeddings(model, lambda inputs=inputs: model(**inputs)) == expected
 
 
 def test_gradients_and_training_mode_reach_every_copy(model):

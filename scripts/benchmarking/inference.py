@@ -5,6 +5,7 @@ own, and so has a model by hand that embeds in every block.
 """
 
 import functools
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,10 +36,12 @@ def steps(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[st
         for expert in experts.used:
             timestep = int(np.flatnonzero(experts.expert_T == expert)[0])
             given = {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
-            models, way = _models(case, experts, [expert], batch, mode)
-            ways = {name: (lambda model=model, given=given: model(**given).sample) for name, model in models.items()}
+
+            def run(name: str, model: Any, given: dict[str, Any] = given) -> torch.Tensor:
+                return model(**given).sample
+
             macs = float(experts.macs_T[timestep]) / experts.macs_total
-            row = {**about, **_measure(case, ways, arguments.runs, macs, 1), "way": way, **sharing}
+            row = {**about, **_compare(case, experts, [expert], batch, mode, run, arguments.runs, macs), **sharing}
             if latency is not None:
                 row["time_ratio_by_latency"] = 1 - float(latency.share_L[~experts.mask_EL[expert]].sum())
             yield {**row, "expert": expert} if arguments.run else row
@@ -55,16 +58,14 @@ def trajectories(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[
               if name in ("class_labels", "encoder_hidden_states")}
     shape = (case.backbone.config.in_channels, case.size, case.size)
 
-    def sample(model: Any, count: int) -> torch.Tensor:
+    def run(name: str, model: Any) -> torch.Tensor:
+        count = DENSE_STEPS if name == "dense" else EXPERT_STEPS
         return sample_latents(model, scheduler, shape, inputs, inputs, count, seed=0)
 
     for about, experts in _experts(case, arguments, count=EXPERTS):
         order = experts.expert_T[visited].tolist()
-        models, way = _models(case, experts, order, batch, mode)
-        ways = {name: (lambda model=model, name=name: sample(model, DENSE_STEPS if name == "dense" else EXPERT_STEPS))
-                for name, model in models.items()}
         macs = float(experts.macs_T[visited].sum()) / (DENSE_STEPS * experts.macs_total)
-        yield {**about, **_measure(case, ways, arguments.runs, macs, EXPERT_STEPS), "way": way}
+        yield {**about, **_compare(case, experts, order, batch, mode, run, arguments.runs, macs)}
 
 
 def _sharing(case: Case, inputs: dict[str, Any], runs: int) -> dict[str, float]:
@@ -87,6 +88,20 @@ def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str,
             yield {"keep_ratio": keep, "mask_seed": seed}, draw_experts(case.cost, keep, seed, count)
 
 
+def _compare(case: Case, experts: TemporalExperts, order: list[int], batch: int, mode: str,
+             run: Callable[[str, Any], torch.Tensor], runs: int, macs: float) -> dict[str, Any]:
+    """One row, of models made for it and gone after it.
+
+    Compiled code that shares its process with the remains of other compiled models is up to 5% slower, by where its
+    memory happens to lie.
+    """
+    torch.compiler.reset()
+    gc.collect()
+    models, way = _models(case, experts, order, batch, mode)
+    ways = {name: functools.partial(run, name, model) for name, model in models.items()}
+    return {**_measure(case, ways, runs, macs, len(order)), "way": way}
+
+
 def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
             mode: str) -> tuple[dict[str, Any], str]:
     """Those to compare, compiled in the same way if at all, and that way's name."""
@@ -97,7 +112,6 @@ def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
               if name == "by_hand" or embedders(case.backbone)}
     way = "eager"
     if mode == "compiled":
-        torch.compiler.reset()
         report = experts.compile(served, batch=batch, latent_size=case.size)
         print(report, flush=True)
         way = report.kept
