@@ -285,6 +285,9 @@ def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
             axis.plot(*zip(*points, strict=True), linestyle="", marker="osD^v<>ph*XPd"[index % 13], markersize=4,
                       color=EXPERTS[index % len(EXPERTS)], label=variant.replace("_", " "))
         axis.set(ylabel=label, yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:g}")  # as powers of ten they would need mathtext, which the style has off
         axis.grid()
     steps = {row["sampling_steps"] for row in experts}
     dense = [row["fd"] for row in rows if row["variant"] == "dense" and row["sampling_steps"] in steps]

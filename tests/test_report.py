@@ -519,3 +519,12 @@ def test_in_a_browser(pages, tmp_path, width, dark):
     assert picture.shape == (9000, width, 3)
     assert (picture[2, 2] == ((20, 24, 29) if dark else (255, 255, 255))).all()
     assert picture[:2000].std() > 20
+
+
+def test_the_figure_of_an_ablation_has_plain_numbers_at_its_axes():
+    rows = [{"variant": "alter", "sampling_steps": 20, "time_ratio": time, "output_error": error, "fd": 1e4 * error}
+            for time, error in ((0.5, 0.0019), (0.65, 0.031))]
+    figure = report._quality_figure(rows)
+    figure.canvas.draw()
+    labels = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels(which="both")]
+    assert {"0.002", "0.02", "20", "200"} <= set(labels) and not any("$" in label for label in labels)
