@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .compiling import leave
+from .compiling import leave, register_chooser
 from .errors import InputError
 from .sharing import SharedEmbedding
 from .simulator import HardRows, Simulator
@@ -41,7 +41,7 @@ class Applied:
         backbone = backbone_of(target)
         simulator = Simulator(backbone, fitting_sites(backbone, sites, mask_EL, np.unique(expert_T).tolist()))
         choose_rows = _chooser(simulator, mask_EL, expert_T)
-        hook = backbone.register_forward_pre_hook(choose_rows, with_kwargs=True)
+        hook = register_chooser(backbone, choose_rows)
         backbone._alter_applied = Installed(mask_EL, expert_T, simulator, choose_rows, hook, SharedEmbedding(backbone))
 
     def __enter__(self) -> Any:
@@ -82,7 +82,7 @@ def fitting_sites(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray
 @contextmanager
 def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Iterator[None]:
     """As `Applied`, inside the block, for a backbone that has gates already."""
-    hook = simulator.backbone.register_forward_pre_hook(_chooser(simulator, mask_EL, expert_T), with_kwargs=True)
+    hook = register_chooser(simulator.backbone, _chooser(simulator, mask_EL, expert_T))
     try:
         yield
     finally:
@@ -106,11 +106,11 @@ def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) ->
     """A forward pre-hook that lets the `timestep` argument choose the gates' rows."""
     masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
-    @torch.compiler.disable  # when the user compiles the backbone: a graph break here, before any layer
+
     def choose_rows(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if "_is_replica" in vars(module):
             raise InputError("experts: nn.DataParallel's replicas share one choice of layers: use a process each GPU")
-        installed: Installed | None = getattr(module, "_alter_applied", None)  # a copy's own, in a copy of the backbone
+        installed: Installed | None = vars(module).get("_alter_applied")  # a copy's own, in a copy of the backbone
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
         experts = [routes[min(max(round(value), 0), last)] for value in (given if isinstance(given, list) else [given])]

@@ -4,8 +4,8 @@
 The masks are random draws at each keep ratio (of all MACs), each reported with its own MACs, or those of a run.
 
 efficiency = (dense time / expert time) * (expert MACs / dense MACs), for training floor / time ratio; overhead =
-expert time / time of the same model with the skipped layers taken out by hand, for training time ratio / floor. A DiT
-by hand shares its embedding as ours does; overhead_unshared is against one that embeds in every block, as diffusers'.
+expert time / time of the same model with the skipped layers taken out by hand, for training time ratio / floor;
+overhead_shared, of a DiT: against one by hand that also embeds once a step instead of once a block, as experts do.
 """
 
 import argparse

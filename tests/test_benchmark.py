@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(ROOT) / "scripts"))
 
 import benchmark  # noqa: E402
 from benchmarking import cases, training  # noqa: E402
-from benchmarking.timing import host_reads, interleave  # noqa: E402
+from benchmarking.timing import host_reads, interleave, ratio  # noqa: E402
 
 KEYS = {"case", "kind", "mode", "batch", "device", "keep_ratio", "macs_ratio", "mask_seed", "time_ratio", "efficiency",
         "overhead", "peak_memory_bytes", "host_syncs_per_step"}
@@ -32,7 +32,7 @@ def rows(tmp_path, monkeypatch, *arguments):
 
 def test_rows_of_use(tmp_path, monkeypatch):
     found = rows(tmp_path, monkeypatch, "--cases", "demo_dit", "--masks", 2, "--runs", 1, "--batch", 1, 2)
-    assert len(found) == 2 * 2 * 2 * 2 and all({*KEYS, "overhead_unshared"} <= row.keys() for row in found)
+    assert len(found) == 2 * 2 * 2 * 2 and all({*KEYS, "overhead_shared"} <= row.keys() for row in found)
     for row in found:
         assert row["macs_ratio"] == pytest.approx(row["keep_ratio"] * (1 if row["kind"] == "step" else 0.4), abs=0.06)
         assert row["efficiency"] == pytest.approx(row["macs_ratio"] / row["time_ratio"])
@@ -69,14 +69,22 @@ def test_refusals(tmp_path, monkeypatch, capsys):
     assert benchmark.main() == 2 and "--kinds train_*" in capsys.readouterr().err
 
 
-def test_every_way_has_every_place_and_reads_are_counted():
+def test_every_way_has_every_place():
     order = []
     ways = {name: (lambda name=name: (order.append(name), time.sleep(0.11))) for name in "abc"}
     interleave(ways, 3, torch.device("cpu"))
     assert ["".join(order[i : i + 3]) for i in range(0, 15, 3)] == ["bca", "cab", "abc", "bca", "cab"]
     order.clear()
-    interleave({"quick": lambda: (order.append(0), time.sleep(0.02))}, 2, torch.device("cpu"))
-    assert 2 + 2 * 3 <= len(order) <= 2 + 2 * 5  # turns of a tenth of a second
+    interleave({"quick": lambda: (order.append(0), time.sleep(0.004))}, 2, torch.device("cpu"))
+    assert 2 + 2 * 2 <= len(order) <= 2 + 2 * 5  # turns of a fiftieth of a second
+
+
+def test_a_clock_that_slows_down_leaves_the_ratio():
+    clock = np.array([1.0, 1.0, 2.0, 3.0, 3.0])
+    assert ratio({"a": 1.5 * clock, "b": clock}, "a", "b") == 1.5
+
+
+def test_reads_are_counted():
     with host_reads(torch.device("cpu")) as reads:
         torch.ones(2).tolist()
         bool(torch.tensor(True))

@@ -81,16 +81,19 @@ def test_a_dit_with_shared_embedding_and_batches_of_several_experts():
 
 
 def test_the_fastest_way_is_kept_and_weighted_by_the_timesteps(folder, monkeypatch):
-    """Measured by a clock that runs as we say: the eager way takes 1 s a step, the layers 3 s, the experts 2 s."""
+    """Measured by a clock that runs as we say: the eager way takes 1 s a step, the layers 3 s, the experts 2 s.
+
+    In the first pass, which other work on the machine slows down, all take 4 s.
+    """
     pipe = load(folder)
     experts = experts_for(pipe.unet, 16)
     taken = {"eager": 1.0, "layers": 3.0, "experts": 2.0}
-    monkeypatch.setattr("alter.compiling._measure", lambda *_: taken[ways[len(seen) - 1]])
+    monkeypatch.setattr("alter.compiling._measure", lambda *_: 4.0 if len(seen) <= 3 else taken[seen[-1]])
     seen, ways = [], ["layers", "experts", "eager"]
     enter = compiling._enter
     monkeypatch.setattr(compiling, "_enter", lambda way, *rest: (seen.append(way), enter(way, *rest)))
     report = experts.compile(pipe, ways=ways, backend="eager")
-    assert seen == [*ways, "eager"] and report.kept == "eager" and report.seconds == taken
+    assert seen == [*3 * ways, "eager"] and report.kept == "eager" and report.seconds == taken
     assert next(line for line in str(report).splitlines() if "kept" in line).split()[:2] == ["eager", "1000.00"]
 
 

@@ -74,9 +74,10 @@ def shallow_copy(backbone: nn.Module) -> Any:
 
 
 def share_embedding(backbone: Any) -> Any:
-    """As `apply` does for a DiT, so that what is compared differs in its layers alone."""
+    """As `apply` does for a DiT, so that what is compared differs in its layers alone; a UNet is left as it is."""
     shared = SharedEmbedding(backbone)
-    backbone.register_forward_pre_hook(torch.compiler.disable(lambda *_: shared.begin()))
+    if shared.embedders:
+        backbone.register_forward_pre_hook(lambda *_: shared.begin())
     return backbone
 
 

@@ -1,7 +1,7 @@
 """One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand.
 
-All of them share a DiT's embedding, so that they differ in their layers alone; what the sharing gains has ratios of its
-own, and so has a model by hand that embeds in every block.
+The dense DiT shares its embedding as the experts do, so that the time ratio is that of skipping layers alone; what the
+sharing gains has a ratio of its own. By hand, a DiT is compared both as diffusers has it and with its embedding shared.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from alter import TemporalExperts
@@ -21,7 +22,7 @@ from alter.sampling import sample_latents
 from alter.sites import Site, embedders, example_inputs
 
 from .cases import Case, draw_experts, shallow_copy, share_embedding, trained_experts, without_layers
-from .timing import host_reads, interleave, peak_memory
+from .timing import host_reads, interleave, peak_memory, ratio
 
 DENSE_STEPS, EXPERT_STEPS, EXPERTS = 50, 20, 4  # of a trajectory
 
@@ -75,7 +76,7 @@ def _sharing(case: Case, inputs: dict[str, Any], runs: int) -> dict[str, float]:
     models = {"plain": case.backbone, "shared": share_embedding(shallow_copy(case.backbone))}
     ways = {name: (lambda model=model: model(**inputs)) for name, model in models.items()}
     seconds, _ = interleave(ways, runs, case.backbone.device)
-    return {"time_ratio_of_sharing": seconds["shared"] / seconds["plain"]}
+    return {"time_ratio_of_sharing": ratio(seconds, "shared", "plain")}
 
 
 def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str, Any], TemporalExperts]]:
@@ -95,6 +96,7 @@ def _compare(case: Case, experts: TemporalExperts, order: list[int], batch: int,
     Compiled code that shares its process with the remains of other compiled models is up to 5% slower, by where its
     memory happens to lie.
     """
+    torch._inductor.config.compile_threads = 1  # no processes that still work while the first rounds are timed
     torch.compiler.reset()
     gc.collect()
     models, way = _models(case, experts, order, batch, mode)
@@ -107,9 +109,10 @@ def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
     """Those to compare, compiled in the same way if at all, and that way's name."""
     dense, served = share_embedding(shallow_copy(case.backbone)), shallow_copy(case.backbone)
     experts.apply(served)
-    copies = {name: {expert: share(without_layers(case, experts.mask_EL[expert])) for expert in sorted(set(order))}
-              for name, share in (("by_hand", share_embedding), ("by_hand_unshared", _as_it_is))
-              if name == "by_hand" or embedders(case.backbone)}
+    by_hand = {expert: without_layers(case, experts.mask_EL[expert]) for expert in sorted(set(order))}
+    copies = {"by_hand": by_hand}
+    if embedders(case.backbone):
+        copies["by_hand_shared"] = {expert: share_embedding(shallow_copy(own)) for expert, own in by_hand.items()}
     way = "eager"
     if mode == "compiled":
         report = experts.compile(served, batch=batch, latent_size=case.size)
@@ -117,11 +120,7 @@ def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
         way = report.kept
         for model in (dense, *itertools.chain(*(own.values() for own in copies.values()))):
             _compile(model, case.sites, way)
-    return {"dense": dense, "experts": served, **{name: _InTurn(own, order) for name, own in copies.items()}}, way
-
-
-def _as_it_is(backbone: Any) -> Any:
-    return backbone
+    return {"dense": dense, "experts": served, **{name: _in_turn(own, order) for name, own in copies.items()}}, way
 
 
 def _compile(model: Any, sites: Sequence[Site], way: str) -> None:
@@ -130,6 +129,10 @@ def _compile(model: Any, sites: Sequence[Site], way: str) -> None:
             model.get_submodule(site.path).compile()
     elif way != "eager":
         model.forward = functools.partial(compile_forward(type(model), way), model)
+
+
+def _in_turn(copies: dict[int, Any], order: list[int]) -> Any:
+    return _InTurn(copies, order) if len(copies) > 1 else copies[order[0]]
 
 
 class _InTurn(torch.nn.Module):
@@ -151,10 +154,9 @@ def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, coun
         torch.testing.assert_close(results["experts"], results["by_hand"], rtol=1e-3, atol=1e-3)
     with host_reads(device) as reads:
         ways["experts"]()
-    unshared = seconds.get("by_hand_unshared")
-    return {"macs_ratio": macs, "time_ratio": seconds["experts"] / seconds["dense"],
-            "efficiency": seconds["dense"] / seconds["experts"] * macs,
-            "overhead": seconds["experts"] / seconds["by_hand"],
-            **({"overhead_unshared": seconds["experts"] / unshared} if unshared else {}),
-            "seconds_dense": seconds["dense"], "peak_memory_bytes": peak_memory(ways["experts"], device),
-            "host_syncs_per_step": len(reads) / count}
+    time_ratio = ratio(seconds, "experts", "dense")
+    sharing = {"overhead_shared": ratio(seconds, "experts", "by_hand_shared")} if "by_hand_shared" in ways else {}
+    return {"macs_ratio": macs, "time_ratio": time_ratio, "efficiency": macs / time_ratio,
+            "overhead": ratio(seconds, "experts", "by_hand"), **sharing,
+            "seconds_dense": float(np.median(seconds["dense"])),
+            "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}

@@ -1,25 +1,26 @@
 """Interleaved timing of alternatives in one process, and what makes the host wait."""
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from alter.compiling import synchronize
 
-_TURN = 0.1  # seconds
+_TURN = 0.02  # seconds
 _WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
-def interleave(ways: dict[str, Callable], runs: int, device: torch.device) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median seconds of every way, from rounds in which each has every place in turn; and their last results.
+def interleave(ways: dict[str, Callable], runs: int,
+               device: torch.device) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Seconds of every way in each of `runs` rounds, in which each has every place in turn; and their last results.
 
-    A turn lasts about a tenth of a second at least: what takes milliseconds is called several times in a row. Every
-    round is some calls deeper in Python's stack: CPython grows it by chunks, and a loop whose calls cross the end of
-    one allocates and frees the next at each call, which costs a compiled UNet 0.6 ms of 2.4 at that depth alone.
+    What takes milliseconds is called several times in a turn, for 0.02 s at least. Every round is some calls deeper in
+    Python's stack: CPython grows it by chunks, and a loop whose calls cross the end of one allocates and frees the next
+    at each call, which costs a compiled UNet 0.6 ms of 2.4 at that depth alone.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     results: dict[str, Any] = {}
@@ -33,7 +34,12 @@ def interleave(ways: dict[str, Callable], runs: int, device: torch.device) -> tu
                 seconds[name].append(took / repeats)
         if run == -1:
             repeats = max(1, round(_TURN / longest))
-    return {name: statistics.median(times) for name, times in seconds.items()}, results
+    return {name: np.array(times) for name, times in seconds.items()}, results
+
+
+def ratio(seconds: dict[str, np.ndarray], name: str, to: str) -> float:
+    """Median of the rounds' ratios: a machine whose clock changes slows both ways of a round alike."""
+    return float(np.median(seconds[name] / seconds[to]))
 
 
 def _turn(way: Callable, repeats: int, device: torch.device, depth: int) -> tuple[float, Any]:
