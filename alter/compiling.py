@@ -205,7 +205,7 @@ def _compiled(cls: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
         installed = self._alter_applied
         choose_rows = installed.choose_rows
-        if torch.compiler.is_compiling():  # the user's graph, around this one
+        if torch.compiler.is_compiling():  # the user's graph, around this one; alone it need not pay for the wrapper
             choose_rows = torch.compiler.disable(choose_rows)
         choose_rows(self, args, kwargs)
         if not installed.simulator.is_uniform:
@@ -213,8 +213,7 @@ def _compiled(cls: Any) -> Any:
         # Pipelines write the same call in several ways, and schedulers the same timestep, each of which would be a
         # graph; the backbone makes a float of it first of all.
         given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        timestep, device = given["timestep"], given[names[0]].device
-        given["timestep"] = torch.as_tensor(timestep, device=device).float()
+        given["timestep"] = torch.as_tensor(given["timestep"], dtype=torch.float32, device=given[names[0]].device)
         return compiled_forward(self, **given)
 
     compiled: Any = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
