@@ -40,11 +40,12 @@ def finish(commands):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launch", ["two nodes by torchrun", "two tasks by SLURM", "cpu.yaml", "one_node.yaml",
-                                    "two_nodes.yaml"])
-def test_every_documented_launch_gives_the_run_of_one_process(small_config, tmp_path, launch):
+@pytest.mark.parametrize("launch, start", [
+    ("two nodes by torchrun", "dense"), ("two tasks by SLURM", "dense"), ("cpu.yaml", "dense"),
+    ("one_node.yaml", "dense"), ("two_nodes.yaml", "dense"), ("one_node.yaml", "greedy")])
+def test_every_documented_launch_gives_the_run_of_one_process(small_config, tmp_path, launch, start):
     """Masks are the same; weights differ by the order in which float32 gradients are added."""
-    changes = {"train": {"steps": 12, "search_steps": 6}}
+    changes = {"train": {"steps": 12, "search_steps": 6}, "experts": {"start": start}}
     alone = train(small_config("dit", output_dir=str(tmp_path / "alone"), **changes))
     together = tmp_path / "together"
     save_config(small_config("dit", output_dir=str(together), **changes), tmp_path / "config.yaml")

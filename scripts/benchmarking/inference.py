@@ -93,8 +93,7 @@ def _compare(case: Case, experts: TemporalExperts, order: list[int], batch: int,
              run: Callable[[str, Any], torch.Tensor], runs: int, macs: float) -> dict[str, Any]:
     """One row, of models made for it and gone after it.
 
-    Compiled code that shares its process with the remains of other compiled models is up to 5% slower, by where its
-    memory happens to lie.
+    Compiled code is slower next to the remains of other compiled models, by where its memory happens to lie.
     """
     torch._inductor.config.compile_threads = 1  # no processes that still work while the first rounds are timed
     torch.compiler.reset()
