@@ -11,6 +11,8 @@ import json
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,11 +113,23 @@ def damage(checkpoint: Path) -> str | None:
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
     """What `save_checkpoint` wrote: tensors, optimizers, state."""
-    try:
+    state = load_state(folder)
+    with _reading(folder):
         tensors = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
-        tree, state = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-                       for name in (_OPTIMIZERS, "state"))
+        tree = json.loads((folder / f"{_OPTIMIZERS}.json").read_text(encoding="utf-8"))
         return tensors, unflatten_state(tree, tensors.pop(_OPTIMIZERS)), state
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state alone."""
+    with _reading(folder):
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"resume: {folder} cannot be read ({reason}): name another checkpoint") from None

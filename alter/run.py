@@ -46,7 +46,7 @@ from .sensitivity import FILE_NAME as SENSITIVITY
 from .sensitivity import measure_sensitivity, start_near
 from .sites import PIPELINE_COMPONENT
 from .trainer import Trainer
-from .trainer_state import restore_state
+from .trainer_state import check_inputs, restore_state
 from .trial import describe_memory, measure_memory
 
 _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
@@ -92,6 +92,8 @@ def train(config: Config) -> Path:
         table.save(run_dir / SENSITIVITY)
         start_near(table, parts.budget, parts.hypernetwork)  # the trainer tells the other processes
     trainer = Trainer(config, parts, accelerator, run_dir)
+    if resume_from:
+        check_inputs(trainer, resume_from)
     begun = step_of(resume_from) if resume_from else 0
     if begun < config.train.steps:
         peaks = measure_memory(trainer, searching=parts.experts is None and begun < config.train.t_end)

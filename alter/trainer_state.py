@@ -65,16 +65,24 @@ def save_state(trainer: Any, needed: bool) -> Path:
     return path
 
 
+def check_inputs(trainer: Any, folder: Path) -> None:
+    """
+    Raises:
+        InputError: if the checkpoint cannot be read, or was made with other data or other pretrained weights.
+    """
+    state = checkpoint.load_state(folder)
+    for name, (what, remedy) in _INPUTS.items():
+        if state[name] != trainer.inputs[name]:
+            raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
+
+
 def restore_state(trainer: Any, folder: Path) -> None:
     """Let a fresh `Trainer` go on from a checkpoint.
 
     Raises:
-        InputError: if it cannot be read, or was made with other data or other pretrained weights.
+        InputError: if it cannot be read.
     """
     tensors, optimizers, state = checkpoint.load_checkpoint(folder)
-    for name, (what, remedy) in _INPUTS.items():
-        if state[name] != trainer.inputs[name]:
-            raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
     checkpoint.load_parameters(trainer.backbone, tensors["backbone"])
     hypernetwork = trainer.parts.hypernetwork
     hypernetwork.load_state_dict({"offset_L": hypernetwork.offset_L, **tensors["hypernetwork"]})  # older ones lack it

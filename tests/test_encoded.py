@@ -186,7 +186,7 @@ def test_two_processes_share_the_shards_through_the_script(small_config, tmp_pat
         port = str(free.getsockname()[1])
     workers = [subprocess.Popen(command, env={
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}) for rank in range(2)]
+        "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}) for rank in range(2)]
     assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
     for name in [*map(shard_name, range(3)), "index.json"]:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
