@@ -164,7 +164,7 @@ def _measure(backbone: Any, inputs: dict[str, Any], expert_T: np.ndarray) -> flo
     with torch.no_grad():
         for _ in range(2):  # compiles, and warms up
             warm = [step(timestep) for timestep in first.tolist()]
-        runs = max(5, round(_MEASURED / max(warm)))
+        runs = max(2, round(_MEASURED / max(warm)))
         seconds_RE = [[step(timestep) for timestep in first.tolist()] for _ in range(runs)]
     return float(np.dot(np.median(seconds_RE, axis=0), counts) / counts.sum())
 

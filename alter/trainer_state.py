@@ -66,9 +66,10 @@ def save_state(trainer: Any, needed: bool) -> Path:
 
 
 def check_inputs(trainer: Any, folder: Path) -> None:
-    """
+    """Is the checkpoint one of this data and these pretrained weights? To be asked before anything is computed.
+
     Raises:
-        InputError: if the checkpoint cannot be read, or was made with other data or other pretrained weights.
+        InputError: if not, or if it cannot be read.
     """
     state = checkpoint.load_state(folder)
     for name, (what, remedy) in _INPUTS.items():
