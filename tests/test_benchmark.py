@@ -79,9 +79,10 @@ def test_every_way_has_every_place():
     assert 2 + 2 * 2 <= len(order) <= 2 + 2 * 5  # turns of a twentieth of a second
 
 
-def test_a_clock_that_slows_down_leaves_the_ratio():
-    clock = np.array([1.0, 1.0, 2.0, 3.0, 3.0])
-    assert ratio({"a": 1.5 * clock, "b": clock}, "a", "b") == 1.5
+def test_a_clock_that_changes_between_two_rounds_or_in_some_leaves_the_ratio():
+    clock, within = np.array([1.0, 3.0, 2.0, 8.0, 4.0]), np.array([1, 1, 1, 6, 1 / 15])
+    seconds = {"a": 1.5 * clock * within, "b": clock}
+    assert ratio(seconds, "a", "b") == 1.5 and np.median(seconds["a"]) / np.median(seconds["b"]) == 1
 
 
 def test_reads_are_counted():
