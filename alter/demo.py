@@ -30,6 +30,9 @@ from .sources import Digits, Source, open_source
 from .text import TextEncoder
 
 
+_SEED = 1_000_000  # of the drawings that judge: the same for runs of every seed, none of them training data
+
+
 @dataclass(frozen=True)
 class Exam:
     """Real images [N, C, S, S] in [-1, 1] and what they show; conditions [M] to draw samples for, and what those ask.
@@ -55,8 +58,8 @@ def exam(config: Config, source: Source) -> Exam | None:
         samples = [source[0, i] for i in range(len(source))]
         return _exam_of_classes(torch.stack([sample["latents"] for sample in samples]),
                                 torch.tensor([sample["labels"] for sample in samples]), count)
-    images, captions = shapes.draw_shapes(8 * count, config.seed + 1)  # not those of the training data
-    _, prompts = shapes.draw_shapes(count, config.seed + 2)
+    images, captions = shapes.draw_shapes(8 * count, _SEED)
+    _, prompts = shapes.draw_shapes(count, _SEED + 1)
     asked = [several[0] for several in prompts]
     return Exam(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),
                 {"captions": asked}, torch.stack([shapes.kinds(caption) for caption in asked]), asked)

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -141,7 +142,9 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20,
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU, its model; of a CPU, its architecture and the number of threads."""
+    """Of a GPU, its model; of a CPU, its model where the system tells (else its kind) and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpus = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpus.read_text(encoding="utf-8")) if cpus.is_file() else None
+    return f"{named[1].strip() if named else platform.machine() + ' CPU'}, {torch.get_num_threads()} threads"

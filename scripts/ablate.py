@@ -1,10 +1,11 @@
 """Compare the method with its ablations and with other ways to choose layers, over several seeds:
 
-`python scripts/ablate.py --config configs/ablation_dit.yaml --out docs/results/ablation_dit.json [key.path=value ...]`
+`python scripts/ablate.py --config configs/ablation_dit.yaml [--out docs/results/ablation_dit.json] [key.path=value ...]`
 
 All variants share the dense model, the number of training iterations, the keep ratio (every_second has its own) and the
-sampler. A row is written as soon as it is known; started again, what is there is not run again. At the end it prints a
-table of means and standard deviations, and draws FILE's rows beside it.
+sampler. A row is written as soon as it is known; started again, what is there is not run again. Rows of overridden keys
+are further variants, named by these. At the end it prints a table of means and standard deviations, and draws FILE's
+rows beside it.
 """
 
 import argparse
@@ -27,11 +28,13 @@ from alter.latency import device_name  # noqa: E402
 from alter.report import plot_quality  # noqa: E402
 from alter.run import train  # noqa: E402
 
+PAPER = ["experts.start=dense", "experts.offset=4"]  # where the search starts, whatever the file's own start
 SEARCHED = {
     "alter": [], "static": ["experts.count=1"], "manual": ["experts.router=uniform"],
     "two_stage": ["train.schedule=two_stage"], "no_distillation": ["loss.output_kd=0", "loss.feature_kd=0"],
     "experts_2": ["experts.count=2"], "experts_10": ["experts.count=10"], "annealed": ["experts.annealing=0.1"],
-    "low_balance": ["loss.balance=0.1"], "gradual": ["budget.descent=0.75"],
+    "low_balance": ["loss.balance=0.1"], "slow_search": ["optim.hypernetwork_lr=1.0e-3"],
+    "long_search": ["train.search_steps=400"], "gradual": ["budget.descent=0.75"],
     "gradual_static": ["budget.descent=0.75", "experts.count=1"],
     "started": ["experts.start=greedy", "experts.offset=2"],
     "started_static": ["experts.start=greedy", "experts.offset=2", "experts.count=1"],
@@ -46,7 +49,8 @@ VARIANTS = ("dense", *SEARCHED, *GIVEN)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="PATH", required=True, help="YAML file of a demo's run")
-    parser.add_argument("--out", metavar="FILE", required=True, help="JSON file of rows, continued if it is there")
+    parser.add_argument("--out", metavar="FILE",
+                        help="JSON file of rows, continued if it is there (default docs/results/NAME.json of NAME.yaml)")
     parser.add_argument("--runs", metavar="DIR", default="outputs/ablation", help="folder of the runs themselves")
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *UNET_ONLY), default=VARIANTS, metavar="NAME",
                         help=f"of {', '.join(VARIANTS)} (default); of a UNet also {', '.join(UNET_ONLY)}")
@@ -63,29 +67,31 @@ def main() -> int:
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out)
+    out = Path(arguments.out or f"docs/results/{Path(arguments.config).stem}.json")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
     if not load_config(arguments.config, arguments.overrides).data.holdout:
         raise InputError("data.holdout=0: some samples are needed to measure the output error on")
     rows = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     for keep, seed, variant in itertools.product(arguments.keep, arguments.seeds, arguments.variants):
-        if any((row["variant"], row["seed"], row["keep_ratio_target"]) == (variant, seed, keep) for row in rows):
+        name = " ".join((variant, *arguments.overrides))
+        if any((row["variant"], row["seed"], row["keep_ratio_target"]) == (name, seed, keep) for row in rows):
             continue
-        print(f"== {variant}, keep ratio {keep}, seed {seed}", flush=True)
-        rows += _rows(variant, keep, seed, _run(arguments, variant, keep, seed))
+        print(f"== {name}, keep ratio {keep}, seed {seed}", flush=True)
+        rows += [{"variant": name, "seed": seed, "keep_ratio_target": keep, **row}
+                 for row in _rows(_run(arguments, variant, name, keep, seed))]
         write_text(out, json.dumps(rows, indent=1) + "\n")
     print(ablation_table(rows))
     plot_quality(rows, out.with_suffix(".png"))
 
 
-def _run(arguments: argparse.Namespace, variant: str, keep: float, seed: int) -> Path:
+def _run(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> Path:
     """Train the variant, unless that is done; returns the run directory."""
-    folder = Path(arguments.runs) / f"{Path(arguments.config).stem}-{variant}-{keep}-{seed}"
+    folder = Path(arguments.runs) / f"{Path(arguments.config).stem}-{name.replace('/', '_')}-{keep}-{seed}"
     run = folder / "run"
     if (run / "summary.json").is_file():
         return run
-    settings = [*arguments.overrides, f"seed={seed}", f"budget.keep_ratio={keep}", f"output_dir={run}",
+    settings = [*PAPER, *arguments.overrides, f"seed={seed}", f"budget.keep_ratio={keep}", f"output_dir={run}",
                 f"evaluate.dense={'true' if variant == 'dense' else 'false'}"]
     config, device = load_config(arguments.config, settings), _device()
     make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
@@ -102,12 +108,11 @@ def _run(arguments: argparse.Namespace, variant: str, keep: float, seed: int) ->
     return train(load_config(arguments.config, settings))
 
 
-def _rows(variant: str, keep: float, seed: int, run: Path) -> list[dict[str, Any]]:
-    """A row; two for the dense model, with the steps of the experts and with 50."""
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """What was measured of a run; twice of the dense model, with the steps of the experts and with 50."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    common = {"variant": variant, "seed": seed, "keep_ratio_target": keep, "device": device_name(_device()),
-              "torch": torch.__version__, "samples": summary["samples"]}
-    if variant == "dense":
+    common = {"device": device_name(_device()), "torch": torch.__version__, "samples": summary["samples"]}
+    if "fd_dense" in summary:
         nothing_lost = {"output_error": 0.0, "denoise_error": summary["denoise_error"],
                         "denoise_error_by_timestep": summary["denoise_error_by_timestep"]}
         return [{**common, "keep_ratio": 1.0, "sampling_steps": steps, "fd": summary[f"fd_{name}"],

@@ -8,7 +8,6 @@ search and of the tuning, without any option first and last, and each option in 
 import argparse
 import gc
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch  # noqa: E402
 
 from alter import InputError, load_config  # noqa: E402
 from alter.build import build  # noqa: E402
+from alter.latency import device_name  # noqa: E402
 from alter.run import make_accelerator  # noqa: E402
 from alter.trainer import Trainer  # noqa: E402
 
@@ -51,10 +51,10 @@ def main() -> int:
         plain = statistics.mean(row[f"{phase}_seconds"] for row in (rows[0], rows[-1]))
         for row in rows:
             row[f"{phase}_ratio"] = row[f"{phase}_seconds"] / plain
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     Path(arguments.out).write_text(json.dumps({
         "config": arguments.config, "overrides": arguments.overrides, "device": device,
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "torch": torch.__version__, "diffusers": diffusers.__version__,
         "rows": rows,
     }, indent=2) + "\n", encoding="utf-8")
     for row in rows:

@@ -10,7 +10,7 @@ import torch
 from alter import InputError, ablation
 from alter.ablation import GIVEN, ablation_table, block_influence, given_experts
 from alter.build import build
-from alter.config import save_config
+from alter.config import load_config, save_config
 from alter.shapes import KINDS, write_scenes
 from alter.sources import FastDiT
 
@@ -79,7 +79,8 @@ def test_scenes_are_classes_of_pixels(tmp_path):
 
 def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_config(small_config("dit", output_dir=None), tmp_path / "c.yaml")
+    config = small_config("dit", output_dir=None, experts={"count": 2, "start": "greedy", "offset": 2.0})
+    save_config(config, tmp_path / "c.yaml")
     command = ["ablate.py", "--config", "c.yaml", "--out", "rows.json", "--seeds", "0", "--keep", "0.75", "--variants"]
 
     def run(*variants):
@@ -99,6 +100,8 @@ def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
     rows = run("dense", "random", "alter", "static")
     assert rows[:3] == first and [row["variant"] for row in rows[3:]] == ["alter", "static"]
     assert (tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json").stat().st_mtime_ns == changed
+    searched = load_config(tmp_path / "outputs/ablation/c-alter-0.75-0/run/config.yaml").experts
+    assert (searched.start, searched.offset) == ("dense", 4.0), "the paper's, whatever the file says"
     assert rows[2]["macs"] < rows[0]["macs"] and (tmp_path / "rows.png").is_file()
 
 
