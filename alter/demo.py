@@ -29,7 +29,6 @@ from .sites import Backbone, null_class, tie_embedders
 from .sources import Digits, Source, open_source
 from .text import TextEncoder
 
-
 _SEED = 1_000_000  # of the drawings that judge: the same for runs of every seed, none of them training data
 
 

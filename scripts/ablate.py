@@ -1,6 +1,6 @@
 """Compare the method with its ablations and with other ways to choose layers, over several seeds:
 
-`python scripts/ablate.py --config configs/ablation_dit.yaml [--out docs/results/ablation_dit.json] [key.path=value ...]`
+`python scripts/ablate.py --config configs/ablation_dit.yaml [--variants alter static] [key.path=value ...]`
 
 All variants share the dense model, the number of training iterations, the keep ratio (every_second has its own) and the
 sampler. A row is written as soon as it is known; started again, what is there is not run again. Rows of overridden keys
@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="PATH", required=True, help="YAML file of a demo's run")
     parser.add_argument("--out", metavar="FILE",
-                        help="JSON file of rows, continued if it is there (default docs/results/NAME.json of NAME.yaml)")
+                        help="JSON file of rows, continued if it is there (default docs/results/NAME.json)")
     parser.add_argument("--runs", metavar="DIR", default="outputs/ablation", help="folder of the runs themselves")
     parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *UNET_ONLY), default=VARIANTS, metavar="NAME",
                         help=f"of {', '.join(VARIANTS)} (default); of a UNet also {', '.join(UNET_ONLY)}")
