@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,6 +83,17 @@ class Run:
     def name(self) -> str:
         return self.config.name if self.config else self.folder.resolve().name
 
+    @property
+    def verdict(self) -> str:
+        """What the sensitivity table says about experts at this run's budget; of a run without one, that."""
+        if self.table is None:
+            return ("No table of what each layer is worth (scripts/sensitivity.py measures it): the run has no "
+                    f"{sensitivity.FILE_NAME}.")
+        experts = self.experts
+        share_L = experts.latency.share_L if experts.latency else np.array(experts.macs) / experts.macs_total
+        return sensitivity.verdict(self.table, Budget(share_L, experts.keep_ratio_target, experts.budget_over),
+                                   len(experts.mask_EL))
+
     def visited(self, sampler: str, steps: int) -> list[int]:
         """The training timesteps at which that diffusers scheduler runs the backbone, in its order."""
         solver = scheduler_class(sampler, "").from_config(DDPMScheduler.load_config(self.final / "scheduler"))
@@ -128,7 +140,10 @@ def read_run(folder: str | Path) -> Run:
 
 def build_page(runs: list[Run]) -> str:
     """One page on one run, or on several with a comparison before them."""
-    names = [run.name if len(runs) == 1 else f"{run.name} ({run.folder.resolve().name})" for run in runs]
+    folders = [run.folder.resolve() for run in runs]
+    shared = Path(os.path.commonpath([folder.parent for folder in folders])) if runs else Path()
+    names = [run.name if len(runs) == 1 else f"{run.name} ({folder.relative_to(shared)})"
+             for run, folder in zip(runs, folders, strict=True)]
     title = escape(f"Temporal experts: {', '.join(names)}")
     ids = (f"f{i}-" for i in itertools.count())  # those of one figure differ from those of another
     parts = ["<h1>Temporal experts</h1>"]
@@ -167,27 +182,26 @@ def _sections(run: Run, ids: Iterator[str]) -> Iterator[str]:
     yield '</div><h3>Search and tuning</h3><div class="figures">'
     if run.history:
         yield drawn(report.evolution_figure(run.history, experts), "Of the masks with which the backbone was trained.")
+        yield drawn(report.mask_history_figure(run.history, experts),
+                    "Bright where the expert keeps the layer; from the backbone's input (above) to its output.")
         yield drawn(report.routing_figure(run.history, experts), "Bright where the expert serves the timesteps.")
     else:
         yield absent(history.FILE_NAME, "history of the masks")
     yield (drawn(report.losses_figure(run.losses), "Each point is one mini-batch.") if run.losses
            else absent("metrics.jsonl", "losses"))
     yield "</div><h3>Sensitivity</h3>"
+    kind = "" if run.table else ' class="absent"'
+    yield f"<p{kind}>{escape(run.verdict)}</p>"
     if run.table:
-        share_L = experts.latency.share_L if experts.latency else np.array(experts.macs) / experts.macs_total
-        budget = Budget(share_L, experts.keep_ratio_target, experts.budget_over)
-        yield f"<p>{escape(sensitivity.verdict(run.table, budget, len(experts.mask_EL)))}</p>"
         yield drawn(report.sensitivity_figure(run.table), "Bright: skipping the layer changes the output much.")
-    else:
-        yield absent(sensitivity.FILE_NAME, "table of what each layer is worth (scripts/sensitivity.py measures it)")
     yield "<h3>Samples</h3>"
     strips = sorted((run.folder / "samples").glob("*.png"))
     if (samples := run.folder / "samples.png").is_file():
-        yield _image(samples, "", "A row a model; a column a condition, written below it, and a seed.")
+        yield _image(samples, "", "A row a model, dense or with experts; a column a condition, written below.")
     elif not strips:
         yield absent("samples.png", "images")
     for file in strips[:1] + strips[1:][-5:]:
-        yield _image(file, "strip", f"Validation images, {file.stem}.")
+        yield _image(file, "strip", f"Validation images of the configured prompts or labels, {file.stem}.")
     yield "<h3>Configuration</h3>"
     yield _configuration(config) if config else absent("config.yaml", "configuration")
 
@@ -208,15 +222,24 @@ def _facts(runs: list[Run], names: list[str]) -> str:
                   if run.summary.get(key) is not None}
         facts |= {f"{key} (metrics.json)": report.readable(value) for key, value in run.metrics.items()}
         columns.append(facts)
+    settings = [_settings(run.config) if run.config else {} for run in runs]
+    for key in dict.fromkeys(itertools.chain(*settings)):
+        if len({values.get(key) for values in settings}) > 1:
+            for facts, values in zip(columns, settings, strict=True):
+                facts |= {key: values[key]} if key in values else {}
     return _table_of(["Quantity", *names], [[row, *(facts.get(row, "–") for facts in columns)]
                                     for row in dict.fromkeys(itertools.chain(*columns))])
 
 
+def _settings(config: Config) -> dict[str, str]:
+    return {path: str(schema.plain(functools.reduce(getattr, path.split("."), config)))
+            for path, _, _ in schema.keys(Config)}
+
+
 def _configuration(config: Config) -> str:
-    values = [(path, functools.reduce(getattr, path.split("."), config), entry.default)
-              for path, entry, _ in schema.keys(Config)]
-    changed = [[path, str(schema.plain(value)), str(schema.plain(default))] for path, value, default in values
-               if value != default]
+    settings, defaults = _settings(config), {path: str(schema.plain(entry.default))
+                                             for path, entry, _ in schema.keys(Config)}
+    changed = [[path, value, defaults[path]] for path, value in settings.items() if value != defaults[path]]
     everything = yaml.safe_dump(schema.plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
     return _table_of(["Changed key", "Value", "Default"], changed) + _details("The whole configuration", everything)
 

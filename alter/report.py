@@ -167,8 +167,9 @@ def similarity_figure(experts: TemporalExperts) -> Figure:
     axis.set(xticks=ticks, yticks=ticks, xticklabels=range(number), yticklabels=range(number), aspect="equal",
              xlabel="expert", ylabel="expert", ylim=(number, 0), title="MACs kept by both / MACs kept by either")
     pairs = sorted((alike[a, b], f"experts {a} and {b}") for a, b in combinations(range(number), 2))
-    return _described(figure, *(f"{which} alike are {pair} ({value:.2f})." for which, (value, pair)
-                                in zip(("Most", "Least"), pairs[-1:] + pairs[:1], strict=False)))
+    texts = [f"{which} alike are {pair} ({value:.2f})." for which, (value, pair)
+             in zip(("Most", "Least"), pairs[-1:] + pairs[:1], strict=False)]
+    return _described(figure, *texts or ["There is one expert, like itself alone."])
 
 
 @_styled
@@ -188,6 +189,24 @@ def evolution_figure(history: list[dict[str, Any]], experts: TemporalExperts) ->
     return _described(figure, f"From step {steps[0]} to step {steps[-1]} the keep ratio went from {ratios[0]:.3f} to "
                               f"{ratios[-1]:.3f}, and the layers that some timestep skips from "
                               f"{(kept_LR[:, 0] < 1).sum()} to {(kept_LR[:, -1] < 1).sum()} of {len(kept_LR)}.")
+
+
+@_styled
+def mask_history_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> Figure:
+    """Which layers each expert kept in the course of the search: a strip an expert, a row a layer."""
+    (order, _), (steps, edges) = layers(experts.sites), _steps(history)
+    mask_ELR = np.stack([record["mask_EL"] for record in history], axis=2)[:, order]
+    number, depth = mask_ELR.shape[:2]
+    figure, strips = _figure(0.6 + (0.4 + 0.04 * depth) * number, number, sharex=True, squeeze=False)
+    texts = []
+    for e, (axis, mask_LR) in enumerate(zip(strips[:, 0], mask_ELR, strict=True)):
+        axis.pcolormesh(edges, range(depth + 1), mask_LR, vmin=0, vmax=1, cmap="cividis", rasterized=True)
+        changed = int((mask_LR[:, 1:] != mask_LR[:, :-1]).sum())
+        axis.set(ylim=(depth, 0), yticks=[0, depth], title=f"Layers of expert {e} ({mask_LR[:, -1].sum()} at the end)")
+        texts.append(f"Expert {e} keeps {mask_LR[:, 0].sum()} layers at step {steps[0]}, {mask_LR[:, -1].sum()} at "
+                     f"{steps[-1]}, with {changed} changes of a layer between.")
+    strips[-1, 0].set_xlabel("step")
+    return _described(figure, *texts)
 
 
 @_styled
@@ -276,25 +295,32 @@ def samples_figure(rows: dict[str, Tensor], labels: list[str]) -> Figure:
 
 @_styled
 def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
-    figure, axes = _figure(4.5, rows=2, width=2 * _WIDTH, sharex=True)
+    """A column a keep ratio; a point a variant, with the standard deviation over its seeds."""
     experts = [row for row in rows if row["variant"] != "dense"]
-    variants = sorted({row["variant"] for row in experts})
-    for axis, name, label in zip(axes, ("output_error", "fd"), ("output error", "Fréchet distance"), strict=True):
-        for index, variant in enumerate(variants):
-            points = [(row["time_ratio"], row[name]) for row in experts if row["variant"] == variant]
-            axis.plot(*zip(*points, strict=True), linestyle="", marker="osD^v<>ph*XPd"[index % 13], markersize=4,
-                      color=EXPERTS[index % len(EXPERTS)], label=variant.replace("_", " "))
-        axis.set(ylabel=label, yscale="log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter("{x:g}")  # as powers of ten they would need mathtext, which the style has off
-        axis.grid()
-    steps = {row["sampling_steps"] for row in experts}
-    dense = [row["fd"] for row in rows if row["variant"] == "dense" and row["sampling_steps"] in steps]
-    if dense:
-        axes[-1].axhline(np.mean(dense), color=INK, linewidth=0.8, label="dense")
-    axes[-1].set(xlabel="measured time of sampling, dense model = 1 (line: the dense model)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    variants, keeps = sorted({row["variant"] for row in experts}), sorted({row["keep_ratio_target"] for row in experts})
+    figure = Figure((1.6 + 2.1 * len(keeps), 5), layout="constrained")
+    axes, drawn = figure.subplots(2, len(keeps), sharex="col", sharey="row", squeeze=False), {}
+    for column, keep in zip(axes.T, keeps, strict=True):
+        for axis, name in zip(column, ("output_error", "fd"), strict=True):
+            for index, variant in enumerate(variants):
+                points = np.array([(row["time_ratio"], row[name]) for row in experts
+                                   if (row["variant"], row["keep_ratio_target"]) == (variant, keep)])
+                if len(points):
+                    (x, y), (wide, high) = points.mean(0), points.std(0, ddof=1) if len(points) > 1 else (0, 0)
+                    drawn[variant.replace("_", " ")] = axis.errorbar(
+                        x, y, high, wide, marker="osD^v<>ph*XPd"[index % 13], markersize=4.5, elinewidth=0.5,
+                        color=EXPERTS[index % len(EXPERTS)])
+            axis.set(ylim=(0, None))
+            axis.grid()
+        steps = {row["sampling_steps"] for row in experts}
+        dense = [row["fd"] for row in rows if row["variant"] == "dense" and row["sampling_steps"] in steps]
+        if dense:
+            drawn["dense"] = column[1].axhline(np.mean(dense), color=INK, linewidth=0.8)
+        column[0].set_title(f"keep ratio {keep:g}")
+    for axis, label in zip(axes[:, 0], ("output error", "Fréchet distance"), strict=True):
+        axis.set_ylabel(label)
+    figure.supxlabel("measured time of sampling, dense model = 1", fontsize=8.5)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside right center")
     return figure
 
 

@@ -159,7 +159,18 @@ def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
         f"{table.response_B[strongest] / table.response_B.mean():.1f} times the mean. At keep ratio "
         f"{budget.keep_ratio}, if effects added up, one mask for all timesteps would move the samples {gain:.2f} times "
         f"as far (squared) as {experts} experts' masks: "
-        + ("experts have something to gain." if gain > 1.1 else "experts have little to gain over one mask."))
+        + ("experts may have something to gain (where that was tuned, effects did not add up: docs/results.md)."
+           if gain > 1.1 else "experts have little to gain over one mask."))
+
+
+def as_text(table: Sensitivity) -> str:
+    """The table in plain text, a line a layer: absolute errors, and in brackets those relative to the dense model's."""
+    bins, width = [f"t {low}-{high - 1}" for low, high in pairwise(table.edges)], max(map(len, table.sites))
+    lines = [" " * width + "".join(f"{name:>20}" for name in bins)]
+    for site, absolute_B, relative_B in zip(table.sites, table.error_LB, table.relative_LB, strict=True):
+        cells = (f"{absolute:.2e} ({relative:.2g})" for absolute, relative in zip(absolute_B, relative_B, strict=True))
+        lines.append(f"{site:{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
 
 
 def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork) -> None:

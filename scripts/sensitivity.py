@@ -1,8 +1,8 @@
 """Before GPU days are spent: what is each layer worth at each timestep, and have experts anything to gain?
 
 `python scripts/sensitivity.py --config configs/dit_xl2.yaml --out DIR [key.path=value ...]` skips each layer alone, at
-timesteps of every bin, and writes sensitivity.json and sensitivity.png. It also samples with a few layers skipped in
-one bin each time, to see how far an error of the output moves samples.
+timesteps of every bin, prints the table and writes sensitivity.json and sensitivity.png. It also samples with a few
+layers skipped in one bin each time, to see how far an error of the output moves samples.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from alter import InputError, load_config  # noqa: E402
 from alter.build import build  # noqa: E402
 from alter.report import plot_sensitivity  # noqa: E402
-from alter.sensitivity import FILE_NAME, measure_sensitivity, verdict  # noqa: E402
+from alter.sensitivity import FILE_NAME, as_text, measure_sensitivity, verdict  # noqa: E402
 
 
 def main() -> int:
@@ -53,6 +53,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     table.save(out / FILE_NAME)
     plot_sensitivity(table, out / "sensitivity.png")
+    print(as_text(table))
     print(verdict(table, parts.budget, config.experts.count))
     print(f"written to {out / FILE_NAME} and {out / 'sensitivity.png'}")
 

@@ -26,7 +26,8 @@ def test_the_committed_notebook():
     assert all(not cell.metadata for cell in notebook.cells)  # no timings
     kinds = [output.output_type for output in outputs(notebook)]
     assert "error" not in kinds and not any(output.get("name") == "stderr" for output in outputs(notebook))
-    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 9
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 12
+    assert "The ranking of the layers is" in "".join(output.get("text", "") for output in outputs(notebook))
     without_images = json.dumps([[cell.source, [
         {**output, "data": {**output.get("data", {}), "image/png": ""}} for output in cell.get("outputs", [])]]
         for cell in notebook.cells])
@@ -48,6 +49,7 @@ def test_it_runs_on_another_run(small_config, kind):
     NotebookClient(notebook, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()  # raises at the first error
     text = "".join(output.get("text", "") for output in outputs(notebook))
+    assert "history.jsonl" not in text and "metrics.jsonl" not in text  # nothing that the run has is missing
     assert f"3 experts over {sites} sites" in text
     table = [line.split() for line in text.partition("from experts\n")[2].splitlines()]
     assert [line[:-3] for line in table] == [["dense"], ["experts"], *(["expert", str(e)] for e in range(3))]

@@ -150,7 +150,7 @@ def test_kept_frequency_and_similarity(kind):
     assert [text.get_text() for text in figure.axes[0].texts] == [f"{v:.2f}" for row in expected for v in row]
     highest = max((expected[a][b], (a, b)) for a in range(4) for b in range(a))
     assert "Most alike are experts {1[1]} and {1[0]} ({0:.2f}).".format(*highest) in figure.get_label()
-    assert report.similarity_figure(experts_of(kind, count=1)).get_label() == ""
+    assert report.similarity_figure(experts_of(kind, count=1)).get_label() == "There is one expert, like itself alone."
     nothing = dataclasses.replace(experts, mask_EL=np.zeros_like(experts.mask_EL))
     assert (report.similarity(nothing) == 1).all()
 
@@ -162,19 +162,24 @@ def test_the_course_of_the_search(tmp_path):
     ratio, kept, _ = report.evolution_figure(records, experts).axes
     assert ratio.lines[0].get_xydata().tolist() == [[10, 0], [20, -1], [40, -3]]
     drawn, names = kept.collections[0].get_array(), rows(kept)
-    routing = report.routing_figure(records, experts)
+    routing, masks = report.routing_figure(records, experts), report.mask_history_figure(records, experts)
+    assert len(masks.axes) == len(experts.mask_EL)
     for column, record in enumerate(records):
         for row, name in enumerate(names):
             index = experts.sites.index(site_names(experts)[name])
             runs = [record["mask_EL"][e, index] for e in record["expert_T"]]
             assert drawn[row, column] == pytest.approx(np.mean(runs))
+            for e, axis in enumerate(masks.axes):
+                assert axis.collections[0].get_array()[row, column] == record["mask_EL"][e, index]
         for e, axis in enumerate(routing.axes):
             for low in range(100):
                 assert axis.collections[0].get_array()[low, column] == pytest.approx(
                     np.mean([expert == e for expert in record["expert_T"][10 * low:10 * low + 10]]))
     assert f"Expert 1 serves {(records[0]['expert_T'] == 1).mean():.0%} of the timesteps at step 10, " in \
         routing.get_label()
-    assert report.evolution_figure(records[:1], experts) and report.routing_figure(records[:1], experts)
+    assert f"Expert 2 keeps {records[0]['mask_EL'][2].sum()} layers at step 10, " in masks.get_label()
+    for figure in (report.evolution_figure, report.mask_history_figure, report.routing_figure):
+        assert figure(records[:1], experts)
 
 
 def test_losses_of_both_phases(small_config):
@@ -220,10 +225,24 @@ def test_samples_and_pngs(tmp_path):
         assert np.asarray(Image.open(tmp_path / f"{count}.png").convert("L")).std() > 30
 
 
-def test_the_figure_of_an_ablation_has_plain_numbers_at_its_axes():
-    rows = [{"variant": "alter", "sampling_steps": 20, "time_ratio": time, "output_error": error, "fd": 1e4 * error}
-            for time, error in ((0.5, 0.0019), (0.65, 0.031))]
+def test_the_figure_of_an_ablation():
+    rows = [{"variant": variant, "sampling_steps": 20, "keep_ratio_target": keep, "time_ratio": time,
+             "output_error": error, "fd": 1e4 * error}
+            for variant, keep, time, error in (("alter", 0.5, 0.5, 0.002), ("alter", 0.5, 0.6, 0.004),
+                                               ("alter", 0.65, 0.7, 0.001), ("two_stage", 0.5, 0.52, 0.003))]
+    rows.append({"variant": "dense", "sampling_steps": 20, "keep_ratio_target": 0.5, "fd": 7.0})
     figure = report._quality_figure(rows)
     figure.canvas.draw()
+    error, wider, distance, _ = figure.axes
+    assert [axis.get_title("left") for axis in (error, wider)] == ["keep ratio 0.5", "keep ratio 0.65"]
+    for axis, scale in ((error, 1), (distance, 1e4)):
+        points = [bars.lines[0].get_xydata()[0] for bars in axis.containers]
+        assert np.allclose(points, [(0.55, 0.003 * scale), (0.52, 0.003 * scale)])
+        across, upright = (bars.get_segments()[0] for bars in axis.containers[0].lines[2])
+        assert np.ptp(across[:, 0]) == pytest.approx(2 * np.sqrt(0.005))
+        assert np.ptp(upright[:, 1]) == pytest.approx(2 * np.sqrt(2e-6) * scale)
+    assert distance.lines[-1].get_ydata() == [7.0, 7.0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["alter", "two stage", "dense"]
     labels = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels(which="both")]
-    assert {"0.002", "0.02", "20", "200"} <= set(labels) and not any("$" in label for label in labels)
+    assert labels and not any("$" in label for label in labels)

@@ -186,7 +186,12 @@ def test_the_verdict():
     assert "around t = 124: 2.3 times the mean" in text
     crossed = table_of([[4, 4, 1, 1], [3, 3, 2, 2], [2, 2, 3, 3], [1, 1, 4, 4]])
     text = verdict(crossed, budget, 2)
-    assert "different at different timesteps" in text and "experts have something to gain" in text
+    assert "different at different timesteps" in text and "experts may have something to gain" in text
+    alike = table_of([[9, 9, 9, 9], [8, 8, 8, 8], [1, 1, 2, 2], [2, 2, 1, 1]])
+    assert 0.6 < alike.agreement < 0.9
+    text = verdict(alike, budget, 2)
+    assert "similar at all timesteps" in text and "experts have little to gain over one mask" in text
+    text = verdict(crossed, budget, 2)
     assert f"{(3 + 7) / 2 / 3:.2f} times as far (squared) as 2 experts" in text
 
 
@@ -197,9 +202,13 @@ def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["sensitivity.py", "--config", str(tmp_path / "c.yaml"), "--out",
                                       str(tmp_path / "out"), "--bins", "4", "--samples", "2"])
     assert sensitivity.main() == 0
-    assert "The ranking of the layers is" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The ranking of the layers is" in said
     table = Sensitivity.load(tmp_path / "out/sensitivity.json")
     assert table.error_LB.shape == (make_dit().config.num_layers, 4) and (table.error_LB > 0).all()
+    (line,) = [line for line in said.splitlines() if line.startswith(table.sites[1])]
+    cells = [f"{table.error_LB[1, b]:.2e} ({table.error_LB[1, b] / table.denoise_B[b]:.2g})" for b in range(4)]
+    assert line.split() == [table.sites[1], *" ".join(cells).split()]
     assert (tmp_path / "out/sensitivity.png").stat().st_size > 5000
     content = json.loads((tmp_path / "out/sensitivity.json").read_text())
     (tmp_path / "bad.json").write_text(json.dumps({**content, "alter_sensitivity": 1}))
