@@ -298,7 +298,7 @@ def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
     """A column a keep ratio; a point a variant, with the standard deviation over its seeds."""
     experts = [row for row in rows if row["variant"] != "dense"]
     variants, keeps = sorted({row["variant"] for row in experts}), sorted({row["keep_ratio_target"] for row in experts})
-    figure = Figure((1.6 + 2.1 * len(keeps), 5), layout="constrained")
+    figure = Figure((2 * _WIDTH, 6), layout="constrained")
     axes, drawn = figure.subplots(2, len(keeps), sharex="col", sharey="row", squeeze=False), {}
     for column, keep in zip(axes.T, keeps, strict=True):
         for axis, name in zip(column, ("output_error", "fd"), strict=True):
@@ -308,8 +308,8 @@ def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
                 if len(points):
                     (x, y), (wide, high) = points.mean(0), points.std(0, ddof=1) if len(points) > 1 else (0, 0)
                     drawn[variant.replace("_", " ")] = axis.errorbar(
-                        x, y, high, wide, marker="osD^v<>ph*XPd"[index % 13], markersize=4.5, elinewidth=0.5,
-                        color=EXPERTS[index % len(EXPERTS)])
+                        x, y, high, wide, marker="osD^v<>ph*XPd"[index % 13], markersize=4.5, linestyle="",
+                        elinewidth=0.5, color=EXPERTS[index % len(EXPERTS)])
             axis.set(ylim=(0, None))
             axis.grid()
         steps = {row["sampling_steps"] for row in experts}
@@ -317,10 +317,11 @@ def _quality_figure(rows: list[dict[str, Any]]) -> Figure:
         if dense:
             drawn["dense"] = column[1].axhline(np.mean(dense), color=INK, linewidth=0.8)
         column[0].set_title(f"keep ratio {keep:g}")
+        column[1].set_xlabel("measured time (dense: 1)")
     for axis, label in zip(axes[:, 0], ("output error", "Fréchet distance"), strict=True):
         axis.set_ylabel(label)
-    figure.supxlabel("measured time of sampling, dense model = 1", fontsize=8.5)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside right center")
+    columns = max(1, 90 // (6 + max(map(len, drawn))))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns)
     return figure
 
 

@@ -1,11 +1,11 @@
 """Compare the method with its ablations and with other ways to choose layers, over several seeds:
 
-`python scripts/ablate.py --config configs/ablation_dit.yaml [--variants alter static] [key.path=value ...]`
+`python scripts/ablate.py --config configs/ablation_dit.yaml [key.path=value ...] [--variants alter static]`
 
 All variants share the dense model, the number of training iterations, the keep ratio (every_second has its own) and the
 sampler. A row is written as soon as it is known; started again, what is there is not run again. Rows of overridden keys
-are further variants, named by these. At the end it prints a table of means and standard deviations, and draws FILE's
-rows beside it.
+are further variants, named by these. At the end it prints a table of means and standard deviations, and draws the
+rows beside FILE.
 """
 
 import argparse

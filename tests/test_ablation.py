@@ -96,12 +96,20 @@ def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
     assert all(wanted <= row.keys() for row in first)
     assert np.mean(first[2]["output_error_by_timestep"]) == pytest.approx(first[2]["output_error"])
     assert first[2]["time_ratio"] > 0
-    changed = (tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json").stat().st_mtime_ns
     rows = run("dense", "random", "alter", "static")
     assert rows[:3] == first and [row["variant"] for row in rows[3:]] == ["alter", "static"]
-    assert (tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json").stat().st_mtime_ns == changed
     searched = load_config(tmp_path / "outputs/ablation/c-alter-0.75-0/run/config.yaml").experts
     assert (searched.start, searched.offset) == ("dense", 4.0), "the paper's, whatever the file says"
+
+    summary = tmp_path / "outputs/ablation/c-random-0.75-0/run/summary.json"
+    written = summary.stat().st_mtime_ns
+    (tmp_path / "rows.json").write_text(json.dumps(first[:2]))
+    again = run("random")[2]  # its row is lost, its run is not
+    assert {**again, "time_ratio": 0} == {**first[2], "time_ratio": 0} and summary.stat().st_mtime_ns == written
+    command.insert(1, "optim.backbone_lr=0.02")
+    other = run("random")[3]
+    assert other["variant"] == "random optim.backbone_lr=0.02"
+    assert other["macs"] == again["macs"] and other["output_error"] != again["output_error"]
     assert rows[2]["macs"] < rows[0]["macs"] and (tmp_path / "rows.png").is_file()
 
 
