@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from transformers import CLIPTextModel
 from alter import InputError, TemporalExperts, load_config, train
 from alter.build import build, check
 from alter.config import CONFIGS, save_config
-from alter.demo import make_tokenizer
+from alter.demo import exam, make_tokenizer
 from alter.plan import load_scheduler
 from alter.sampling import sample_latents
 from alter.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
@@ -274,10 +275,21 @@ def test_the_demos_tokenizer_keeps_every_word_whole():
     assert tokenizer.decode(tokenizer("unseen words").input_ids, skip_special_tokens=True).strip() == "unseen words"
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_judge_for_every_seed_that_has_not_seen_the_training_data(seed):
+    source = SimpleNamespace(encoded=False)
+    first, again = (exam(load_config("configs/demo_sd.yaml", [f"seed={s}", "evaluate.samples=100"]), source)
+                    for s in (0, seed))
+    assert torch.equal(first.images, again.images) and first.titles == again.titles
+    trained = {image.tobytes() for image in draw_shapes(800, seed)[0]}
+    judged = {((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy().tobytes() for image in again.images}
+    assert len(judged) > 500 and len(trained & judged) < 0.02 * len(judged)  # some are alike by chance
+
+
 def test_the_demo_in_short(tmp_path):
     config = load_config("configs/demo_sd.yaml", [
         *SHORT, "demo.steps=4", "demo.vae_steps=4", "demo.images=300", "train.steps=4", "train.search_steps=2",
-        "validate.every=4", "demo.batch_size=8", "train.batch_size=8",
+        "validate.every=4", "demo.batch_size=8", "train.batch_size=8", "experts.start=dense",
     ])
     run = train(config)
     summary = json.loads((run / "summary.json").read_text())
