@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import load_config as load_config
-    from .errors import InputError as InputError
-    from .experts import TemporalExperts as TemporalExperts
-    from .pipelines import load_pipeline as load_pipeline
-    from .run import train as train
+    from .common.config import load_config as load_config
+    from .common.errors import InputError as InputError
+    from .experts.artefact import TemporalExperts as TemporalExperts
+    from .experts.load import load_pipeline as load_pipeline
+    from .training.run import train as train
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "TemporalExperts", "load_config", "load_pipeline", "train"]
-_HOME = {"InputError": ".errors", "TemporalExperts": ".experts", "load_config": ".config",
-         "load_pipeline": ".pipelines", "train": ".run"}
+_HOME = {"InputError": ".common.errors", "TemporalExperts": ".experts.artefact", "load_config": ".common.config",
+         "load_pipeline": ".experts.load", "train": ".training.run"}
 
 
 def __getattr__(name: str) -> Any:

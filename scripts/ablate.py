@@ -19,14 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from alter import InputError, load_config  # noqa: E402
-from alter.ablation import GIVEN, ablation_table, given_experts, time_ratio  # noqa: E402
-from alter.build import build  # noqa: E402
-from alter.demo import make_demo  # noqa: E402
-from alter.files import write_text  # noqa: E402
-from alter.latency import device_name  # noqa: E402
-from alter.report import plot_quality  # noqa: E402
-from alter.run import train  # noqa: E402
+from alter import (
+    InputError,
+    load_config,  # noqa: E402
+)
+from alter.backbones.latency import device_name  # noqa: E402
+from alter.common.files import write_text  # noqa: E402
+from alter.evaluation.report.figures import plot_quality  # noqa: E402
+from alter.training.ablation import GIVEN, ablation_table, given_experts, time_ratio  # noqa: E402
+from alter.training.demo import make_demo  # noqa: E402
+from alter.training.run import train  # noqa: E402
+from alter.training.setup.parts import build  # noqa: E402
 
 PAPER = ["experts.start=dense", "experts.offset=4"]  # where the search starts, whatever the file's own start
 SEARCHED = {

@@ -24,7 +24,7 @@ from benchmarking import inference, training  # noqa: E402
 from benchmarking.cases import CASES, load_case  # noqa: E402
 
 from alter import InputError  # noqa: E402
-from alter.latency import device_name  # noqa: E402
+from alter.backbones.latency import device_name  # noqa: E402
 
 KINDS = ("step", "trajectory", "train_search", "train_final")
 

@@ -20,11 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 
-from alter import InputError, load_config  # noqa: E402
-from alter.build import build  # noqa: E402
-from alter.latency import device_name  # noqa: E402
-from alter.run import make_accelerator  # noqa: E402
-from alter.trainer import Trainer  # noqa: E402
+from alter import (
+    InputError,
+    load_config,  # noqa: E402
+)
+from alter.backbones.latency import device_name  # noqa: E402
+from alter.training.run import make_accelerator  # noqa: E402
+from alter.training.setup.parts import build  # noqa: E402
+from alter.training.trainer import Trainer  # noqa: E402
 
 PLAIN = "none"
 

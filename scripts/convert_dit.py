@@ -20,8 +20,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from diffusers.utils import logging  # noqa: E402
 
 from alter import InputError  # noqa: E402
-from alter.dit_weights import read_checkpoint, to_diffusers, to_facebook  # noqa: E402
-from alter.experts import FILE_NAME as EXPERTS  # noqa: E402
+from alter.backbones.facebook_dit import read_checkpoint, to_diffusers, to_facebook  # noqa: E402
+from alter.experts.artefact import FILE_NAME as EXPERTS  # noqa: E402
 
 
 def main() -> int:

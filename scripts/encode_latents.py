@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from alter.config import load_config  # noqa: E402
-from alter.errors import InputError  # noqa: E402
+from alter.common.config import load_config  # noqa: E402
+from alter.common.errors import InputError  # noqa: E402
 
 
 def main() -> int:
@@ -35,8 +35,8 @@ def main() -> int:
 
 def _encode(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    from alter.encode import encode
-    from alter.processes import this_process
+    from alter.common.process import this_process
+    from alter.data.encode import encode
 
     state = this_process()
     index = encode(config, Path(arguments.out), arguments.shard_size, arguments.batch, state)

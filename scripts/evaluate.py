@@ -15,8 +15,9 @@ import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
 from alter import InputError  # noqa: E402
-from alter.metrics.image_sets import ImageSet  # noqa: E402
-from alter.metrics.networks import (  # noqa: E402
+from alter.common.process import this_process  # noqa: E402
+from alter.evaluation.image_sets import ImageSet  # noqa: E402
+from alter.evaluation.networks import (  # noqa: E402
     HUB,
     INCEPTION_FILE,
     ClipVision,
@@ -25,9 +26,8 @@ from alter.metrics.networks import (  # noqa: E402
     Network,
     OpenClip,
 )
-from alter.metrics.preferences import PREFERENCES, preference_scores  # noqa: E402
-from alter.metrics.suite import METRICS, Features, Reference, evaluate, table  # noqa: E402
-from alter.processes import this_process  # noqa: E402
+from alter.evaluation.preferences import PREFERENCES, preference_scores  # noqa: E402
+from alter.evaluation.suite import METRICS, Features, Reference, evaluate, table  # noqa: E402
 
 CACHE = Path.home() / ".cache" / "alter"
 
@@ -94,7 +94,7 @@ def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
     source, reference_source, out = arguments.images, arguments.reference, arguments.out
     prompts_file = arguments.prompts
     if arguments.run:
-        from alter.metrics.demo_images import draw_run
+        from alter.training.demo_images import draw_run
 
         run = Path(arguments.run)
         run = run if (run / "config.yaml").is_file() else run / "latest"
@@ -138,7 +138,7 @@ def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Ne
         if key not in ("clean", "legacy"):
             raise InputError("--feature-network demo: stands in for Inception alone: choose among fid, fid_legacy, "
                              "kid, is, prc")
-        from alter.metrics.demo_images import demo_network
+        from alter.training.demo_images import demo_network
 
         return demo_network(arguments.cache, state)
     if key in ("clean", "legacy"):

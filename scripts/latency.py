@@ -12,8 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from alter import InputError, load_config  # noqa: E402
-from alter.plan import measure  # noqa: E402
+from alter import (
+    InputError,
+    load_config,  # noqa: E402
+)
+from alter.training.setup.plan import measure  # noqa: E402
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from alter import InputError  # noqa: E402
-from alter.images import Unreadable, decode, square  # noqa: E402
+from alter.data.images import Unreadable, decode, square  # noqa: E402
 
 COUNT = {"coco2014": 30_000, "coco2017": 5_000}
 MOST_NAMED = 5

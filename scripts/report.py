@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from alter import InputError  # noqa: E402
-from alter.files import write_text  # noqa: E402
-from alter.page import build_page, read_run  # noqa: E402
+from alter.common.files import write_text  # noqa: E402
+from alter.evaluation.report.page import build_page, read_run  # noqa: E402
 
 
 def main() -> int:

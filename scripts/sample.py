@@ -17,9 +17,12 @@ import torch  # noqa: E402
 from diffusers import DiffusionPipeline, DiTPipeline  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from alter import InputError, load_pipeline  # noqa: E402
-from alter.processes import this_process  # noqa: E402
-from alter.sampling import scheduler_class  # noqa: E402
+from alter import (
+    InputError,
+    load_pipeline,  # noqa: E402
+)
+from alter.backbones.sampling import scheduler_class  # noqa: E402
+from alter.common.process import this_process  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,10 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from alter import InputError, load_config  # noqa: E402
-from alter.build import build  # noqa: E402
-from alter.report import plot_sensitivity  # noqa: E402
-from alter.sensitivity import FILE_NAME, as_text, measure_sensitivity, verdict  # noqa: E402
+from alter import (
+    InputError,
+    load_config,  # noqa: E402
+)
+from alter.evaluation.report.figures import plot_sensitivity  # noqa: E402
+from alter.training.sensitivity import FILE_NAME, as_text, measure_sensitivity, verdict  # noqa: E402
+from alter.training.setup.parts import build  # noqa: E402
 
 
 def main() -> int:

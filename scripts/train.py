@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from alter.config import Config, load_config, reference  # noqa: E402
-from alter.errors import InputError  # noqa: E402
+from alter.common.config import Config, load_config, reference  # noqa: E402
+from alter.common.errors import InputError  # noqa: E402
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
         if arguments.debug or not _expected(error):
             raise
         # A loader process hands its error over with a traceback in front; the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("alter.errors.InputError: ")
+        line = str(error).strip().splitlines()[-1].removeprefix("alter.common.errors.InputError: ")
         print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else getattr(error, "signum", -127) + 128
     except KeyboardInterrupt:
@@ -40,18 +40,18 @@ def main() -> int:
 
 def _run(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.check:
-        from alter.build import check
+        from alter.training.setup.parts import check
 
         check(config, int(os.environ.get("ALTER_PROCESSES", "1")))
     elif arguments.dry_run:
-        from alter.dry_run import describe_run
+        from alter.training.setup.dry_run import describe_run
 
         print(describe_run(config))
     else:
         import diffusers
         import transformers
 
-        from alter.run import train
+        from alter.training.run import train
 
         diffusers.utils.logging.disable_progress_bar()  # of loading and writing files
         transformers.utils.logging.disable_progress_bar()

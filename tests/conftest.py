@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import alter.run
-from alter.config import CONFIGS
-from alter.demo import make_tokenizer
-from alter.metrics import train_classifier
-from alter.shapes import write_shapes
+import alter.training.run
+from alter.common.config import CONFIGS
+from alter.data.shapes import write_shapes
+from alter.evaluation import train_classifier
+from alter.training.demo import make_tokenizer
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
@@ -23,7 +23,7 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they give
 def brief_classifier():
     """Whole runs measure their samples; here that they do is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alter.run, "train_classifier", functools.partial(train_classifier, steps=20))
+        patch.setattr(alter.training.run, "train_classifier", functools.partial(train_classifier, steps=20))
         yield
 
 

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from alter import load_config
-from alter.build import build
-from alter.trainer import Trainer
+from alter.training.setup.parts import build
+from alter.training.trainer import Trainer
 
 
 def main(config_file: str, output: str, dtype: str) -> None:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from alter import InputError, ablation
-from alter.ablation import GIVEN, ablation_table, block_influence, given_experts
-from alter.build import build
-from alter.config import load_config, save_config
-from alter.shapes import KINDS, write_scenes
-from alter.sources import FastDiT
+from alter import InputError
+from alter.common.config import load_config, save_config
+from alter.data.open import FastDiT
+from alter.data.shapes import KINDS, write_scenes
+from alter.training import ablation
+from alter.training.ablation import GIVEN, ablation_table, block_influence, given_experts
+from alter.training.setup.parts import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import ablate  # noqa: E402
@@ -66,7 +67,7 @@ def test_an_unknown_variant(small_config):
 def test_scenes_are_classes_of_pixels(tmp_path):
     write_scenes(tmp_path / "a", 40, 3)
     write_scenes(tmp_path / "b", 40, 3)
-    from alter.config import DataConfig
+    from alter.common.config import DataConfig
 
     source, again = (FastDiT(DataConfig(path=str(tmp_path / name)), 0) for name in "ab")
     samples = [source[0, i] for i in range(40)]

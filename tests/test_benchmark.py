@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_dit
 
-from alter.config import ROOT
-from alter.cost import count_cost
+from alter.backbones.cost import count_cost
+from alter.common.config import ROOT
 
 sys.path.insert(0, str(Path(ROOT) / "scripts"))
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from alter.budget import Budget
-from alter.errors import InputError
-from alter.hypernetwork import HyperNetwork, Logits
-from alter.losses import log_ratio
+from alter.common.errors import InputError
+from alter.method.budget import Budget
+from alter.method.hypernetwork import HyperNetwork, Logits
+from alter.method.losses import log_ratio
 
 
 def random_logits(experts, sites, spread=1.0, seed=0):

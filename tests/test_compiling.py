@@ -11,8 +11,9 @@ from conftest import make_dit, make_inputs, save_stable_diffusion
 from diffusers import EulerDiscreteScheduler
 from test_pipelines import draw, experts_for, load
 
-from alter import InputError, compiling
-from alter.sites import embedders
+from alter import InputError
+from alter.backbones.sites import embedders
+from alter.experts import compile as compiling
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_the_fastest_way_is_kept_and_weighted_by_the_timesteps(folder, monkeypat
     pipe = load(folder)
     experts = experts_for(pipe.unet, 16)
     taken = {"eager": 1.0, "layers": 3.0, "experts": 2.0}
-    monkeypatch.setattr("alter.compiling._measure", lambda *_: 4.0 if len(seen) <= 3 else taken[seen[-1]])
+    monkeypatch.setattr("alter.experts.compile._measure", lambda *_: 4.0 if len(seen) <= 3 else taken[seen[-1]])
     seen, ways = [], ["layers", "experts", "eager"]
     enter = compiling._enter
     monkeypatch.setattr(compiling, "_enter", lambda way, *rest: (seen.append(way), enter(way, *rest)))

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from alter import InputError, load_config
-from alter.config import CONFIGS, reference, save_config
+from alter.common.config import CONFIGS, reference, save_config
 
 
 @pytest.fixture

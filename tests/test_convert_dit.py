@@ -14,8 +14,8 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
-from alter.build import load_backbone
-from alter.config import CONFIGS, ROOT
+from alter.common.config import CONFIGS, ROOT
+from alter.training.setup.parts import load_backbone
 
 sys.path.insert(0, str(Path(ROOT) / "scripts"))
 

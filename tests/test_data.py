@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from alter import InputError
-from alter.config import BackboneConfig, Config, DataConfig
-from alter.data import GlobalBatches, Order, Tolerant, collate, make_loader, split
-from alter.images import Unreadable
-from alter.sources import CaptionedFolder, Digits, ImageFolder, WithPrior, open_source
+from alter.common.config import BackboneConfig, Config, DataConfig
+from alter.data.batches import GlobalBatches, Order, Tolerant, collate, make_loader, split
+from alter.data.images import Unreadable
+from alter.data.open import CaptionedFolder, Digits, ImageFolder, WithPrior, open_source
 
 
 @pytest.mark.parametrize("processes, micro", [(1, 1), (2, 1), (1, 4), (2, 2)])

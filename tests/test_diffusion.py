@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from alter.diffusion import draw, generator, min_snr_weight, training_target
+from alter.method.diffusion import draw, generator, min_snr_weight, training_target
 
 
 def test_draws_repeat_and_differ_by_step_and_stream():

@@ -10,7 +10,7 @@ import torch_fidelity.metric_prc
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from alter.metrics import distances
+from alter.evaluation import distances
 
 
 @pytest.fixture

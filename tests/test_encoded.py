@@ -13,19 +13,19 @@ from accelerate import PartialState
 from conftest import make_dit, make_vae, save_latents, save_pipeline
 from safetensors.torch import load_file, save_file
 
-import alter.build
-import alter.encode
+import alter.data.encode
+import alter.training.setup.parts as parts_module
 from alter import InputError
-from alter.build import build, check
-from alter.config import BackboneConfig, Config, DataConfig, save_config
-from alter.data import Fit, Tolerant
-from alter.encode import encode
-from alter.images import Unreadable
-from alter.run import make_accelerator
-from alter.shapes import draw_shapes
-from alter.sources import FastDiT, Repa, open_source, shard_name
-from alter.sources.base import coin
-from alter.trainer import Trainer
+from alter.common.config import BackboneConfig, Config, DataConfig, save_config
+from alter.data.base import coin
+from alter.data.batches import Fit, Tolerant
+from alter.data.encode import encode
+from alter.data.images import Unreadable
+from alter.data.open import FastDiT, Repa, open_source, shard_name
+from alter.data.shapes import draw_shapes
+from alter.training.run import make_accelerator
+from alter.training.setup.parts import build, check
+from alter.training.trainer import Trainer
 
 
 def test_latents_of_fast_dit(tmp_path):
@@ -112,7 +112,7 @@ def test_training_from_latents_equals_training_from_images(small_config, tmp_pat
     cached = dataclasses.replace(from_images.data, source="latents", path=str(tmp_path / "encoded"))
     _, expected, losses = first_losses(from_images, tmp_path, "images")
     for loader in ("load_vae", "TextEncoder"):
-        monkeypatch.setattr(alter.build, loader, None)
+        monkeypatch.setattr(parts_module, loader, None)
     trainer, batch, cached_losses = first_losses(dataclasses.replace(from_images, data=cached), tmp_path, "latents")
     assert trainer.parts.vae is None and trainer.parts.text is None
     assert torch.equal(batch.timesteps, expected.timesteps)
@@ -147,7 +147,7 @@ def test_encoding_goes_on_where_it_was_stopped(small_config, tmp_path):
     config = encode_config(small_config, "sd", tmp_path)
     run_encode(config, tmp_path / "whole")
     halves = tmp_path / "halves"
-    real = alter.encode._save
+    real = alter.data.encode._save
 
     def interrupted(file, *rest):
         if file.name == shard_name(1):
@@ -155,7 +155,7 @@ def test_encoding_goes_on_where_it_was_stopped(small_config, tmp_path):
         real(file, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(alter.encode, "_save", interrupted)
+        patch.setattr(alter.data.encode, "_save", interrupted)
         run_encode(config, halves)
     with pytest.raises(InputError, match="index.json|expected"):
         open_source(latents_config(halves, resolution=32))
@@ -178,7 +178,7 @@ def test_two_processes_share_the_shards_through_the_script(small_config, tmp_pat
     config = encode_config(small_config, "dit", tmp_path)
     run_encode(config, tmp_path / "one")
     save_config(config, tmp_path / "config.yaml")
-    script = Path(alter.encode.__file__).parents[1] / "scripts/encode_latents.py"
+    script = Path(alter.data.encode.__file__).parents[2] / "scripts/encode_latents.py"
     command = [sys.executable, str(script), "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "two"),
                "--shard-size", "10", "--batch", "4"]
     with socket.socket() as free:
@@ -291,7 +291,7 @@ def test_validation_images_load_the_decoder_and_the_text_encoder_for_themselves(
     loaded = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_vae", "TextEncoder"):
-            patch.setattr(alter.build, name, counted(getattr(alter.build, name), name, loaded))
+            patch.setattr(parts_module, name, counted(getattr(parts_module, name), name, loaded))
         parts = build(config)
         assert not loaded and parts.vae is None and parts.text is None
         (tmp_path / "run").mkdir()

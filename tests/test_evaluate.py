@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from alter import InputError
-from alter.config import ROOT
-from alter.metrics import distances, features, image_sets, preferences, suite
-from alter.metrics.demo_images import demo_network
+from alter.common.config import ROOT
+from alter.evaluation import distances, features, image_sets, preferences, suite
+from alter.training.demo_images import demo_network
 
 SCRIPTS = Path(ROOT) / "scripts"
 sys.path.insert(0, str(SCRIPTS))

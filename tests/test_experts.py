@@ -17,8 +17,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 
 from alter import InputError, TemporalExperts
-from alter.cost import count_cost
-from alter.simulator import HardRows, Simulator
+from alter.backbones.cost import count_cost
+from alter.backbones.gates import HardRows, Simulator
 
 
 def make_experts(kind="dit"):

@@ -16,12 +16,12 @@ import pytest
 import torch
 from test_trainer import make_trainer
 
-import alter.checkpoint
+import alter.training.checkpoint
 from alter import InputError, load_config, train
-from alter.checkpoint import checkpoints, damage, find_run, load_checkpoint, save_checkpoint
-from alter.config import CONFIGS, save_config
-from alter.files import append_text, write_text
-from alter.interruption import Interruption
+from alter.common.config import CONFIGS, save_config
+from alter.common.files import append_text, write_text
+from alter.common.interruption import Interruption
+from alter.training.checkpoint import checkpoints, damage, find_run, load_checkpoint, save_checkpoint
 
 ROOT = CONFIGS.parent
 WEIGHTS = "final/transformer/diffusion_pytorch_model.safetensors"
@@ -30,9 +30,10 @@ WEIGHTS = "final/transformer/diffusion_pytorch_model.safetensors"
 SUICIDAL = """
 import os, signal, sys
 import torch
-import alter.checkpoint, alter.experts, alter.files, alter.run
-from alter.trainer import Trainer
-from alter import load_config, train
+import alter.training.checkpoint, alter.experts.artefact, alter.common.files, alter.training.run
+from alter.training.trainer import Trainer
+from alter import load_config
+from alter import train
 
 torch.set_num_threads(1)
 event, number = sys.argv[2], int(sys.argv[3])
@@ -52,11 +53,11 @@ def watch(owner, name, known_as=None, torn=False):
     setattr(owner, name, watched)
 
 watch(Trainer, "iteration")
-watch(alter.checkpoint, "save_file", torn=True)
-watch(alter.checkpoint, "publish")
-watch(alter.checkpoint, "checkpoints", "published")
-watch(alter.experts.TemporalExperts, "save_pretrained")
-watch(alter.run, "write_text", "summary")
+watch(alter.training.checkpoint, "save_file", torn=True)
+watch(alter.training.checkpoint, "publish")
+watch(alter.training.checkpoint, "checkpoints", "published")
+watch(alter.experts.artefact.TemporalExperts, "save_pretrained")
+watch(alter.training.run, "write_text", "summary")
 train(load_config(sys.argv[1]))
 """
 
@@ -278,10 +279,10 @@ def fill_the_disk(monkeypatch, how, at):
                 patch.setattr(*how, full_disk)
             return save_checkpoint(folder, step, *arguments)
 
-    monkeypatch.setattr(alter.checkpoint, "save_checkpoint", replaced)
+    monkeypatch.setattr(alter.training.checkpoint, "save_checkpoint", replaced)
 
 
-@pytest.mark.parametrize("how", ["real", (alter.checkpoint, "save_file"), (os, "fsync"), (os, "mkdir")],
+@pytest.mark.parametrize("how", ["real", (alter.training.checkpoint, "save_file"), (os, "fsync"), (os, "mkdir")],
                          ids=["real", "save_file", "fsync", "mkdir"])
 def test_a_full_disk_costs_one_checkpoint_and_not_the_run(small_config, tmp_path, monkeypatch, capsys, how):
     fill_the_disk(monkeypatch, how, at=4)
@@ -302,14 +303,14 @@ def test_a_checkpoint_that_a_run_ends_with_must_be_written(small_config, tmp_pat
     changes = {"checkpoint": {"every": 4}}
     whole = train(small_config("dit", output_dir="whole", **changes))
     with monkeypatch.context() as patch:
-        fill_the_disk(patch, (alter.checkpoint, "save_file"), at=6)
+        fill_the_disk(patch, (alter.training.checkpoint, "save_file"), at=6)
         with pytest.raises(InputError, match="step-000006 could not be written .* go on from step-000004 with "
                                              "resume=latest"):
             train(small_config("dit", **changes))
         (tmp_path / "other").mkdir()
         trainer = make_trainer(small_config("dit"), tmp_path / "other")
         trainer.interruption.received = signal.SIGTERM
-        fill_the_disk(patch, (alter.checkpoint, "save_file"), at=1)
+        fill_the_disk(patch, (alter.training.checkpoint, "save_file"), at=1)
         with pytest.raises(InputError, match="step-000001 could not be written .* start anew: there is no earlier"):
             trainer.run()
     assert_same_result(train(small_config("dit", resume="latest", **changes)), whole)
@@ -317,7 +318,7 @@ def test_a_checkpoint_that_a_run_ends_with_must_be_written(small_config, tmp_pat
 
 def test_results_that_do_not_fit_on_the_disk_are_written_by_a_resumed_run(small_config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(alter.run, "export", full_disk)
+        patch.setattr(alter.training.run, "export", full_disk)
         with pytest.raises(InputError, match="could not be written .*No space left.* set resume=latest"):
             train(small_config("dit"))
     run = train(small_config("dit", resume="latest"))
@@ -396,18 +397,20 @@ def test_a_killed_run_resumed_equals_the_uninterrupted_one(small_config, tmp_pat
 CROWDED = """
 import errno, sys
 import torch
-import alter.checkpoint
-from alter import InputError, load_config, train
+import alter.training.checkpoint
+from alter import InputError
+from alter import load_config
+from alter import train
 
 torch.set_num_threads(1)
-save = alter.checkpoint.save_checkpoint
+save = alter.training.checkpoint.save_checkpoint
 
 def replaced(folder, step, *arguments):
     if step == 4:
         raise OSError(errno.ENOSPC, "No space left on device")
     return save(folder, step, *arguments)
 
-alter.checkpoint.save_checkpoint = replaced
+alter.training.checkpoint.save_checkpoint = replaced
 try:
     train(load_config("pair.yaml", sys.argv[1:]))
 except InputError as error:

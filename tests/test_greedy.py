@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-import alter.checkpoint
-import alter.run
+import alter.training.checkpoint
+import alter.training.run
 from alter import InputError, TemporalExperts, train
-from alter.build import build
-from alter.greedy import remove_greedily
-from alter.probe import Probe
-from alter.sensitivity import Sensitivity, measure_sensitivity, start_near
+from alter.training.greedy import remove_greedily
+from alter.training.probe import Probe
+from alter.training.sensitivity import Sensitivity, measure_sensitivity, start_near
+from alter.training.setup.parts import build
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_run_that_starts_greedily_is_resumed_without_measuring_again(small_con
                "optim": {"hypernetwork_lr": 1e-9}, "budget": {"keep_ratio": 0.5, "over": "prunable"}}
     run = train(small_config("dit", checkpoint={"every": 1, "keep": 10}, **changes))
     first = TemporalExperts.from_pretrained(run / "final").mask_EL
-    monkeypatch.setattr(alter.run, "measure_sensitivity", None)
+    monkeypatch.setattr(alter.training.run, "measure_sensitivity", None)
     train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
     assert np.array_equal(TemporalExperts.from_pretrained(run / "final").mask_EL, first)
     assert first.sum(1).tolist() == [2, 2] and (first == first[0]).all()
@@ -127,7 +127,7 @@ def test_checkpoints_from_before_the_sites_had_offsets_of_their_own(small_config
         del tensors["hypernetwork"]["offset_L"]
         return tensors, *others
 
-    monkeypatch.setattr(alter.checkpoint, "load_checkpoint", load_older)
+    monkeypatch.setattr(alter.training.checkpoint, "load_checkpoint", load_older)
     train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
     resumed = TemporalExperts.from_pretrained(run / "final")
     assert np.array_equal(whole.mask_EL, resumed.mask_EL) and np.array_equal(whole.expert_T, resumed.expert_T)

@@ -3,8 +3,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alter import TemporalExperts
-from alter.history import describe_masks, read_history
-from alter.run import train
+from alter.evaluation.report.history import describe_masks, read_history
+from alter.training.run import train
 
 
 def test_routes_and_masks_survive(tmp_path):

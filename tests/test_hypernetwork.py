@@ -1,6 +1,6 @@
 import torch
 
-from alter.hypernetwork import HyperNetwork
+from alter.method.hypernetwork import HyperNetwork
 
 
 def test_it_starts_nearly_all_active():

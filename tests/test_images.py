@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alter.images import Unreadable, load_pixels
+from alter.data.images import Unreadable, load_pixels
 
 CENTRE = (0.5, 0.5)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import make_dit
 
-import alter.run
+import alter.training.run
 from alter import InputError, TemporalExperts, train
-from alter.build import build
-from alter.config import ROOT
-from alter.dry_run import describe_run
-from alter.latency import Latency, measure_latency
+from alter.backbones.latency import Latency, measure_latency
+from alter.common.config import ROOT
+from alter.training.setup.dry_run import describe_run
+from alter.training.setup.parts import build
 
 SITES = tuple(f"transformer_blocks.{i}" for i in range(4))
 
@@ -69,12 +69,12 @@ def test_the_budget_is_a_share_of_time(small_config, tmp_path):
 
 def test_a_run_keeps_its_measurement_and_its_artefact_tells_of_it(small_config, tmp_path, monkeypatch):
     changes = {"experts": {"count": 8}, "budget": {"cost": "latency", "keep_ratio": 0.7}}
-    monkeypatch.setattr(alter.run, "plan_latency", lambda config, device: uneven())
+    monkeypatch.setattr(alter.training.run, "plan_latency", lambda config, device: uneven())
     config = small_config(**changes, train={"steps": 2, "search_steps": 2})
     train(config)
     assert Latency.load(tmp_path / "run" / "latency.json") == uneven()
 
-    monkeypatch.setattr(alter.run, "plan_latency", None)  # a resumed run measures nothing
+    monkeypatch.setattr(alter.training.run, "plan_latency", None)  # a resumed run measures nothing
     config = small_config(**changes, resume="latest", train={"steps": 4, "search_steps": 2})
     run_dir = train(config)
     experts = TemporalExperts.from_pretrained(run_dir / "final")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from alter import losses
+from alter.method import losses
 
 
 def test_mse_is_per_sample():

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchmetrics.image.fid import _compute_fid
 
-from alter.metrics import frechet_distance
+from alter.evaluation import frechet_distance
 
 
 def exactly(mean, variance, n=4000, seed=0):

@@ -13,7 +13,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from alter import InputError
-from alter.metrics import image_sets, networks, suite
+from alter.evaluation import image_sets, networks, suite
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from alter.config import save_config
-from alter.errors import InputError
-from alter.run import train
+from alter.common.config import save_config
+from alter.common.errors import InputError
+from alter.training.run import train
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "final/transformer/diffusion_pytorch_model.safetensors"

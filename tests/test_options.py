@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from test_trainer import changed, make_trainer, prepared, snapshot
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.build import build, check
-from alter.config import CONFIGS
-from alter.shapes import write_shapes
-from alter.trainer import NonFiniteLoss
+from alter.common.config import CONFIGS
+from alter.data.shapes import write_shapes
+from alter.training.setup.parts import build, check
+from alter.training.trainer import NonFiniteLoss
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,9 @@ from PIL import Image
 from test_report import NASTY, experts_of, write_history
 from test_sensitivity import table_of
 
-from alter import InputError, TemporalExperts, load_config, report, train
-from alter.page import build_page, read_run
+from alter import InputError, TemporalExperts, load_config, train
+from alter.evaluation.report import figures as report
+from alter.evaluation.report.page import build_page, read_run
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -34,7 +34,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from alter import InputError, TemporalExperts
-from alter.cost import count_cost
+from alter.backbones.cost import count_cost
 
 PROMPTS = ["a red circle", "a small green triangle above a blue square"]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
@@ -347,8 +347,9 @@ def test_models_without_the_sites(folder):
 
 def test_push_to_hub_uploads_the_file_alone(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr("alter.experts.HfApi.create_repo", lambda self, *args, **kwargs: calls.append(args))
-    monkeypatch.setattr("alter.experts.HfApi.upload_file", lambda self, **kwargs: calls.append(kwargs) or "address")
+    monkeypatch.setattr("alter.experts.artefact.HfApi.create_repo", lambda self, *args, **kwargs: calls.append(args))
+    monkeypatch.setattr("alter.experts.artefact.HfApi.upload_file",
+                        lambda self, **kwargs: calls.append(kwargs) or "address")
     experts = experts_for(load(folder).unet, 16)
     assert experts.push_to_hub("me/mine") == "address"
     assert calls[0] == ("me/mine",) and calls[1]["path_in_repo"] == "experts.json"

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alter.relaxation import gumbel_sigmoid, gumbel_softmax, straight_through
+from alter.method.relaxation import gumbel_sigmoid, gumbel_softmax, straight_through
 
 
 def seeded(seed=0):

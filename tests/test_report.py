@@ -12,10 +12,11 @@ from matplotlib.collections import QuadMesh
 from PIL import Image
 from test_sensitivity import table_of
 
-from alter import TemporalExperts, report, train
-from alter.cost import count_cost
-from alter.history import describe_masks, read_history
-from alter.sites import find_sites
+from alter import TemporalExperts, train
+from alter.backbones.cost import count_cost
+from alter.backbones.sites import find_sites
+from alter.evaluation.report import figures as report
+from alter.evaluation.report.history import describe_masks, read_history
 
 NASTY = """<script>alert(1)</script> & "x" '$y$ ]]>"""
 

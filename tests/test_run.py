@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.build import build
-from alter.config import CONFIGS, save_config
-from alter.data import split
-from alter.dry_run import describe_run
+from alter.common.config import CONFIGS, save_config
+from alter.data.batches import split
+from alter.training.setup.dry_run import describe_run
+from alter.training.setup.parts import build
 
 ROOT = CONFIGS.parent
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from test_pipelines import experts_for
 
-from alter.config import CONFIGS
+from alter.common.config import CONFIGS
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
 sys.path.insert(0, str(CONFIGS.parent / "scripts"))

@@ -12,10 +12,10 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from scipy.optimize import linprog
 
 from alter import InputError
-from alter.budget import Budget
-from alter.build import build
-from alter.probe import Probe
-from alter.sensitivity import Sensitivity, allocate, measure_sensitivity, verdict
+from alter.method.budget import Budget
+from alter.training.probe import Probe
+from alter.training.sensitivity import Sensitivity, allocate, measure_sensitivity, verdict
+from alter.training.setup.parts import build
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import sensitivity  # noqa: E402
@@ -196,7 +196,7 @@ def test_the_verdict():
 
 
 def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatch, capsys):
-    from alter.config import save_config
+    from alter.common.config import save_config
 
     save_config(small_config("dit"), tmp_path / "c.yaml")
     monkeypatch.setattr(sys, "argv", ["sensitivity.py", "--config", str(tmp_path / "c.yaml"), "--out",

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from alter import InputError
-from alter.build import build
-from alter.config import BackboneConfig, Config, DataConfig
-from alter.data import GlobalBatches, Order, Tolerant, make_loader
-from alter.images import Unreadable
-from alter.run import train
-from alter.sources import StreamedTable, TarShards, open_source
-from alter.sources.shards import left_out
+from alter.common.config import BackboneConfig, Config, DataConfig
+from alter.data.batches import GlobalBatches, Order, Tolerant, make_loader
+from alter.data.images import Unreadable
+from alter.data.open import StreamedTable, TarShards, open_source
+from alter.data.shards import left_out
+from alter.training.run import train
+from alter.training.setup.parts import build
 
 
 def config_of(path, source="webdataset", **changes):

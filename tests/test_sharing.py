@@ -10,9 +10,9 @@ from conftest import make_dit, make_inputs, make_unet
 from torch import nn
 
 from alter import TemporalExperts
-from alter.cost import count_cost
-from alter.sharing import SharedEmbedding
-from alter.sites import embedders
+from alter.backbones.cost import count_cost
+from alter.backbones.sharing import SharedEmbedding
+from alter.backbones.sites import embedders
 
 
 @pytest.fixture

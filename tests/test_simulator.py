@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import make_inputs, make_model
 
-from alter.errors import InputError
-from alter.simulator import FeatureTap, HardRows, Simulator, SoftRows
-from alter.sites import feature_points, find_sites
+from alter.backbones.gates import FeatureTap, HardRows, Simulator, SoftRows
+from alter.backbones.sites import feature_points, find_sites
+from alter.common.errors import InputError
 
 WAYS = [("identity", "block"), ("shortcut", "block"), ("identity", "whole"), ("shortcut", "whole")]
 CASES = [pytest.param("dit", (), id="dit"), *(pytest.param("unet", way, id=f"unet-{'-'.join(way)}") for way in WAYS)]

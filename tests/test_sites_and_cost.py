@@ -3,10 +3,10 @@ import torch
 from conftest import make_dit, make_unet
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 
-from alter.config import CONFIGS
-from alter.cost import count_cost
-from alter.errors import InputError
-from alter.sites import find_sites, tie_embedders, timestep_features
+from alter.backbones.cost import count_cost
+from alter.backbones.sites import find_sites, tie_embedders, timestep_features
+from alter.common.config import CONFIGS
+from alter.common.errors import InputError
 
 
 def on_meta(cls, path):

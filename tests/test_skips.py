@@ -19,16 +19,17 @@ from test_pipelines import draw, load
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alter import InputError, TemporalExperts, load_config, load_pipeline, report, train
-from alter.ablation import block_influence
-from alter.build import build
-from alter.config import ROOT
-from alter.cost import count_cost
-from alter.dry_run import describe_run
-from alter.latency import measure_latency
-from alter.sensitivity import Sensitivity, measure_sensitivity
-from alter.simulator import HardRows, Simulator, SoftRows
-from alter.sites import find_sites
+from alter import InputError, TemporalExperts, load_config, load_pipeline, train
+from alter.backbones.cost import count_cost
+from alter.backbones.gates import HardRows, Simulator, SoftRows
+from alter.backbones.latency import measure_latency
+from alter.backbones.sites import find_sites
+from alter.common.config import ROOT
+from alter.evaluation.report import figures as report
+from alter.training.ablation import block_influence
+from alter.training.sensitivity import Sensitivity, measure_sensitivity
+from alter.training.setup.dry_run import describe_run
+from alter.training.setup.parts import build
 
 BOTH = ("shortcut", "whole")
 WAYS = [("shortcut", "block"), ("identity", "whole"), BOTH]
@@ -193,7 +194,7 @@ def test_latency_leaves_out_the_shortcut(monkeypatch):
     resnet = unet.up_blocks[0].resnets[0]
     for module, seconds in ((resnet.conv_shortcut, 2.0), (resnet.conv1, 3.0), (unet.mid_block.attentions[0].norm, 5.0)):
         module.register_forward_hook(lambda *_, seconds=seconds: now.__setitem__(0, now[0] + seconds))
-    monkeypatch.setattr("alter.latency.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("alter.backbones.latency.time.perf_counter", lambda: now[0])
     latency = measure_latency(unet.eval(), 16, 1, runs=2, sites=find_sites(unet, *BOTH))
     seconds = dict(zip(latency.sites, latency.seconds, strict=True))
     assert seconds.pop("up_blocks.0.resnets.0:residual") == 3 and seconds.pop("mid_block.attentions.0") == 5

@@ -6,8 +6,8 @@ import pytest
 from test_data import png, run_config, save_images, shade
 
 from alter import InputError
-from alter.images import Unreadable
-from alter.sources import OpenedTable, open_source
+from alter.data.images import Unreadable
+from alter.data.open import OpenedTable, open_source
 
 
 @pytest.fixture

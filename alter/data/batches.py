@@ -1,0 +1,198 @@
+"""The order of a data set's samples: one stream of global batches, the same for any number of processes.
+
+The stream is the concatenation of the epochs' orders, functions of (seed, epoch), of which each process and
+micro-batch takes its slice; a resumed run starts it at its step.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_collate
+from tqdm import tqdm
+
+from ..common.errors import InputError
+from .images import Unreadable
+from .open import Source, WithPrior
+
+SPARE_DRAWS = 100  # samples tried in place of an unreadable one
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a sample must be like for a backbone.
+
+    latent_shape: (C, h, w). classes: labels are below it. text_shape: of encoder_hidden_states, where they are stored.
+    """
+
+    latent_shape: tuple[int, int, int]
+    classes: int | None = None
+    text_shape: tuple[int, ...] | None = None
+
+    def check(self, sample: dict[str, Any]) -> None:
+        """Raises Unreadable unless it is so, and all numbers are finite."""
+        channels, *sides = self.latent_shape
+        for name, shape in (("latents", (channels, *sides)), ("moments", (2 * channels, *sides))):
+            if name in sample and tuple(sample[name].shape) != shape:
+                raise Unreadable(f"{name} of shape {tuple(sample[name].shape)} do not fit the backbone's {shape}")
+        for name in ("latents", "moments", "encoder_hidden_states"):
+            if name in sample and not sample[name].isfinite().all():
+                raise Unreadable(f"{name}: not finite")
+        if self.classes is not None and "labels" in sample and not 0 <= sample["labels"] < self.classes:
+            raise Unreadable(f"class {sample['labels']}: the backbone knows {self.classes}")
+        if "encoder_hidden_states" in sample and tuple(sample["encoder_hidden_states"].shape) != self.text_shape:
+            raise Unreadable(f"text states of shape {tuple(sample['encoder_hidden_states'].shape)}: those of the empty "
+                             f"prompt have {self.text_shape}")
+
+
+class Tolerant:
+    """A source in which every sample can be used: another of `indices` takes the place of one that cannot.
+
+    A sample has one more key, "skipped": a list of "name: reason" of what was unusable, usually empty.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, seed: int, fit: Fit | None = None) -> None:
+        self.source, self.indices, self.seed, self.fit = source, indices, seed, fit
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """The sample at (epoch, index), or its substitute, which is a function of (seed, epoch, index).
+
+        Raises:
+            InputError: if none of SPARE_DRAWS substitutes can be read either.
+        """
+        epoch, index = key
+        reasons: dict[int, str] = {}
+        candidate = index
+        for attempt in range(SPARE_DRAWS + 1):
+            try:
+                sample = self.source[epoch, candidate]
+                if self.fit is not None:
+                    self.fit.check(sample)
+                return {**sample, "skipped": list(reasons.values())}
+            except Unreadable as error:
+                reasons[candidate] = f"{self.source.describe(candidate)}: {error}"
+            draw = np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(self.indices))
+            candidate = int(self.indices[draw])
+        raise InputError(f"data.path: none of {len(reasons)} samples can be used: correct the data set; the first "
+                         f"was {reasons[index]}")
+
+
+def split(source: Source, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices for training and the `holdout` held-out ones, drawn with `seed`; a prior's pairs stay together."""
+    group = 2 if isinstance(source, WithPrior) else 1
+    if holdout >= len(source):
+        raise InputError(f"data.holdout={holdout}: the data set has only {len(source)} samples: hold out fewer")
+    if holdout % group:
+        raise InputError(f"data.holdout={holdout}: with data.prior_path samples are held out in pairs: choose an even "
+                         "number")
+    groups = np.random.default_rng([seed, 1]).permutation(len(source) // group)
+    order = (groups[:, None] * group + np.arange(group)).reshape(-1)
+    return np.sort(order[holdout:]), np.sort(order[:holdout])
+
+
+class Order:
+    """The order of an epoch's samples.
+
+    Shards are shuffled, and of every `mixed` that follow each other the samples; all samples, where none are in shards.
+
+    indices: ascending, of those that take part. shards: their source's.
+    """
+
+    def __init__(self, indices: np.ndarray, seed: int, shards: list[int] | None = None, mixed: int = 1) -> None:
+        self.indices, self.seed, self.mixed = indices, seed, mixed
+        self.parts = None if shards is None else np.split(indices, np.searchsorted(indices, np.cumsum(shards)[:-1]))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """A permutation of the indices."""
+        rng = np.random.default_rng([self.seed, 2, epoch])
+        if self.parts is None:
+            return rng.permutation(self.indices)
+        order = rng.permutation(len(self.parts))
+        groups = [np.concatenate([self.parts[shard] for shard in order[first : first + self.mixed]])
+                  for first in range(0, len(order), self.mixed)]
+        return np.concatenate([rng.permutation(group) for group in groups])
+
+
+class GlobalBatches:
+    """A batch sampler: the micro-batches of one process, from `first_step` to `last_step`.
+
+    batch_size: global. rank, processes: this process and their number.
+    """
+
+    def __init__(self, order: Order, batch_size: int, micro_batches: int, rank: int, processes: int,
+                 first_step: int, last_step: int) -> None:
+        self.order, self.batch_size = order, batch_size
+        self.steps = range(first_step, last_step)
+        size = batch_size // (micro_batches * processes)
+        self.slices = [slice((rank * micro_batches + k) * size, (rank * micro_batches + k + 1) * size)
+                       for k in range(micro_batches)]
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.slices)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, self.order.indices
+        for step in self.steps:
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // len(order) != epoch:
+                    epoch = position // len(order)
+                    order = self.order(epoch)
+                batch.append((epoch, int(order[position % len(order)])))
+            for rows in self.slices:
+                yield batch[rows]
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of samples: stacked tensors, "captions" as a list, and all their "skipped" as one flat list."""
+    batch: dict[str, Any] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name == "captions":
+            batch[name] = values
+        elif name == "skipped":
+            batch[name] = [line for lines in values for line in lines]
+        else:
+            batch[name] = default_collate(values)
+    return batch
+
+
+def patiently(items: Iterator[Any], what: str, every: float = 60.0) -> Iterator[Any]:
+    """`items`; while the next one lets us wait, a line on stderr says so every `every` seconds."""
+    def report() -> None:
+        waited = 0.0
+        while not arrived.wait(every):
+            waited += every
+            tqdm.write(f"waiting for {what} since {waited:.0f} s: is its disk or network slow, or a loader process "
+                       "stuck? (data.workers=0 loads in the trainer itself)", file=sys.stderr)
+
+    while True:
+        arrived = threading.Event()
+        threading.Thread(target=report, daemon=True).start()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        finally:
+            arrived.set()
+        yield item
+
+
+def make_loader(source: Source | Tolerant, batches: Any, workers: int) -> DataLoader:
+    """Load the samples that `batches` names, in `workers` processes."""
+    dataset: Any = source
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      collate_fn=collate, worker_init_fn=_leave_signals_to_the_trainer)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A process group of its own: the trainer still needs the worker to finish the step that a signal ends."""
+    os.setpgid(0, 0)

@@ -1,0 +1,206 @@
+"""Latents that were encoded before: ours (scripts/encode_latents.py), and those of fast-DiT and REPA."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..common.config import DataConfig
+from ..common.errors import InputError
+from .base import Encoding, Plain, coin, draw_caption, is_inside
+from .images import Unreadable
+
+INDEX = "index.json"
+_VERSION = 1
+_REPA = 0.18215  # the factor of the VAE that REPA's preprocessing uses
+
+
+class EncodedShards(Plain):
+    """Moments of latents and text states in safetensors shards, as scripts/encode_latents.py writes them.
+
+    A shard holds `moments` [N, V, 2C, h, w], means and standard deviations before scaling, of the image and with V = 2
+    of its mirror image; and `labels` [N], or `text` [captions of all, tokens, D] with `text_ends` [N]. Samples that
+    could not be encoded keep their place.
+    """
+
+    encoded = True
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.folder, self.seed, self.flip = Path(str(config.path)), seed, config.flip
+        index = _read_json(self.folder / INDEX)
+        try:
+            if index["alter_latents"] != _VERSION:
+                raise InputError(f"data.path: {self.folder / INDEX}: alter_latents={index['alter_latents']!r}: this "
+                                 f"version reads {_VERSION}")
+            self.size, self.count = int(index["shard_size"]), int(index["count"])
+            self.unreadable = {int(i): str(reason) for i, reason in index["unreadable"].items()}
+            self.num_classes = None if index["num_classes"] is None else int(index["num_classes"])
+            self.encoding = Encoding(
+                "scripts/encode_latents.py", float(index["scaling_factor"]), float(index["shift_factor"]), index["vae"],
+                index["text_encoder"], int(index["resolution"]), bool(index["mirrored"]))
+            if self.size < 1 or self.count < 0:
+                raise ValueError(f"shard_size={self.size}, count={self.count}")
+            if self.num_classes == 0:
+                self.empty_text = self._read(self.folder / "empty_text.safetensors", "text").float()
+        except (LookupError, TypeError, ValueError, AttributeError, Unreadable) as error:
+            raise InputError(f"data.path: {self.folder / INDEX}: {type(error).__name__}: {error}: "
+                             "encode again") from None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        index = key[1]
+        if index in self.unreadable:
+            raise Unreadable(f"was not encoded: {self.unreadable[index]}")
+        file, row = self._file(index), index % self.size
+        mirror = int(self.flip and coin(self.seed, *key))
+        assert self.encoding is not None
+        mean, std = self._read(file, "moments", row)[mirror].float().chunk(2)
+        moments = torch.cat([mean - self.encoding.shift_factor, std]) * self.encoding.scaling_factor
+        if self.num_classes != 0:
+            return {"moments": moments, "labels": int(self._read(file, "labels", row))}
+        ends = self._read(file, "text_ends")
+        first = int(ends[row - 1]) if row else 0
+        chosen = first + draw_caption(int(ends[row]) - first, self.seed, *key)
+        return {"moments": moments, "encoder_hidden_states": self._read(file, "text", chosen).float()}
+
+    def describe(self, index: int) -> str:
+        return f"{self._file(index)} sample {index % self.size}"
+
+    def _file(self, index: int) -> Path:
+        return self.folder / shard_name(index // self.size)
+
+    @staticmethod
+    def _read(file: Path, name: str, row: int | None = None) -> Tensor:
+        """One tensor of a file, or one row of it."""
+        try:
+            with safe_open(file, framework="pt") as content:
+                part = content.get_slice(name)
+                return part[:] if row is None else part[row]
+        except (OSError, SafetensorError, IndexError) as error:
+            raise Unreadable(f"{name} cannot be read ({' '.join(str(error).split())[:200]})") from None
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
+class FastDiT(Plain):
+    """Pre-encoded latents in fast-DiT's layout: <path>/*_features/N.npy, <path>/*_labels/N.npy.
+
+    Features are [1, C, h, w] or [variants, C, h, w], already multiplied by the VAE's scaling factor; with
+    several variants (the image and its mirror) `flip` draws one, else the first is used. For a model
+    conditioned on text, <path>/*_text/N.npy holds the text encoder's states [tokens, D] in place of labels,
+    and <path>/empty_text.npy those of the empty prompt, which dropped prompts become.
+    """
+
+    encoded = True
+    num_classes = None
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        folder = Path(str(config.path))
+        features, texts = sorted(folder.glob("*_features")), sorted(folder.glob("*_text"))
+        conditions = texts or sorted(folder.glob("*_labels"))
+        if len(features) != 1 or len(conditions) != 1:
+            raise InputError(f"data.path={config.path!r}: expected {INDEX} (scripts/encode_latents.py), dataset.json "
+                             "(REPA), or one *_features folder and one *_labels or *_text folder (fast-DiT)")
+        self.files = sorted(features[0].glob("*.npy"), key=lambda file: (len(file.stem), file.stem))
+        if not self.files:
+            raise InputError(f"data.path={config.path!r}: no .npy files in {features[0].name}")
+        self.conditions, self.flip, self.seed = conditions[0], config.flip, seed
+        if texts:
+            self.num_classes = 0
+            try:
+                self.empty_text = _load_npy(folder / "empty_text.npy").float()
+            except Unreadable as error:
+                raise InputError(f"data.path: {folder / 'empty_text.npy'} {error}: dropped prompts need it") from None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        file = self.files[key[1]]
+        variants = _load_npy(file).float()
+        if variants.dim() == 3:
+            variants = variants[None]
+        if variants.dim() != 4 or not len(variants):
+            raise Unreadable(f"latents of shape {tuple(variants.shape)}: expected [C, h, w] or [variants, C, h, w]")
+        second = self.flip and len(variants) > 1 and coin(self.seed, *key)
+        condition = _load_npy(self.conditions / file.name)
+        if self.empty_text is not None:
+            return {"latents": variants[int(second)], "encoder_hidden_states": condition.float()}
+        if condition.numel() != 1 or condition.item() != int(condition.nan_to_num().item()):
+            raise Unreadable(f"label of shape {tuple(condition.shape)}: expected one whole number")
+        return {"latents": variants[int(second)], "labels": int(condition.item())}
+
+    def describe(self, index: int) -> str:
+        return str(self.files[index])
+
+
+class Repa(Plain):
+    """Moments as REPA's preprocessing writes them: dataset.json with "labels", a list of [file, class], and files
+    [2C, h, w] of means and standard deviations before scaling. `data.path` is that folder or the one above vae-sd/."""
+
+    encoded = True
+    encoding: Encoding | None = Encoding("REPA", _REPA)
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.folder = repa_folder(Path(str(config.path)))
+        labels: Any = _read_json(self.folder / "dataset.json").get("labels")
+        try:
+            self.samples = [(str(file), int(label)) for file, label in labels]
+            if not all(is_inside(file) for file, _ in self.samples):
+                raise ValueError
+        except (TypeError, ValueError):
+            raise InputError(f"data.path: {self.folder / 'dataset.json'}: expected \"labels\", a list of "
+                             "[file in the folder, class]") from None
+        self.num_classes = 1 + max((label for _, label in self.samples), default=-1)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        file, label = self.samples[key[1]]
+        return {"moments": _load_npy(self.folder / file).float() * _REPA, "labels": label}
+
+    def describe(self, index: int) -> str:
+        return str(self.folder / self.samples[index][0])
+
+
+def repa_folder(path: Path) -> Path:
+    """Where its dataset.json would be."""
+    return path / "vae-sd" if (path / "vae-sd").is_dir() else path
+
+
+def weights_hash(folder: Path) -> str | None:
+    """sha256 of a model folder's safetensors, not counting variants such as *.fp16.safetensors; None without any."""
+    files = sorted(file for file in folder.glob("*.safetensors") if file.name.count(".") == 1)
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"data.path: {file} cannot be read ({error}): encode again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"data.path: {file}: expected a JSON object")
+    return content
+
+
+def _load_npy(file: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError, MemoryError) as error:
+        raise Unreadable(f"cannot be read ({' '.join(str(error).split())[:200]})") from None

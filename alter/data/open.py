@@ -1,0 +1,80 @@
+"""Data sets of every kind behind one interface, `Source`; a function of (seed, epoch, index) each."""
+
+import dataclasses
+
+from ..common.config import Config, DataConfig
+from ..common.errors import InputError
+from .base import Encoding, Source, require_folder
+from .digits import Digits
+from .folders import METADATA, CaptionedFolder, ImageFolder
+from .latents import INDEX, EncodedShards, FastDiT, Repa, repa_folder, shard_name, weights_hash
+from .prior import WithPrior
+from .shards import TarShards
+from .tables import OpenedTable, StreamedTable
+
+__all__ = [
+    "INDEX", "CaptionedFolder", "Digits", "EncodedShards", "Encoding", "FastDiT", "ImageFolder", "OpenedTable", "Repa",
+    "Source", "StreamedTable", "TarShards", "WithPrior", "open_source", "shard_name", "weights_hash",
+]
+
+
+def open_source(config: Config) -> Source:
+    """The data set that the configuration names.
+
+    Raises:
+        InputError: if its folder is missing, empty or not laid out as expected.
+    """
+    data = config.data
+    if data.prompt is not None and data.source != "image_folder":
+        raise InputError(f"data.prompt={data.prompt!r} is for data.source=image_folder: remove it")
+    if data.stream and data.source != "datasets":
+        raise InputError("data.stream=true is for data.source=datasets: remove it")
+    source = _open(data, config.seed)
+    if data.prior_path is None:
+        return source
+    if data.prior_prompt is None:
+        raise InputError(f"data.prior_path={data.prior_path!r} needs a caption: set data.prior_prompt")
+    if source.encoded or source.num_classes != 0 or source.shards is not None:
+        raise InputError(f"data.prior_path={data.prior_path!r} is for images with captions, not in shards: remove it, "
+                         "or set data.prompt")
+    require_folder("prior_path", data.prior_path)
+    prior = dataclasses.replace(data, path=data.prior_path, prompt=data.prior_prompt)
+    return WithPrior(source, _with_samples("prior_path", data.prior_path, CaptionedFolder(prior, config.seed)))
+
+
+def _open(config: DataConfig, seed: int) -> Source:
+    if config.source == "digits":
+        return Digits()
+    source: Source
+    if config.source == "datasets" and config.stream:
+        source = StreamedTable(config, seed)
+    else:
+        folder = require_folder("path", str(config.path))
+        if config.source == "datasets":
+            source = OpenedTable(config, seed)
+        elif config.source == "webdataset":
+            source = TarShards(config, seed)
+        elif config.source == "latents":
+            source = _open_latents(config, seed)
+        elif config.prompt is not None or (folder / METADATA).is_file():
+            source = CaptionedFolder(config, seed)
+        else:
+            source = ImageFolder(config, seed)
+    return _with_samples("path", config.path, source)
+
+
+def _open_latents(config: DataConfig, seed: int) -> Source:
+    folder = require_folder("path", str(config.path))
+    if config.crop == "random":
+        raise InputError("data.crop='random': latents hold one crop of each image: use center")
+    if (folder / INDEX).is_file():
+        return EncodedShards(config, seed)
+    if (repa_folder(folder) / "dataset.json").is_file():
+        return Repa(config, seed)
+    return FastDiT(config, seed)
+
+
+def _with_samples(key: str, path: str | None, source: Source) -> Source:
+    if not len(source):
+        raise InputError(f"data.{key}={path!r}: no images: set it to a folder that has some")
+    return source

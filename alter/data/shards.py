@@ -1,0 +1,198 @@
+"""Samples that are stored together in shards: tar files as webdataset and img2dataset write them."""
+
+import json
+import os
+import re
+import statistics
+import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ..common.config import DataConfig
+from ..common.errors import InputError
+from .base import IMAGE_SUFFIXES, Framing, Plain, draw_caption, list_files, read_captions, require_folder, visible
+from .images import Unreadable
+
+Content = TypeVar("Content")
+Members = dict[str, tuple[int, int]]  # of one sample: kind of file → (offset, size) of its content in the tar
+_TEXT = "text"  # the default of data.caption_column: the .txt file
+
+
+class Shards(Generic[Content]):
+    """Runs of samples one after the other, of which the contents of the last `most` used are kept in memory.
+
+    lengths: samples of each shard; None for one that is missing or broken, which counts as the median of the others.
+    open: the content of shard number s.
+    """
+
+    def __init__(self, lengths: list[int | None], open: Callable[[int], Content], most: int) -> None:
+        known = [length for length in lengths if length is not None]
+        usual = round(statistics.median(known)) if known else 0
+        self.lengths = [usual if length is None else length for length in lengths]
+        self.ends = list(accumulate(self.lengths))
+        self.open, self.most = open, most
+        self.contents: OrderedDict[int, Content] = OrderedDict()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Shard and position in it."""
+        shard = bisect_right(self.ends, index)
+        return shard, index - (self.ends[shard] - self.lengths[shard])
+
+    def __getitem__(self, shard: int) -> Content:
+        if shard not in self.contents:
+            self.contents[shard] = self.open(shard)
+            if len(self.contents) > self.most:
+                self.contents.popitem(last=False)
+        self.contents.move_to_end(shard)
+        return self.contents[shard]
+
+
+class TarShards(Plain):
+    """Tar files below a folder, in which the files of a sample have one name up to its first dot.
+
+    The condition is `.cls`, a class, or else a caption: `.txt`, or the key `data.caption_column` of `.json` where that
+    is not "text". A shard that cannot be read, whose number is left out between its neighbours', or of which
+    img2dataset's `_stats.json` is there but no tar, has as many unreadable samples as it should have had samples.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.folder, self.seed, self.framing = require_folder("path", str(config.path)), seed, Framing(config, seed)
+        self.image, self.column = config.image_column, config.caption_column
+        files = list_files(self.folder)
+        tars = visible(files, {".tar"})
+        if not tars:
+            raise InputError(f"data.path={config.path!r}: no .tar files: set it to the folder of the shards")
+        names = [name.removesuffix("_stats.json") + ".tar" for name in files if name.endswith("_stats.json")]
+        promised = [name for name in names if self._promised(name) is not None]
+        self.names = sorted({*tars, *promised, *left_out(tars)})
+        lengths = [self._length(name) for name in self.names]
+        self.stored = Shards(lengths, self._open, most=2 * config.shuffle_shards)
+        self.shards = self.stored.lengths
+        first = next((samples[0] for name in tars if (samples := list_samples(self.folder / name))), {})
+        self.num_classes = None if "cls" in first else 0
+
+    def __len__(self) -> int:
+        return self.stored.ends[-1]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        path, members = self._sample(key[1])
+        condition: dict[str, Any]
+        if self.num_classes is None:
+            condition = {"labels": _label(_read(path, members, "cls"))}
+        else:
+            captions = self._captions(path, members)
+            condition = {"captions": captions[draw_caption(len(captions), self.seed, *key)]}
+        image = self.image if self.image in members else next(
+            (kind for kind in members if f".{kind.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES), self.image)
+        return {"images": self.framing(_read(path, members, image), *key), **condition}
+
+    def captions(self, index: int) -> list[str]:
+        return self._captions(*self._sample(index))
+
+    def describe(self, index: int) -> str:
+        shard, position = self.stored.locate(index)
+        return f"{self.folder / self.names[shard]} sample {position}"
+
+    def _open(self, shard: int) -> list[Members]:
+        return list_samples(self.folder / self.names[shard])
+
+    def _sample(self, index: int) -> tuple[Path, Members]:
+        shard, position = self.stored.locate(index)
+        path = self.folder / self.names[shard]
+        if not path.is_file():
+            raise Unreadable("the shard is missing")
+        members = self.stored[shard]
+        if position >= len(members) or not members[position]:
+            raise Unreadable("the shard is damaged or cut short: "
+                             f"{len(list(filter(None, members)))} samples can be read")
+        return path, members[position]
+
+    def _captions(self, path: Path, members: Members) -> list[str]:
+        kind = "txt" if self.column == _TEXT else "json"
+        try:
+            value = _read(path, members, kind).decode()
+            if kind == "json":
+                value = json.loads(value)[self.column]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise Unreadable(f".{kind}: no caption ({type(error).__name__}: {error})") from None
+        return read_captions(value, f".{kind}")
+
+    def _length(self, name: str) -> int | None:
+        """The shard's samples, by img2dataset's statistics or else by its headers; None where neither tells."""
+        promised = self._promised(name)
+        return promised if promised is not None else len(list_samples(self.folder / name)) or None
+
+    def _promised(self, name: str) -> int | None:
+        path = self.folder / name
+        try:
+            count = json.loads(path.with_name(f"{path.stem}_stats.json").read_bytes())["successes"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return count if type(count) is int and count >= 0 else None
+
+
+def list_samples(path: Path) -> list[Members]:
+    """The samples of a tar file; where it is damaged, one without files ends the list."""
+    samples: dict[str, Members] = {}
+    try:
+        length = os.path.getsize(path)
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.offset_data + member.size > length:
+                    raise EOFError
+                name, dot, kind = member.name.rpartition("/")[2].partition(".")
+                if member.isreg() and name and dot:
+                    samples.setdefault(member.name.removesuffix(kind), {})[kind] = member.offset_data, member.size
+            with open(path, "rb") as file:
+                file.seek(archive.offset)
+                if file.read(512) != bytes(512):  # with which an archive ends; at a broken header tarfile just stops
+                    raise EOFError
+    except (OSError, tarfile.TarError, ValueError, EOFError):
+        if samples:
+            samples[""] = {}
+    return list(samples.values())
+
+
+def left_out(names: list[str]) -> list[str]:
+    """The numbers that a series of file names skips, as names: between its first and last, or up to its "-of-N"."""
+    series: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?)(\d+)(-of-\d+)?(\D*)", name)
+        if found:
+            series.setdefault((found[1], (found[3] or "") + found[4]), []).append(found[2])
+    missing = []
+    for (before, after), numbers in series.items():
+        there = set(map(int, numbers))
+        total = re.match(r"-of-(\d+)", after)
+        wanted = range(int(total[1])) if total else range(min(there), max(there))
+        if len(wanted) > (10 if total else 2) * len(there):  # numbers that count something else
+            continue
+        width = min(map(len, numbers))
+        missing += [f"{before}{number:0{width}d}{after}" for number in wanted if number not in there]
+    return missing
+
+
+def _read(path: Path, members: Members, kind: str) -> bytes:
+    if kind not in members:
+        raise Unreadable(f"no .{kind} file in the shard ({', '.join(members)})")
+    offset, size = members[kind]
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise Unreadable(f"cannot be read ({error.strerror})") from None
+
+
+def _label(content: bytes) -> int:
+    try:
+        label = int(content)
+    except ValueError:
+        raise Unreadable(f".cls: expected a class number, found {content!r:.40}") from None
+    if label < 0:
+        raise Unreadable(f".cls: expected a class number, found {label}")
+    return label

@@ -1,0 +1,89 @@
+"""The model card of a finished run: final/README.md."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download
+
+from ...common.config import Config
+from ...experts.artefact import TemporalExperts
+from .figures import summary_table
+
+
+def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any], pipeline: str,
+               adapters: str | None) -> str:
+    """Markdown with the hub's metadata in front.
+
+    Args:
+        pipeline: class of the pipeline that loads the folder.
+        adapters: file of the LoRA weights beside the merged ones, or None.
+    """
+    base = str(config.backbone.pretrained)
+    known = _front_matter(base, config.backbone.revision)
+    licence = known.get("license") if isinstance(known.get("license"), str) else None
+    metadata: dict[str, Any] = {"library_name": "diffusers", "tags": ["diffusers", "alter", "temporal-experts"]}
+    if licence is not None:
+        metadata["license"] = licence
+    origin = known.get("base_model") if Path(base).is_dir() else base  # a finished run names its own
+    if origin is not None:
+        metadata["base_model"] = origin
+    opening = f"`{base}`, tuned under the" if config.experts.pretrained else f"`{base}`, turned into"
+    averaged = "the training timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
+    if experts.latency is not None:
+        averaged += f", and {experts.time_ratio:.1%} of its time ({experts.latency.place})"
+    lora = "" if adapters is None else (
+        f"The weights were trained as low-rank adapters of rank {config.lora.rank} and are merged here; `{adapters}` "
+        "holds the adapters alone, for the base model.\n\n"
+    )
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+
+# {config.name}: temporal experts of {base}
+
+[ALTER](https://arxiv.org/abs/2505.21817): {opening} {len(experts.mask_EL)} temporal experts, of which
+{len(experts.used)} are used. Each skips its own layers and serves its own denoising timesteps; together they keep
+{experts.keep_ratio:.1%} of the dense model's multiply-accumulate operations, averaged over
+{averaged}.
+
+Licence: {licence or f"that of {base}, whose card was not found or names none"}.
+
+## Use
+
+```python
+from alter import TemporalExperts
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("path/to/this/folder")
+experts = TemporalExperts.from_pretrained("path/to/this/folder")
+experts.apply(pipe)  # without this line it is the dense, fine-tuned model
+```
+
+{lora}## Experts
+
+```
+{experts.summary()}
+```
+
+## Measured at the end of training
+
+```
+{summary_table(summary)}
+```
+
+Trained for {config.train.steps} steps of batch {config.train.batch_size} at {config.data.resolution} px.
+"""
+
+
+def _front_matter(base: str, revision: str | None) -> dict[str, Any]:
+    """The metadata of the base model's card, in its folder or on the hub; empty where there is none."""
+    try:
+        card = Path(base) / "README.md" if Path(base).is_dir() else Path(
+            hf_hub_download(base, "README.md", revision=revision))
+        _, fence, rest = card.read_text(encoding="utf-8").partition("---\n")
+        front, closing, _ = rest.partition("\n---")
+        found = yaml.safe_load(front) if fence and closing else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,356 @@
+"""Which features each metric is made of, by which protocol; and a set of metrics of one image set."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..common.errors import InputError
+from ..common.memory import peak_memory
+from .distances import (
+    bootstrap_deviation,
+    frechet,
+    gaussian_mmd,
+    gaussian_mmd_deviation,
+    inception_score,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
+from .features import extract
+from .image_sets import ImageSet, load_npz
+from .networks import Demo, Network, OpenClip
+from .preferences import PREFERENCES
+
+LIBRARIES = ("torch", "torchvision", "pillow", "timm", "open_clip_torch", "clean-fid", "torch-fidelity",
+             "transformers", "scipy", "numpy")
+ADM = {"mu": "mean legacy pool", "sigma": "covariance legacy pool",
+       "mu_s": "mean legacy spatial", "sigma_s": "covariance legacy spatial"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a value comes from the features [N, D] of the images and something to compare them with.
+
+    Attributes:
+        network, features: what is extracted.
+        against: "statistics" (mean, covariance) or "features" of the reference, "texts" (embeddings of the prompts),
+            or "" for nothing.
+        measure: from features and those to a dictionary with "value".
+        deviation: the standard deviation of its value, from features, those to compare with, the value and the number
+            of bootstrap resamples.
+    """
+
+    network: str
+    features: str
+    against: str
+    protocol: str
+    measure: Callable[[np.ndarray, Any], dict[str, float]]
+    deviation: Callable[[np.ndarray, Any, float, int], float]
+
+
+def _bootstrap(measure: Callable[[np.ndarray, Any], dict[str, float]], paired: bool = False) -> Callable:
+    """Of any measure; `paired` resamples what it is compared with alike."""
+    def deviation(x: np.ndarray, y: Any, value: float, resamples: int) -> float:
+        return bootstrap_deviation(lambda rows: measure(x[rows], y[rows] if paired else y)["value"], len(x), resamples)
+    return deviation
+
+
+def _frechet(x: np.ndarray, y: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    return {"value": frechet(*moments(x), *y)}
+
+
+def _kid(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    value, deviation = kernel_distance(x, y)
+    return {"value": value, "deviation_of_subsets": deviation}
+
+
+def _inception_score(x: np.ndarray, _: None) -> dict[str, float]:
+    value, deviation = inception_score(x)
+    return {"value": value, "deviation_of_splits": deviation}
+
+
+def _precision_recall(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    precision, recall = precision_recall(x, y)
+    return {"value": precision, "precision": precision, "recall": recall}
+
+
+def _clip_score(x: np.ndarray, texts: np.ndarray) -> dict[str, float]:
+    """100 · mean max(0, cos) (Hessel et al., arXiv 2104.08718)."""
+    a, b = x.astype(np.float64), texts.astype(np.float64)
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return {"value": float(100 * cosines.clip(min=0).mean())}
+
+
+def _few_subsets(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    return {"value": kernel_distance(x, y, subsets=10)[0]}
+
+
+def _share_deviation(x: np.ndarray, y: Any, value: float, resamples: int) -> float:
+    """Of a share of N features: what a bootstrap with the manifold as it is tends to."""
+    return float(np.sqrt(value * (1 - value) / len(x)))
+
+
+def _mmd_deviation(x: np.ndarray, y: np.ndarray, value: float, resamples: int) -> float:
+    return gaussian_mmd_deviation(x, y, resamples)
+
+
+_FD = "Fréchet distance of pool features"
+_SPREAD = _bootstrap(_frechet)
+_KD = "100 subsets of at most 1000, cubic kernel, unbiased"
+METRICS = {
+    "fid": Metric("clean", "pool", "statistics", f"{_FD}, clean-fid's resizing", _frechet, _SPREAD),
+    "fid_legacy": Metric("legacy", "pool", "statistics", f"{_FD}, TensorFlow 1's resizing (ADM)", _frechet, _SPREAD),
+    "kid": Metric("clean", "pool", "features", f"{_KD}, clean-fid's resizing", _kid, _bootstrap(_few_subsets)),
+    "kid_legacy": Metric("legacy", "pool", "features", f"{_KD}, TensorFlow 1's resizing", _kid,
+                         _bootstrap(_few_subsets)),
+    "is": Metric("legacy", "logits", "", "10 parts of a random order, logits without bias", _inception_score,
+                 _bootstrap(_inception_score)),
+    "prc": Metric("legacy", "pool", "features", "precision (value) and recall, 3 neighbours", _precision_recall,
+                  _share_deviation),
+    "sfid": Metric("legacy", "spatial", "statistics", "Fréchet distance of ADM's spatial features", _frechet, _SPREAD),
+    "fd_dinov2": Metric("dinov2", "token", "statistics", "Fréchet distance of class tokens", _frechet, _SPREAD),
+    "clip": Metric("clip", "embedding", "texts", "100 times the mean cosine, at least 0, of image and prompt",
+                   _clip_score, _bootstrap(_clip_score, paired=True)),
+    "cmmd": Metric("cmmd", "embedding", "features", "Gaussian kernel, sigma 10, biased, times 1000",
+                   lambda x, y: {"value": gaussian_mmd(x, y)}, _mmd_deviation),
+}
+
+
+class Features:
+    """Features of image sets under lazily made networks, each extracted once.
+
+    Args:
+        make: from a network's key ("clean", "legacy", "dinov2", "clip", "cmmd") to the network.
+    """
+
+    def __init__(self, make: Callable[[str], Network], cache: Path, batch_size: int, workers: int,
+                 state: PartialState) -> None:
+        self.make, self.cache, self.batch_size, self.workers, self.state = make, cache, batch_size, workers, state
+        self.networks: dict[str, Network] = {}
+        self.warnings: list[str] = []
+        self.peaks: list[tuple[int, int]] = []  # of every process, in main memory and on its GPU
+        self.seconds: dict[str, float] = {}  # of extraction or reading, by network
+        self._known: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+
+    def network(self, key: str) -> Network:
+        if key not in self.networks:
+            self.networks[key] = self.make(key)
+        return self.networks[key]
+
+    def __call__(self, images: ImageSet, key: str, name: str) -> np.ndarray:
+        """float32 [N, D]."""
+        known = (images.digest, key)
+        if known not in self._known:
+            network = self.network(key)
+            started = time.perf_counter()
+            found, odd = extract(images, network, self.cache, self.batch_size, self.workers, self.state)
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+            self._known[known] = found
+            self.warnings += [line for line in (*odd, *images.warnings()) if line not in self.warnings]
+        if name not in self._known[known]:
+            raise InputError(f"{self.network(key).name} has no {name} features: leave out the metrics that need them")
+        return self._known[known][name]
+
+
+class Reference:
+    """Real images, or their statistics: a folder, an ADM reference batch, or a file that `save` wrote."""
+
+    def __init__(self, source: str | Path, features: Features, resize: int | None) -> None:
+        self.source, self.features, self.resize = str(source), features, resize
+        self.images: ImageSet | None = None
+        self.statistics: dict[str, np.ndarray] = {}
+        self.about: dict[str, Any] = {}
+        if Path(source).suffix == ".npz":
+            arrays = load_npz(Path(source))
+            self.about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+            self.statistics = {ADM.get(name, name): value for name, value in arrays.items() if name != "arr_0"}
+            if "arr_0" not in arrays:
+                return
+        self.images = ImageSet(source, resize)
+
+    def __call__(self, metric: Metric) -> Any:
+        """Mean and covariance, or the features, whichever the metric is measured against."""
+        key = f"{metric.network} {metric.features}"
+        if self._has_statistics(metric):
+            return self.statistics[f"mean {key}"], self.statistics[f"covariance {key}"]
+        found = self.extract(metric)
+        return moments(found) if metric.against == "statistics" else found
+
+    def extract(self, metric: Metric) -> Any:
+        """The features that the metric needs; None where statistics are there.
+
+        Raises:
+            InputError: if neither is to be had, or the statistics are of other weights or another resizing.
+        """
+        if self._has_statistics(metric):
+            recorded = self.about.get("networks", {}).get(metric.network)
+            if recorded is not None and recorded["sha256"] != self.features.network(metric.network).digest:
+                raise InputError(f"--reference {self.source}: its statistics are of {recorded['name']} with other "
+                                 "weights: make them again")
+            if self.about.get("resize") != self.resize:
+                raise InputError(f"--reference {self.source}: made with --resize {self.about.get('resize')}, not "
+                                 f"{self.resize}: make it again")
+            return None
+        if self.images is None:
+            raise InputError(f"--reference {self.source}: has no images and no statistics of {metric.network} "
+                             f"{metric.features} features, which this metric needs: name a folder of images")
+        return self.features(self.images, metric.network, metric.features)
+
+    def _has_statistics(self, metric: Metric) -> bool:
+        return metric.against == "statistics" and f"mean {metric.network} {metric.features}" in self.statistics
+
+    def count(self, metric: Metric) -> int | None:
+        """Images that the metric compares with; None where a file of statistics does not say it."""
+        if self._has_statistics(metric):
+            return self.about.get("images")
+        return len(self.images) if self.images is not None else None
+
+    def save(self, file: Path, metrics: Sequence[Metric]) -> None:
+        """Write the statistics that these metrics need; read back as a reference without its images.
+
+        Raises:
+            InputError: if they need none, or this reference has no images itself.
+        """
+        if self.images is None or not any(metric.against == "statistics" for metric in metrics):
+            raise InputError(f"--save-stats {file}: needs a --reference with images, and a metric of statistics (fid)")
+        arrays: dict[str, np.ndarray] = {}
+        networks = {}
+        for metric in metrics:
+            if metric.against == "statistics":
+                key = f"{metric.network} {metric.features}"
+                arrays[f"mean {key}"], arrays[f"covariance {key}"] = self(metric)
+                network = self.features.network(metric.network)
+                networks[metric.network] = {"name": network.name, "sha256": network.digest}
+        about = {"images": len(self.images), "source": Path(self.source).name, "networks": networks,
+                 "resize": self.resize}
+        partial = file.with_name(f".{file.name}")
+        with open(partial, "wb") as content:
+            np.savez(content, **{"about": np.array(json.dumps(about)), **arrays})  # type: ignore[arg-type]
+        partial.replace(file)
+
+
+def evaluate(images: ImageSet, names: Sequence[str], features: Features, reference: Reference | None,
+             prompts: list[str] | None, resamples: int,
+             prefer: Callable[[str, list[str]], list[float]] | None = None) -> dict[str, dict[str, Any]]:
+    """Every metric's value, and all that is needed to repeat it; on processes other than the first, nothing.
+
+    Args:
+        names: of METRICS or PREFERENCES. prompts: one an image. resamples: of the bootstrap; 0: no intervals.
+        prefer: from one of PREFERENCES and the prompts to a score an image.
+
+    Raises:
+        InputError: if a metric lacks its reference or prompts.
+    """
+    for name in names:
+        against = METRICS[name].against if name in METRICS else "texts"
+        if against in ("statistics", "features") and reference is None:
+            raise InputError(f"--metrics {name}: needs --reference")
+        if against == "texts" and (prompts is None or len(prompts) != len(images)):
+            raise InputError(f"--metrics {name}: needs a prompt for each of the {len(images)} images, in the order of "
+                             f"their names, found {len(prompts or [])}: use --prompts")
+    sizes = [len(images), *([len(reference.images)] if reference and reference.images else [])]
+    if min(sizes) < 4:
+        raise InputError(f"{images.source}: a set of {min(sizes)} images is too small for any of these metrics")
+    wanted = [METRICS[name] for name in names if name in METRICS]
+    if any(metric.against == "texts" for metric in wanted) and images.repeated_names:
+        raise InputError(f"{images.source}: several images are named {images.repeated_names[0]}: which prompt is whose "
+                         "cannot be told; put them in one folder, under one name each")
+    for metric in wanted:
+        features.network(metric.network)  # whatever is missing, before anything is computed
+    for metric in wanted:  # on all processes
+        features(images, metric.network, metric.features)
+        if reference is not None and metric.against in ("statistics", "features"):
+            reference.extract(metric)
+    features.peaks = gather_object([peak_memory()])
+    if not features.state.is_main_process:
+        return {}
+    results = {}
+    for name in names:
+        if name in METRICS:
+            results[name] = _one(METRICS[name], images, features, reference, prompts, resamples)
+        else:
+            assert prefer is not None and prompts is not None
+            results[name] = _preference(name, prefer, prompts) | _common(images, features.peaks)
+    return results
+
+
+def _one(metric: Metric, images: ImageSet, features: Features, reference: Reference | None,
+         prompts: list[str] | None, resamples: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    x, network = features(images, metric.network, metric.features), features.network(metric.network)
+    against: Any = None
+    if metric.against == "texts":
+        assert prompts is not None
+        assert isinstance(network, OpenClip)
+        against = network.to(features.state.device).embed(prompts)
+    elif metric.against:
+        assert reference is not None
+        against = reference(metric)
+    if metric.against == "statistics":
+        assert reference is not None
+        if against[0].shape != x.shape[1:]:
+            raise InputError(f"--reference {reference.source}: statistics of {len(against[0])} features, "
+                             f"{network.name} has {x.shape[1]}: use a reference made with it")
+        for which, count in ((str(images.source), len(x)), ("the reference", reference.count(metric))):
+            if count is not None and count <= x.shape[1]:
+                features.warnings.append(f"{which}: {count} images for {x.shape[1]} features: its covariance is "
+                                         "rank-deficient, and the distance is biased")
+    result: dict[str, Any] = metric.measure(x, against)
+    if resamples > 1:
+        margin = 1.96 * metric.deviation(x, against, result["value"], resamples)
+        result["ci95"] = [result["value"] - margin, result["value"] + margin]
+    return {
+        **result, "protocol": f"{'of a demo classifier, ' if isinstance(network, Demo) else ''}{metric.protocol}",
+        "reference": {"source": reference.source, "images": reference.count(metric)} if reference and (
+            metric.against in ("statistics", "features")) else None,
+        "network": {"name": network.name, "sha256": network.digest}, "seconds": time.perf_counter() - started,
+        "seconds_of_features": features.seconds[metric.network], **_common(images, features.peaks),
+    }
+
+
+def _preference(name: str, prefer: Callable[[str, list[str]], list[float]], prompts: list[str]) -> dict[str, Any]:
+    started = time.perf_counter()
+    scores = np.array(prefer(name, prompts))
+    margin = 1.96 * float(scores.std()) / len(scores) ** 0.5
+    return {"value": float(scores.mean()), "ci95": [scores.mean() - margin, scores.mean() + margin],
+            "protocol": PREFERENCES[name], "reference": None, "network": {"name": name, "sha256": None},
+            "seconds": time.perf_counter() - started}
+
+
+def _common(images: ImageSet, peaks: list[tuple[int, int]]) -> dict[str, Any]:
+    main, gpu = (max(values) for values in zip(peak_memory(), *peaks, strict=True))
+    return {
+        "images": len(images), "images_protocol": images.protocol, "peak_memory_bytes": main,
+        "peak_gpu_memory_bytes": gpu,
+        "libraries": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+    }
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A row a metric, a column a set of results by name; value ± 1.96 standard deviations where they are known."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    rows = [["", *results]]
+    for name in names:
+        keys = ["precision", "recall"] if name == "prc" else ["value"]
+        for key in keys:
+            cells = (_cell(result.get(name), key) for result in results.values())
+            rows.append([name if key == "value" else key, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def _cell(result: dict[str, Any] | None, key: str) -> str:
+    if result is None:
+        return "-"
+    interval = f" ± {(result['ci95'][1] - result['ci95'][0]) / 2:.3g}" if "ci95" in result and key == "value" else ""
+    return f"{result[key]:.5g}{interval}"

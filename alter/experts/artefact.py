@@ -1,0 +1,258 @@
+"""`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import HfApi, hf_hub_download
+
+from ..backbones.cost import CostTable
+from ..backbones.gates import Simulator
+from ..backbones.latency import Latency
+from ..common.errors import InputError
+from ..common.files import write_text
+from .apply import Applied, backbone_of, fitting_sites, remove, serving
+from .compile import Compiled, check_ways, compile_fastest, leave
+from .trim import trim_layers
+
+FILE_NAME = "experts.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TemporalExperts:
+    """Which sites each expert runs, and which expert serves each training timestep.
+
+    Attributes:
+        sites: name of every site, its module path and how it is skipped (`sites.Site`), [L].
+        mask_EL: bool [E, L]; True runs the site.
+        expert_T: int64 [T], the expert of each training timestep.
+        macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
+        keep_ratio_target: what was asked for, as a share of `budget_over` ("total" or "prunable").
+        timesteps: training timesteps over which the keep ratio is averaged; None: all of them.
+        latency: the measured times that `keep_ratio_target` is a share of; None: it is one of MACs.
+    """
+
+    sites: tuple[str, ...]
+    mask_EL: np.ndarray
+    expert_T: np.ndarray
+    macs: tuple[int, ...]
+    macs_total: int
+    keep_ratio_target: float
+    budget_over: str
+    timesteps: tuple[int, ...] | None = None
+    latency: Latency | None = None
+
+    @property
+    def macs_T(self) -> np.ndarray:
+        """MACs of one forward at each training timestep, float64 [T]."""
+        macs_L = np.array(self.macs, dtype=np.float64)
+        return (self.macs_total - (~self.mask_EL) @ macs_L)[self.expert_T]
+
+    @property
+    def macs_mean(self) -> float:
+        """MACs of one forward, averaged over `timesteps`."""
+        return self._mean(self.macs_T)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Share of the *total* MACs kept, averaged over `timesteps`."""
+        return self.macs_mean / self.macs_total
+
+    @property
+    def time_ratio(self) -> float | None:
+        """Share of the dense forward's measured time that is left, averaged over `timesteps`; None if not measured."""
+        if self.latency is None:
+            return None
+        return self._mean((1 - ~self.mask_EL @ self.latency.share_L)[self.expert_T])
+
+    def _mean(self, value_T: np.ndarray) -> float:
+        return float((value_T if self.timesteps is None else value_T[list(self.timesteps)]).mean())
+
+    @property
+    def used(self) -> list[int]:
+        """The experts that some timestep uses."""
+        return np.unique(self.expert_T).tolist()
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        lines = [f"{len(self.mask_EL)} experts over {len(self.sites)} sites, {self.keep_ratio:.1%} of all MACs"]
+        if self.latency is not None:
+            lines[0] += f", {self.time_ratio:.1%} of the time ({self.latency.place})"
+        for expert, mask_L in enumerate(self.mask_EL):
+            timesteps = np.flatnonzero(self.expert_T == expert)
+            served = f"{len(timesteps)} timesteps in [{timesteps[0]}, {timesteps[-1]}]" if len(timesteps) else "unused"
+            lines.append(f"  expert {expert}: {mask_L.sum()} of {len(mask_L)} sites, {served}")
+        return "\n".join(lines)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `experts.json` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_text(Path(folder) / FILE_NAME, self._to_json())
+
+    def _to_json(self) -> str:
+        measured = {} if self.latency is None else {"latency": {**asdict(self.latency), "time_ratio": self.time_ratio}}
+        return _compact({
+            "format": FORMAT,
+            "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
+            "macs_total": self.macs_total,
+            "budget": {"cost": "macs" if self.latency is None else "latency",
+                       "keep_ratio_target": self.keep_ratio_target, "over": self.budget_over,
+                       "timesteps": self.timesteps, "keep_ratio_of_total": self.keep_ratio},
+            **measured,
+            "masks": self.mask_EL.astype(int).tolist(),
+            "expert_of_timestep": self.expert_T.tolist(),
+        })
+
+    def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
+        """Upload `experts.json` to a model repository, made if there is none; returns the address of the commit.
+
+        The weights go there with the pipeline's own `push_to_hub`.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_file(path_or_fileobj=self._to_json().encode(), path_in_repo=FILE_NAME, repo_id=repo_id)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "TemporalExperts":
+        """Read `experts.json` from a folder or, if there is no such folder, from a hub id.
+
+        Raises:
+            InputError: naming the field that is missing or wrong.
+        """
+        if Path(source).is_dir():
+            file = Path(source) / FILE_NAME
+            if not file.is_file():
+                raise InputError(f"{source}: holds no {FILE_NAME}: name a folder that training has finished")
+        else:
+            try:
+                file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision))
+            except (OSError, ValueError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise InputError(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} "
+                                 f"({reason})") from None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: not valid JSON ({error})") from None
+        return cls._parse(file, content)
+
+    @classmethod
+    def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
+              budget_over: str, timesteps: np.ndarray | None = None,
+              latency: Latency | None = None) -> "TemporalExperts":
+        """Join deterministic masks and routes with the costs of the sites."""
+        return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
+                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()), latency)
+
+    def apply(self, target: Any) -> Applied:
+        """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
+
+        The backbone's own `timestep` argument decides, read at most once a forward. Pipelines that share the
+        backbone are all served.
+
+        Returns: a context manager that removes the experts at the end of its block.
+
+        Raises:
+            InputError: if the sites differ from this artefact's, or experts are already applied.
+        """
+        return Applied(target, self.sites, self.mask_EL, self.expert_T)
+
+    def remove(self, target: Any) -> None:
+        """Undo `apply`; the backbone is dense again."""
+        remove(target)
+
+    def compile(self, target: Any, batch: int = 2, latent_size: int | None = None,
+                ways: Sequence[str] | None = None, **options: Any) -> Compiled:
+        """Apply the experts to `target`, if they are not, and torch.compile it the way that measures fastest here.
+
+        Args:
+            batch: of the backbone, which guidance doubles. latent_size: side of the latents; None: the backbone's own.
+            ways: of `alter.compiling` to choose from (one alone is taken); None: all that the device has. Leave out
+                cudagraphs where weights will move, as in offloading.
+            options: further arguments of torch.compile (`backend`, `dynamic`, ...).
+
+        Returns: the choice and the measurements; print it. Other batches and sizes work too, and compile at first use.
+
+        Raises:
+            InputError: as `apply`; for an unknown way; if other experts are applied, or the backbone is offloaded
+                already; if nothing compiles.
+        """
+        backbone = backbone_of(target)
+        ways = check_ways(backbone, ways, options)
+        if not hasattr(backbone, "_alter_applied"):
+            self.apply(target)
+        installed = backbone._alter_applied
+        if not (np.array_equal(installed.mask_EL, self.mask_EL) and np.array_equal(installed.expert_T, self.expert_T)):
+            raise InputError("experts: others are applied to this backbone: remove them first")
+        leave(backbone, installed.simulator)
+        tokens = getattr(getattr(target, "tokenizer", None), "model_max_length", 77)
+        return compile_fastest(backbone, installed.simulator, self.expert_T, batch, latent_size, tokens, ways, options)
+
+    def trim(self, target: Any) -> int:
+        """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.
+
+        It undoes `compile`. The pipeline can be saved as before (with this artefact beside it) and loaded by
+        `alter.load_pipeline`, but by nothing that expects the missing layers.
+
+        Returns: bytes of parameters freed.
+        """
+        backbone = backbone_of(target)
+        sites = fitting_sites(backbone, self.sites, self.mask_EL, self.used)
+        if hasattr(backbone, "_alter_applied"):
+            remove(target)
+        freed = trim_layers(backbone, sites, self.mask_EL, self.used)
+        self.apply(target)
+        return freed
+
+    def serving(self, simulator: Simulator) -> AbstractContextManager[None]:
+        """As `apply`, inside a `with` block, for a backbone that `simulator` has gates on already."""
+        return serving(simulator, self.mask_EL, self.expert_T)
+
+    @classmethod
+    def _parse(cls, file: Path, content: Any) -> "TemporalExperts":
+        def refuse(field: str, problem: str) -> InputError:
+            return InputError(f"{file}: {field}: {problem}")
+
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, dict) else content
+            raise refuse("format", f"found {found!r}, this version of alter reads {FORMAT}")
+        try:
+            sites, macs = [tuple(site[name] for site in content["sites"]) for name in ("name", "macs")]
+            masks, routes = content["masks"], content["expert_of_timestep"]
+            total, budget = int(content["macs_total"]), content["budget"]
+            target, over, averaged = float(budget["keep_ratio_target"]), str(budget["over"]), budget.get("timesteps")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise refuse(str(error).strip("'"), "missing or of the wrong type") from None
+        if not masks or any(len(row) != len(sites) for row in masks):
+            raise refuse("masks", f"every expert needs {len(sites)} values, one a site")
+        if any(value not in (0, 1) for row in masks for value in row):
+            raise refuse("masks", "values must be 0 or 1")
+        if not routes or any(not isinstance(e, int) or not 0 <= e < len(masks) for e in routes):
+            raise refuse("expert_of_timestep", f"every timestep needs one of the experts 0 to {len(masks) - 1}")
+        if averaged is not None and not (isinstance(averaged, list) and averaged and all(
+                isinstance(t, int) and 0 <= t < len(routes) for t in averaged)):
+            raise refuse("budget.timesteps", f"expected null or a list of timesteps 0 to {len(routes) - 1}")
+        latency = None
+        if budget.get("cost", "macs") != "macs":
+            try:
+                latency = Latency.parse(content["latency"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise refuse("latency", f"missing or of the wrong type ({error})") from None
+            if latency.sites != sites:
+                raise refuse("latency.sites", "are not those of `sites`")
+        return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
+                   averaged and tuple(averaged), latency)
+
+
+def _compact(content: dict[str, Any]) -> str:
+    """JSON with one line a key, a mask or a site, so that files can be read and compared."""
+    def value(item: Any) -> str:
+        if isinstance(item, list) and item and isinstance(item[0], (list, dict)):
+            return "[\n    " + ",\n    ".join(json.dumps(part) for part in item) + "\n  ]"
+        return json.dumps(item)
+    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {value(item)}" for name, item in content.items()) + "\n}\n"

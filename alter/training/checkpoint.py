@@ -1,0 +1,246 @@
+"""Checkpoints that are complete or absent, exact resume, and the final export.
+
+A checkpoint is a folder of safetensors and JSON, with the resolved configuration and the SHA-256 of every file. It
+holds no state of a random generator: the data's order and all noise are functions of (seed, step), and torch's
+generators are seeded from them when an iteration begins, so that the step is all there is to store about them.
+"""
+
+import hashlib
+import itertools
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import alter
+
+from ..backbones.lora import FILE_NAME as ADAPTERS
+from ..backbones.lora import plain_state
+from ..backbones.sites import PIPELINE_COMPONENT, Backbone
+from ..common.config import Config, save_config
+from ..common.errors import InputError
+from ..common.files import publish, sync, write_text
+from ..experts.artefact import FILE_NAME as EXPERTS
+from ..experts.artefact import TemporalExperts
+
+CONFIG = "config.yaml"
+UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises
+_CHECKSUMS = "checksums.json"
+_OPTIMIZERS = "optimizers"
+_PARTIAL = ".partial-"
+_PREFIX = "step-"
+
+
+def save_checkpoint(folder: Path, step: int, config: Config, tensors: dict[str, dict[str, Tensor]],
+                    optimizers: dict[str, Any], state: dict[str, Any], experts: TemporalExperts | None) -> Path:
+    """Write `folder`/step-NNNNNN in full under another name, then rename; drop all but the newest `checkpoint.keep`.
+
+    tensors: one safetensors file a name. optimizers: state dicts. state: JSON. experts: once they are frozen.
+
+    Raises:
+        OSError, SafetensorError: if it could not be written; no trace of it is left, and nothing was dropped.
+    """
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+    for left in folder.glob(f"{_PARTIAL}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    final = folder / f"{_PREFIX}{step:06d}"
+    partial = folder / f"{_PARTIAL}{final.name}"
+    versions = {"alter": alter.__version__, "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "diffusers", "accelerate")}}
+    try:
+        partial.mkdir()
+        parts: dict[str, Tensor] = {}
+        tree = flatten_state(optimizers, parts)
+        for name, group in {**tensors, _OPTIMIZERS: parts}.items():
+            save_file(_storable(group), partial / f"{name}.safetensors")
+        for name, content in {_OPTIMIZERS: tree, "state": {"step": step, **state, "versions": versions}}.items():
+            write_text(partial / f"{name}.json", json.dumps(content))
+        save_config(config, partial / CONFIG)
+        if experts is not None:
+            experts.save_pretrained(partial)
+        checksums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        write_text(partial / _CHECKSUMS, json.dumps(checksums, indent=1))
+        publish(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in checkpoints(folder)[: -config.checkpoint.keep]:
+        shutil.rmtree(old.rename(folder / f"{_PARTIAL}{old.name}"), ignore_errors=True)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()),
+                  key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Rename to `why`-step-NNNNNN-K, which is kept but never taken for the latest; returns the new path."""
+    names = (checkpoint.with_name(f"{why}-{checkpoint.name}-{number}") for number in itertools.count(1))
+    return checkpoint.rename(next(path for path in names if not path.exists()))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, every byte of which is read; None if it is as it was written."""
+    try:
+        checksums = json.loads((checkpoint / _CHECKSUMS).read_text(encoding="utf-8"))
+        return next((f"{name} is not as it was written" for name, written in checksums.items()
+                     if _sha256(checkpoint / name) != written), None)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
+    except (ValueError, AttributeError):
+        return f"{_CHECKSUMS} is not as it was written"
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:
+    """What `save_checkpoint` wrote: tensors, optimizers, state."""
+    state = load_state(folder)
+    with _reading(folder):
+        tensors = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
+        tree = json.loads((folder / f"{_OPTIMIZERS}.json").read_text(encoding="utf-8"))
+        return tensors, unflatten_state(tree, tensors.pop(_OPTIMIZERS)), state
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """The state alone."""
+    with _reading(folder):
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"resume: {folder} cannot be read ({reason}): name another checkpoint") from None
+
+
+def flatten_state(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON from which `unflatten_state` restores `value`, whose tensors are added to `tensors`.
+
+    value: dicts with int or str keys, lists and tuples, nested, of tensors, numbers, strings, bools and None.
+    """
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {"tensor": name, "stride": torch.empty_like(value, device="meta").stride()}
+    if isinstance(value, dict):
+        return {"dict": [[key, flatten_state(part, tensors)] for key, part in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [flatten_state(part, tensors) for part in value]}
+    return value
+
+
+def unflatten_state(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value that `flatten_state` was given; its tensors are copies, in the same memory layout."""
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        stored = tensors[tree["tensor"]]
+        return torch.empty_strided(stored.shape, tree["stride"], dtype=stored.dtype).copy_(stored)
+    if "dict" in tree:
+        return {key: unflatten_state(part, tensors) for key, part in tree["dict"]}
+    ((kind, parts),) = tree.items()
+    return {"list": list, "tuple": tuple}[kind](unflatten_state(part, tensors) for part in parts)
+
+
+def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors takes them."""
+    own: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, tensor in group.items():
+        tensor = tensor.detach().contiguous()
+        own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in used else tensor
+        used.add(tensor.untyped_storage().data_ptr())
+    return own
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path]:
+    """The run directory and the checkpoint that `resume` means: with latest, the newest that is not damaged.
+
+    Changes nothing; damaged checkpoints that are passed over are named on the terminal.
+
+    Raises:
+        InputError: if there is none, or the one that is named is damaged.
+    """
+    if resume != "latest":
+        checkpoint = Path(resume)
+        if checkpoint not in checkpoints(checkpoint.parent):
+            raise InputError(f"resume={resume!r}: not a checkpoint: use latest, or a folder step-NNNNNN")
+        if reason := damage(checkpoint):
+            raise InputError(f"resume={resume!r} is damaged ({reason}): use latest, or name another checkpoint")
+        return checkpoint.parent.parent, checkpoint
+    run = Path(output_dir) if output_dir else Path("outputs") / name / "latest"
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise InputError(f"resume=latest: no checkpoint in {run / 'checkpoints'}: set output_dir to the run, or leave "
+                         "resume unset and start anew in an empty output_dir")
+    damaged: list[str] = []
+    for checkpoint in reversed(found):
+        reason = damage(checkpoint)
+        if reason is None:
+            for line in damaged:
+                tqdm.write(f"warning: {line}: set aside, and {checkpoint.name} is used", file=sys.stderr)
+            return run.resolve(), checkpoint
+        damaged.append(f"{checkpoint} is damaged ({reason})")
+    raise InputError(f"resume=latest: {', '.join(damaged)}: no other is left; start anew in an empty output_dir")
+
+
+def trained_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter that is trained, tied ones once."""
+    return {name: value for name, value in backbone.named_parameters() if value.requires_grad}
+
+
+def load_parameters(backbone: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy `values` into the trained parameters, which have the same names."""
+    parameters = trained_parameters(backbone)
+    if parameters.keys() != values.keys():
+        raise InputError("resume: the checkpoint holds another backbone: use the configuration it was made with")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def export(folder: Path, pretrained: Path, backbone: Backbone) -> None:
+    """Write a diffusers pipeline folder: `pretrained` with the backbone's weights replaced.
+
+    backbone: tied modules are written as equal copies; adapters must have been merged.
+    """
+    component = PIPELINE_COMPONENT[type(backbone)]
+    partial = folder.with_name(f"{_PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    replaced = {component, "README.md", EXPERTS, ADAPTERS}  # the last three, where it is a run's final/ itself
+    shutil.copytree(pretrained, partial, ignore=lambda _, names: replaced.intersection(names))
+    plain = type(backbone).from_config(backbone.config)
+    plain.load_state_dict(plain_state(backbone))
+    plain.save_pretrained(partial / component)
+    shutil.rmtree(folder, ignore_errors=True)
+    publish(partial, folder)

@@ -1,0 +1,231 @@
+"""A demo's data and dense teacher, made from scratch into ordinary folders, once; and what judges its samples."""
+
+import json
+import shutil
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..backbones.sites import Backbone, null_class, tie_embedders
+from ..backbones.text import TextEncoder
+from ..common.config import CONFIGS, Config
+from ..data import shapes
+from ..data.batches import GlobalBatches, Order, make_loader, split
+from ..data.open import Digits, Source, open_source
+from ..method import losses
+from ..method.diffusion import draw, generator, training_target
+from .checkpoint import export
+
+_SEED = 1_000_000  # of the drawings that judge: the same for runs of every seed, none of them training data
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Real images [N, C, S, S] in [-1, 1] and what they show; conditions [M] to draw samples for, and what those ask.
+
+    targets, asked: classes, long [N], or sets, float [N, K] of zeros and ones.
+    """
+
+    images: Tensor
+    targets: Tensor
+    batch: dict[str, Any]
+    asked: Tensor
+    titles: list[str]
+
+
+def exam(config: Config, source: Source) -> Exam | None:
+    """The demo's judge; None for other data."""
+    count = config.evaluate.samples
+    if isinstance(source, Digits):
+        return _exam_of_classes(source.images, source.labels, count)
+    if config.demo.model is None:
+        return None
+    if source.encoded:
+        samples = [source[0, i] for i in range(len(source))]
+        return _exam_of_classes(torch.stack([sample["latents"] for sample in samples]),
+                                torch.tensor([sample["labels"] for sample in samples]), count)
+    images, captions = shapes.draw_shapes(8 * count, _SEED)
+    _, prompts = shapes.draw_shapes(count, _SEED + 1)
+    asked = [several[0] for several in prompts]
+    return Exam(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),
+                {"captions": asked}, torch.stack([shapes.kinds(caption) for caption in asked]), asked)
+
+
+def _exam_of_classes(images: Tensor, labels: Tensor, count: int) -> Exam:
+    asked = torch.arange(count) % len(labels.unique())
+    return Exam(images, labels, {"labels": asked}, asked, [str(int(label)) for label in asked])
+
+
+def make_demo(config: Config, device: torch.device) -> None:
+    """Draw the data and train the architecture of `demo.model` into `backbone.pretrained`, unless they exist.
+
+    Call it on one process.
+    """
+    folder, template = Path(str(config.backbone.pretrained)), CONFIGS / "models" / str(config.demo.model)
+    if config.data.path is not None and not Path(config.data.path).exists():
+        write = shapes.write_scenes if config.data.source == "latents" else shapes.write_shapes
+        write(Path(config.data.path), config.demo.images, config.seed)
+    if folder.is_dir():
+        return
+    torch.manual_seed(config.seed)
+    if (template / "transformer").is_dir():
+        _make_dit(config, folder, template, device)
+    else:
+        _make_stable_diffusion(config, folder, template, device)
+
+
+def _make_dit(config: Config, folder: Path, template: Path, device: torch.device) -> None:
+    model = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(template / "transformer"))
+    tie_embedders(model)
+    for block in model.transformer_blocks:  # adaLN-Zero (DiT, arXiv 2212.09748, Sec. 3.2)
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+    model.to(device).train()
+
+    def inputs(batch: dict[str, Any], dropped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["labels"].masked_fill(dropped, null_class(model)).to(device)
+        return batch["latents"].to(device), {"class_labels": labels}
+
+    _train_dense(config, folder, template, model, model.parameters(), inputs)
+    export(folder, template, model)
+
+
+def _make_stable_diffusion(config: Config, folder: Path, template: Path, device: torch.device) -> None:
+    """Autoencoder first; then UNet and text encoder together, on its latents."""
+    parts = folder.with_name(f".parts-of-{folder.name}")
+    shutil.rmtree(parts, ignore_errors=True)
+    shutil.copytree(template, parts)
+    source: Any = open_source(config)
+    indices, _ = split(source, config.data.holdout, config.seed)
+    images = torch.stack([source[0, int(i)]["images"] for i in indices])
+    vae = _train_vae(config, template, images, device)
+    vae.save_pretrained(parts / "vae")
+    with torch.no_grad():
+        moments = torch.cat([vae.encode(part.to(device)).latent_dist.parameters.cpu() for part in images.split(256)])
+    row_of = {int(index): row for row, index in enumerate(indices)}
+
+    make_tokenizer(template).save_pretrained(parts / "tokenizer")
+    CLIPTextModel(CLIPTextConfig.from_pretrained(template / "text_encoder")).save_pretrained(parts / "text_encoder")
+    text = TextEncoder(parts, device, torch.float32)
+    text.model.requires_grad_(True).train()
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(template / "unet")).to(device).train()
+
+    class Encoded:
+        """The data set with every image's latent moments in place of its pixels."""
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+            return {"moments": moments[row_of[key[1]]], "captions": source.caption(key)}
+
+    def inputs(batch: dict[str, Any], dropped: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, logvar = batch["moments"].to(device).chunk(2, dim=1)
+        latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
+        prompts = ["" if drop else caption for caption, drop in zip(batch["captions"], dropped.tolist(), strict=True)]
+        return latents, {"encoder_hidden_states": text.encode(prompts)}
+
+    parameters = [*unet.parameters(), *text.model.parameters()]
+    _train_dense(config, folder, template, unet, parameters, inputs, Encoded())
+    text.model.save_pretrained(parts / "text_encoder")
+    export(folder, parts, unet)
+    shutil.rmtree(parts)
+
+
+def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, parameters: Iterable[nn.Parameter],
+                 inputs: Callable[[dict[str, Any], Tensor], tuple[Tensor, dict[str, Tensor]]],
+                 source: Any = None) -> None:
+    """Fit `parameters` to the denoising loss of `model`, and leave their average in them.
+
+    inputs: from a batch and the samples that lose their condition to latents and the model's arguments.
+    """
+    demo, source = config.demo, source or open_source(config)
+    parameters = list(parameters)
+    indices, _ = split(source, config.data.holdout, config.seed)
+    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(template / "scheduler"), clip_sample=False)
+    optimizer, schedule = _adamw(parameters, demo.lr, demo.steps)
+    ema = EMAModel(parameters, decay=0.998, foreach=True)
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    batches = GlobalBatches(Order(indices, config.seed), demo.batch_size, 1, 0, 1, 0, demo.steps)
+    bar = tqdm(make_loader(source, batches, 0), desc=f"dense teacher → {folder}", unit="step", dynamic_ncols=True)
+    for step, batch in enumerate(bar):
+        noise = draw(demo.batch_size, shape, scheduler.config.num_train_timesteps, config.data.label_dropout,
+                     generator(config.seed, step, 5))
+        latents, conditioning = inputs(batch, noise.dropped)
+        timesteps, added = noise.timesteps.to(latents.device), noise.noise.to(latents)
+        pred = model(scheduler.add_noise(latents, added, timesteps), timestep=timesteps, **conditioning).sample
+        loss = losses.mse_per_sample(pred, training_target(scheduler, latents, added, timesteps)).mean()
+        _step(loss, parameters, optimizer, schedule)
+        ema.step(parameters)
+        if step % config.log.every == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
+    ema.copy_to(parameters)
+
+
+def _train_vae(config: Config, template: Path, images: Tensor, device: torch.device) -> AutoencoderKL:
+    """An autoencoder of squared error and a slight pull to the unit Gaussian, its latents scaled to unit variance."""
+    demo = config.demo
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(template / "vae")).to(device)
+    parameters = list(vae.parameters())
+    optimizer, schedule = _adamw(parameters, 2e-3, demo.vae_steps)
+    bar = tqdm(range(demo.vae_steps), desc="autoencoder", unit="step", dynamic_ncols=True)
+    for step in bar:
+        source = generator(config.seed, step, 6)
+        batch = images[torch.randint(len(images), (32,), generator=source)].to(device)
+        posterior = vae.encode(batch).latent_dist
+        error = losses.mse_per_sample(vae.decode(posterior.sample(source)).sample, batch).mean()
+        _step(error + 1e-6 * posterior.kl().mean(), parameters, optimizer, schedule)
+        if step % config.log.every == 0:
+            bar.set_postfix(error=f"{error.item():.4f}")
+    vae.eval().requires_grad_(False)
+    spread = torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in images[:1024].split(256)]).std()
+    vae.register_to_config(scaling_factor=1 / float(spread))
+    return vae
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.0)
+    return optimizer, get_scheduler(
+        "cosine", optimizer, num_warmup_steps=min(100, steps // 10), num_training_steps=steps
+    )
+
+
+def _step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def make_tokenizer(template: Path) -> CLIPTokenizer:
+    """A byte-pair encoding that makes one token of every word of the captions."""
+    words = {word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()}
+    encoding = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    letters = [*string.ascii_lowercase]
+    trainer = BpeTrainer(special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=letters,
+                         end_of_word_suffix="</w>", show_progress=False)
+    encoding.train_from_iterator([*sorted(words), *letters], trainer)
+    model = json.loads(encoding.to_str())["model"]
+    length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    made: Any = CLIPTokenizer
+    return made(model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=length)
+
+
+def _pixels(images: list[Any]) -> Tensor:
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

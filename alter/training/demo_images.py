@@ -1,0 +1,89 @@
+"""The demos' images as folders: drawn with a run's experts, and real ones; and the classifier that looks at them."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..backbones.sampling import sample_latents
+from ..common.config import Config, load_config
+from ..common.errors import InputError
+from ..data.open import Digits
+from ..evaluation.classifier import SmallClassifier, train_classifier
+from ..evaluation.networks import Demo, file_digest
+from ..experts.artefact import TemporalExperts
+from .demo import exam
+from .setup.parts import build
+
+
+def draw_run(run: Path, out: Path, state: PartialState) -> Path:
+    """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out."""
+    config = own_weights(load_config(run / "config.yaml"), run / "final")
+    done = out / "drawn.json"
+    files = sorted(file for file in (run / "final").rglob("*") if file.suffix in (".json", ".safetensors"))
+    made_of = "".join(map(file_digest, files)) + repr((config.evaluate, config.seed))
+    key = hashlib.sha256(made_of.encode()).hexdigest()
+    if not (done.is_file() and json.loads(done.read_text())["key"] == key) and state.is_main_process:
+        parts = build(config, 1, state.device)
+        judge = exam(config, parts.source)
+        if judge is None:
+            raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
+        done.unlink(missing_ok=True)
+        batch = {name: value.to(state.device) if isinstance(value, Tensor) else value
+                 for name, value in judge.batch.items()}
+        everything = torch.ones(len(judge.asked), dtype=torch.bool)
+        with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
+            latents = sample_latents(
+                parts.backbone.eval(), parts.scheduler, parts.latent_shape, parts.conditioning(batch, ~everything),
+                parts.conditioning(batch, everything), config.evaluate.sampling_steps, config.seed,
+                config.evaluate.guidance_scale)
+        _write(parts.images(latents), out / "images")
+        _write(judge.images, out / "real")
+        (out / "prompts.txt").write_text("".join(f"{title}\n" for title in judge.titles), encoding="utf-8")
+        done.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+    state.wait_for_everyone()
+    return out
+
+
+def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:
+    """A classifier of scikit-learn's digits, trained once, by the first process."""
+    digits, file = Digits(), cache / f"digits-classifier-{seed}.safetensors"
+    if not file.is_file() and state.is_main_process:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the same weights whatever the number of threads and processes
+        trained = train_classifier(digits.images, digits.labels, seed)
+        torch.set_num_threads(threads)
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}")
+        save_file(trained.state_dict(), partial)
+        partial.replace(file)
+    state.wait_for_everyone()
+    classifier = SmallClassifier(digits.images.shape[1], digits.images.shape[-1], len(digits.labels.unique()))
+    classifier.load_state_dict(load_file(file))
+    return Demo(classifier.eval().requires_grad_(False), digits.images.shape[-1], digits.images.shape[1])
+
+
+def own_weights(config: Config, final: Path) -> Config:
+    """The run as it ended: its own weights and experts, and no teacher."""
+    if not (final / "experts.json").is_file():
+        raise InputError(f"--run {final.parent}: holds no final/experts.json: name a run that has finished")
+    return dataclasses.replace(
+        config, resume=None, backbone=dataclasses.replace(config.backbone, pretrained=str(final)),
+        experts=dataclasses.replace(config.experts, pretrained=str(final)),
+        loss=dataclasses.replace(config.loss, denoise=1.0, output_kd=0.0, feature_kd=0.0),
+    )
+
+
+def _write(images: Tensor, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:06d}.png")

@@ -1,0 +1,119 @@
+"""What a mask does to the dense model's output, and what that does to its samples."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backbones.gates import HardRows
+from ..backbones.sampling import make_solver
+from ..common.config import Config
+from ..data.batches import Tolerant, collate, split
+from ..method.diffusion import generator, predict, training_target
+from ..method.losses import mse_per_sample
+from .setup.parts import Parts
+
+
+class Probe:
+    """Held-out samples (or, without any, training samples) with their noise, on which masks are tried.
+
+    The same samples and noise for every range of timesteps, so that ranges differ by their timesteps alone.
+    """
+
+    def __init__(self, config: Config, parts: Parts, samples: int, batch_size: int = 16) -> None:
+        train, held_out = split(parts.source, config.data.holdout, config.seed)
+        indices = np.resize(held_out if len(held_out) else train, samples)
+        source = Tolerant(parts.source, indices, config.seed, parts.fit)
+        self.parts, self.samples = parts, samples
+        self._batches = []
+        for first in range(0, samples, batch_size):
+            keys = [(k, int(indices[k])) for k in range(first, min(first + batch_size, samples))]
+            batch: Any = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
+                          for name, value in collate([source[key] for key in keys]).items()}
+            random = generator(config.seed, first, 3)
+            latents = parts.latents(batch, torch.randn(len(keys), *parts.latent_shape, generator=random))
+            noise = torch.randn(latents.shape, generator=random).to(latents)
+            conditioning = parts.conditioning(batch, torch.zeros(len(keys), dtype=torch.bool))
+            self._batches.append((first, latents, noise, conditioning))
+        parts.backbone.eval()
+
+    def noised(self, low: int, high: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
+        """Batches at timesteps spread evenly over low..high-1: noisy latents, timesteps, conditioning and target."""
+        scheduler = self.parts.scheduler
+        for first, latents, noise, conditioning in self._batches:
+            positions = np.arange(first, first + len(latents)) + 0.5
+            spread = (low + positions / self.samples * (high - low)).astype(np.int64)
+            timesteps = torch.from_numpy(spread).to(latents.device)
+            yield (scheduler.add_noise(latents, noise, timesteps), timesteps, conditioning,
+                   training_target(scheduler, latents, noise, timesteps))
+
+    @torch.no_grad()
+    def errors(self, masks: np.ndarray, low: int, high: int, weight_T: np.ndarray | None = None) -> tuple[
+            np.ndarray, float]:
+        """At timesteps spread evenly over low..high-1, of bool masks [M, L]: mean squared changes of the dense model's
+        output (without a learned variance), float64 [M], each weighted by its timestep; and the dense model's own error
+        against the target."""
+        errors, denoise = np.zeros(len(masks)), 0.0
+        for noisy, timesteps, conditioning, target in self.noised(low, high):
+            weights = torch.from_numpy(np.ones(len(noisy)) if weight_T is None else weight_T[timesteps.cpu().numpy()])
+            dense = self._predict(None, noisy, timesteps, conditioning)
+            denoise += mse_per_sample(dense, target).sum().item()
+            for m, mask_L in enumerate(masks):
+                changes = mse_per_sample(self._predict(mask_L, noisy, timesteps, conditioning), dense)
+                errors[m] += (changes.cpu() * weights).sum().item()
+        return errors / self.samples, denoise / self.samples
+
+    @torch.no_grad()
+    def response(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
+
+        Of DPM-Solver++ with two steps in each bin, without guidance, when each of the bool masks [M, L] is in force in
+        that bin alone: the sum of the changes of the samples over that of the changes of the output at the first of
+        these steps. It depends on the width of the bins.
+
+        Args:
+            edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]; two or more in each.
+
+        Returns: float64 [B]; 1 where no mask changes the output.
+        """
+        bins = [(int(low), int(high)) for low, high in pairwise(edges)]
+        steps = [low + quarter * (high - low) // 4 for low, high in reversed(bins) for quarter in (3, 1)]
+        moved_B, caused_B = np.zeros(len(bins)), np.zeros(len(bins))
+        for _, _, noise, conditioning in self._batches:
+            samples, outputs, _ = self._sample(None, range(0), noise, conditioning, [], steps)
+            for b, (low, high) in enumerate(bins):
+                for mask_L in masks:
+                    changed, _, caused = self._sample(mask_L, range(low, high), noise, conditioning, outputs, steps)
+                    moved_B[b] += mse_per_sample(changed, samples).sum().item()
+                    caused_B[b] += caused
+        return np.divide(moved_B, caused_B, out=np.ones(len(bins)), where=caused_B > 0)
+
+    def _sample(self, mask_L: np.ndarray | None, where: range, noise: Tensor, conditioning: dict[str, Tensor],
+                known: list[Tensor], steps: list[int]) -> tuple[Tensor, list[Tensor], float]:
+        """Samples, the outputs of all steps, and the summed change of the output at the first step within `where`.
+
+        known: the dense model's outputs, which serve until the mask is in force for the first time.
+        """
+        solver = make_solver(self.parts.scheduler)
+        solver.set_timesteps(timesteps=steps)
+        latents, outputs, caused, begun = noise, [], 0.0, False
+        for step, timestep in enumerate(solver.timesteps):
+            masked = int(timestep) in where
+            if masked or begun or not known:
+                there = timestep.expand(len(latents)).to(latents.device)
+                outputs.append(self._predict(mask_L if masked else None, latents, there, conditioning))
+            else:
+                outputs.append(known[step])
+            if masked and not begun:
+                begun, caused = True, mse_per_sample(outputs[-1], known[step]).sum().item()
+            latents = solver.step(outputs[-1], timestep, latents).prev_sample
+        return latents, outputs, caused
+
+    def _predict(self, mask_L: np.ndarray | None, noisy: Tensor, timesteps: Tensor,
+                 conditioning: dict[str, Tensor]) -> Tensor:
+        rows = None if mask_L is None else HardRows(torch.from_numpy(mask_L)[None], noisy.device)
+        with self.parts.simulator.use(rows):
+            return predict(self.parts.backbone, noisy, timesteps, conditioning)[:, : noisy.shape[1]].float()

@@ -1,0 +1,180 @@
+"""What each layer is worth at each timestep: how far the dense model's output, and its samples, move without it."""
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from tqdm import tqdm
+
+from ..common.config import Config
+from ..common.errors import InputError
+from ..common.files import write_text
+from ..method.budget import Budget
+from ..method.hypernetwork import HyperNetwork, Logits
+from .probe import Probe
+from .setup.parts import Parts
+
+FILE_NAME = "sensitivity.json"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A table of layers × bins of timesteps.
+
+    sites: names [L]. edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]. samples: of each bin.
+    error_LB: mean squared change of the output when layer l alone is skipped, float64 [L, B].
+    denoise_B: mean squared error of the dense model against the scheduler's target, float64 [B].
+    response_B: squared change of the final samples for a unit of error_LB, float64 [B] (`Probe.response`).
+    """
+
+    sites: tuple[str, ...]
+    edges: tuple[int, ...]
+    samples: int
+    error_LB: np.ndarray
+    denoise_B: np.ndarray
+    response_B: np.ndarray
+
+    @property
+    def relative_LB(self) -> np.ndarray:
+        """The change in units of the dense model's own error at these timesteps."""
+        return self.error_LB / self.denoise_B
+
+    @property
+    def effect_LB(self) -> np.ndarray:
+        """How far final samples move when layer l is skipped in bin b alone, if they follow the output linearly."""
+        return self.error_LB * self.response_B
+
+    @property
+    def agreement(self) -> float:
+        """Mean Spearman correlation between the layer rankings of two bins: 1 where all bins rank layers alike."""
+        bins = self.error_LB.shape[1]
+        correlation = np.atleast_2d(np.corrcoef(rankdata(self.error_LB, axis=0), rowvar=False))
+        return float(correlation[np.triu_indices(bins, 1)].mean()) if bins > 1 else 1.0
+
+    def gain(self, budget: Budget, experts: int) -> float:
+        """How many times more one mask for all timesteps moves the samples than `experts` masks, if effects added
+        up."""
+        one, several = (self.predicted_effect(*allocate(self, budget, count)) for count in (1, experts))
+        return one / several if several > 0 else 1.0
+
+    def predicted_effect(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
+        """Mean over timesteps of the sum of the effects of the skipped layers."""
+        effect_LT = np.repeat(self.effect_LB, np.diff(self.edges), axis=1)
+        return float((effect_LT * ~mask_EL[expert_T].T).sum(axis=0).mean())
+
+    def save(self, file: Path) -> None:
+        content = {name: value.tolist() if isinstance(value, np.ndarray) else value
+                   for name, value in asdict(self).items()}
+        write_text(file, json.dumps({"alter_sensitivity": 2, **content}) + "\n")
+
+    @classmethod
+    def load(cls, file: Path) -> "Sensitivity":
+        """Raises InputError if it is no such file."""
+        try:
+            content = json.loads(file.read_bytes())
+            if content.pop("alter_sensitivity") != 2:
+                raise ValueError("another version")
+            arrays = (np.array(content[name], dtype=np.float64) for name in ("error_LB", "denoise_B", "response_B"))
+            return cls(tuple(content["sites"]), tuple(content["edges"]), content["samples"], *arrays)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise InputError(f"{file}: no sensitivity table ({type(error).__name__}: {error}): measure it with "
+                             "scripts/sensitivity.py") from None
+
+
+def measure_sensitivity(config: Config, parts: Parts, bins: int = 10, samples: int = 32, batch_size: int = 16,
+                        trials: int = 4) -> Sensitivity:
+    """Takes L + 1 forwards of `samples` samples a bin and, for the response, about bins + 1 more for each of `trials`
+    layers, drawn with the seed."""
+    probe, sites = Probe(config, parts, samples, batch_size), parts.simulator.sites
+    edges = np.linspace(0, parts.scheduler.config.num_train_timesteps, bins + 1).round().astype(int)
+    alone = ~np.eye(len(sites), dtype=bool)
+    columns = [probe.errors(alone, int(low), int(high))
+               for low, high in tqdm(list(pairwise(edges)), unit="bin", desc="sensitivity", dynamic_ncols=True)]
+    tried = np.random.default_rng([config.seed, 12]).permutation(len(sites))[:trials]
+    return Sensitivity(tuple(site.name for site in sites), tuple(map(int, edges)), samples,
+                       np.array([errors for errors, _ in columns]).T, np.array([denoise for _, denoise in columns]),
+                       probe.response(alone[tried], edges))
+
+
+def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks bool [E, L] and the expert of each timestep int64 [T] that move the samples little, if effects added up.
+
+    Each expert serves consecutive bins. For each of several prices of a unit of cost, dynamic programming finds the
+    borders that are best at it; the masks come from the budget's integer programme, with the avoided effects as
+    log-odds; the least predicted effect wins.
+    """
+    lengths = np.diff(table.edges)
+    weighted_LB = table.effect_LB * lengths
+    worth = weighted_LB / (budget.share_L[:, None] * lengths)
+    found = {}
+    for price in np.quantile(worth, np.linspace(0.02, 0.98, 25)):
+        borders = _segments(weighted_LB, budget.share_L, lengths, min(experts, len(lengths)), float(price))
+        if borders in found:
+            continue
+        segments = list(pairwise(borders))
+        expert_T = np.repeat(np.arange(len(segments)), [lengths[first:last].sum() for first, last in segments])
+        avoided_EL = np.array([weighted_LB[:, first:last].sum(1) for first, last in segments])
+        router_TE = (expert_T[:, None] == np.arange(len(segments))).astype(float)
+        logits = Logits(torch.from_numpy(avoided_EL / avoided_EL.max()), torch.from_numpy(router_TE))
+        found[borders] = budget.masks(logits, budget.keep_ratio)
+    return min(found.values(), key=lambda pair: table.predicted_effect(*pair))
+
+
+def _segments(weighted_LB: np.ndarray, share_L: np.ndarray, lengths: np.ndarray, experts: int,
+              price: float) -> tuple[int, ...]:
+    """The cheapest borders [E + 1] of consecutive bins, a layer costing its error or else its share at the price."""
+    bins = len(lengths)
+    error_LB, length_B = (np.concatenate([np.zeros_like(part[..., :1]), part.cumsum(-1)], axis=-1)
+                          for part in (weighted_LB, lengths))
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, (0,))}
+    for count in range(1, experts + 1):
+        for last in range(count, bins + 1):
+            options = []
+            for first in range(count - 1, last):
+                if (count - 1, first) in best:
+                    before, borders = best[count - 1, first]
+                    error_L = error_LB[:, last] - error_LB[:, first]
+                    cost_L = price * share_L * (length_B[last] - length_B[first])
+                    options.append((before + float(np.minimum(error_L, cost_L).sum()), (*borders, last)))
+            best[count, last] = min(options)
+    return best[experts, bins][1]
+
+
+def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
+    """What the table says about experts on this model, in plain words."""
+    middle = [(low + high - 1) / 2 for low, high in pairwise(table.edges)]
+    depth_B = table.relative_LB.mean(axis=0)
+    deepest, strongest = int(depth_B.argmax()), int(table.response_B.argmax())
+    gain = table.gain(budget, experts)
+    kind = ("nearly the same at all timesteps" if table.agreement > 0.9 else
+            "similar at all timesteps" if table.agreement > 0.6 else "different at different timesteps")
+    return (
+        f"The ranking of the layers is {kind} (mean rank correlation {table.agreement:.2f}). Skipping a layer costs "
+        f"most around t = {middle[deepest]:.0f}: {depth_B[deepest] / depth_B.mean():.1f} times the mean, in units of "
+        f"the dense model's error there. An error of the output moves samples most around t = {middle[strongest]:.0f}: "
+        f"{table.response_B[strongest] / table.response_B.mean():.1f} times the mean. At keep ratio "
+        f"{budget.keep_ratio}, if effects added up, one mask for all timesteps would move the samples {gain:.2f} times "
+        f"as far (squared) as {experts} experts' masks: "
+        + ("experts may have something to gain (where that was tuned, effects did not add up: docs/results.md)."
+           if gain > 1.1 else "experts have little to gain over one mask."))
+
+
+def as_text(table: Sensitivity) -> str:
+    """The table in plain text, a line a layer: absolute errors, and in brackets those relative to the dense model's."""
+    bins, width = [f"t {low}-{high - 1}" for low, high in pairwise(table.edges)], max(map(len, table.sites))
+    lines = [" " * width + "".join(f"{name:>20}" for name in bins)]
+    for site, absolute_B, relative_B in zip(table.sites, table.error_LB, table.relative_LB, strict=True):
+        cells = (f"{absolute:.2e} ({relative:.2g})" for absolute, relative in zip(absolute_B, relative_B, strict=True))
+        lines.append(f"{site:{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork) -> None:
+    """Let the search of a fresh hypernetwork start near the one mask that `allocate` finds for all timesteps."""
+    (mask_L,), _ = allocate(table, budget, experts=1)
+    offset_L = hypernetwork.offset_L
+    offset_L.copy_(torch.where(torch.from_numpy(mask_L).to(offset_L.device), offset_L, -offset_L))

@@ -1,0 +1,57 @@
+"""What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
+
+from ...common.config import Config
+from ...experts.artefact import TemporalExperts
+from ...method.budget import Budget
+from ..checkpoint import trained_parameters
+from .parts import check_batch, check_packages, choose_trained
+from .plan import describe
+
+_GIB = 2**30
+
+
+def describe_run(config: Config, processes: int = 1) -> str:
+    """The text of `scripts/train.py --dry-run`; needs no weights and no network."""
+    check_batch(config, processes)
+    check_packages(config)
+    backbone, cost, budget, experts = describe(config)
+    everything = sum(parameter.numel() for parameter in backbone.parameters())
+    choose_trained(backbone, config)
+    trained = sum(parameter.numel() for parameter in trained_parameters(backbone).values())
+    scale, unit = cost.unit
+    teacher, state = {"fp32": 4, "bf16": 2}[config.teacher.precision], {"adamw": 8, "adamw_8bit": 2}
+    memory = {"weights (fp32)": 4 * everything}
+    if config.loss.distils and not config.teacher.offload:
+        memory[f"teacher ({config.teacher.precision})"] = teacher * everything
+    memory["gradients (fp32)"] = 4 * trained
+    memory[f"optimizer ({config.optim.optimizer})"] = state[config.optim.optimizer] * trained
+    if config.train.ema_decay:
+        memory["weights' average (EMA)"] = 4 * trained
+    lines = [
+        cost.table(), "",
+        f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / scale:.1f} {unit} a forward "
+        "(batch 1; convolutions, matrix and attention products)",
+        f"prunable: {cost.prunable_share:.1%} of the MACs",
+        f"budget: keep {_budget(config, budget, experts)}; "
+        f"{len(experts.mask_EL) if experts else config.experts.count} experts",
+        f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
+        f"{config.train.batch_size} samples each",
+        "memory a process, without activations, VAE and text encoder "
+        f"({trained / 1e6:.1f}M of {everything / 1e6:.1f}M parameters trained):",
+    ]
+    lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
+    lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
+    return "\n".join(lines)
+
+
+def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | None) -> str:
+    if budget is None:
+        return (f"{config.budget.keep_ratio:.3f} of the {config.budget.over} time, measured when the run begins "
+                "(scripts/latency.py measures it now)")
+    prunable = float(budget.share_L.sum())
+    kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable
+    total = budget.keep_ratio if budget.over == "total" else 1 - prunable * (1 - budget.keep_ratio)
+    of_time = experts.latency is not None if experts else config.budget.cost == "latency"
+    unit = "time" if of_time else "MACs"
+    return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {total:.3f} of all {unit} and "
+            f"{kept:.3f} of the prunable")

@@ -1,0 +1,109 @@
+"""A trainer's state, to a checkpoint and back: all that a resumed run needs to be the run that was not interrupted."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from ..backbones.sites import PIPELINE_COMPONENT
+from ..common.errors import InputError
+from ..data.open import weights_hash
+from ..experts.artefact import TemporalExperts
+from . import checkpoint
+from .setup.parts import Parts
+
+_INPUTS = {"data": ("another number of samples, or other shards, in data.path", "bring the data back"),
+           "weights": ("other weights in backbone.pretrained", "name the model that the run began with")}
+
+
+def fingerprint(parts: Parts) -> dict[str, Any]:
+    """Of what a checkpoint does not hold, and a resumed run must find as it was: the samples' places, and the weights
+    of teacher, VAE and text encoder, and of what is frozen."""
+    stored = parts.source.shards or [len(parts.source)]
+    return {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(),
+            "weights": [weights_hash(parts.folder / part) for part in
+                        (*PIPELINE_COMPONENT.values(), "vae", "text_encoder")]}
+
+
+def save_state(trainer: Any, needed: bool) -> Path:
+    """Write a checkpoint of the `Trainer` at its present step, of which all processes learn the outcome.
+
+    Raises:
+        InputError: if it could not be written and is `needed`; otherwise a line says so, and the run goes on.
+    """
+    folder = trainer.run_dir / "checkpoints"
+    path = folder / f"step-{trainer.step:06d}"
+    failure = None
+    if trainer.accelerator.is_main_process:
+        tensors = {"backbone": dict(checkpoint.trained_parameters(trainer.backbone)),
+                   "hypernetwork": trainer.parts.hypernetwork.state_dict()}
+        if trainer.ema:
+            tensors["ema"] = dict(zip(tensors["backbone"], trainer.ema.shadow_params, strict=True))
+        optimizers = {name: getattr(trainer, name).state_dict()
+                      for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
+        state = {"frozen": trainer.experts is not None, "counts": trainer.counts, **trainer.inputs,
+                 "ema_step": trainer.ema.optimization_step if trainer.ema else 0}
+        try:
+            saved = checkpoint.save_checkpoint(folder, trainer.step, trainer.config, tensors, optimizers, state,
+                                               trainer.experts)
+            assert saved == path
+        except checkpoint.UNWRITTEN as error:
+            failure = f"{path} could not be written ({' '.join(str(error).split())[:200]})"
+            written = checkpoint.checkpoints(folder)
+            if needed:
+                failure += ": make room, and " + (f"go on from {written[-1].name} with resume=latest" if written
+                                                  else "start anew: there is no earlier checkpoint")
+            else:
+                tqdm.write(f"warning: {failure}: the run goes on to the next checkpoint", file=sys.stderr)
+    failure = broadcast_object_list([failure])[0]
+    if failure and needed:
+        raise InputError(failure)
+    return path
+
+
+def check_inputs(trainer: Any, folder: Path) -> None:
+    """Is the checkpoint one of this data and these pretrained weights? To be asked before anything is computed.
+
+    Raises:
+        InputError: if not, or if it cannot be read.
+    """
+    state = checkpoint.load_state(folder)
+    for name, (what, remedy) in _INPUTS.items():
+        if state[name] != trainer.inputs[name]:
+            raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
+
+
+def restore_state(trainer: Any, folder: Path) -> None:
+    """Let a fresh `Trainer` go on from a checkpoint.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    tensors, optimizers, state = checkpoint.load_checkpoint(folder)
+    checkpoint.load_parameters(trainer.backbone, tensors["backbone"])
+    hypernetwork = trainer.parts.hypernetwork
+    hypernetwork.load_state_dict({"offset_L": hypernetwork.offset_L, **tensors["hypernetwork"]})  # older ones lack it
+    for name, value in optimizers.items():
+        if value:  # a disabled scaler has no state
+            getattr(trainer, name).load_state_dict(value)
+    optim = trainer.config.optim  # a rate or decay changed for the resumed run holds from here on
+    for optimizer, schedule, lr in ((trainer.backbone_optim, trainer.backbone_lr, optim.backbone_lr),
+                                    (trainer.hyper_optim, trainer.hyper_lr, optim.hypernetwork_lr)):
+        schedule.base_lrs = [lr]
+        for group in optimizer.param_groups:
+            group["lr"] *= lr / group["initial_lr"]
+            group.update(initial_lr=lr, weight_decay=optim.weight_decay, betas=optim.betas)
+    if trainer.ema:
+        names = checkpoint.trained_parameters(trainer.backbone)
+        for name, shadow in zip(names, trainer.ema.shadow_params, strict=True):
+            shadow.copy_(tensors["ema"][name])
+        trainer.ema.optimization_step = state["ema_step"]
+    if state["frozen"]:
+        trainer.experts = TemporalExperts.from_pretrained(folder)
+    trainer.step = state["step"]
+    trainer.counts |= state["counts"]
+    trainer._counted = dict(trainer.counts)

@@ -1,0 +1,100 @@
+"""A trial of both phases before a run begins: does it fit into memory?"""
+
+import os
+
+import torch
+
+from ..common.errors import InputError
+from ..common.memory import forget_peak, peak_memory
+from .trainer import Trainer
+
+_STATEFUL = ("backbone_lr", "hyper_lr", "scaler")
+
+
+def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
+    """Bytes at the peak of one iteration of the search (if `searching`) and of the tuning, on this process's device.
+
+    Real iterations on the run's own data, by optimizers that have their state already, at a learning rate of zero: no
+    weight changes. `trainer` must be fresh, before `restore_state`; afterwards it is fresh again.
+
+    Raises:
+        InputError: if the device has not enough memory.
+    """
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    optimizers = trainer.backbone_optim, trainer.hyper_optim
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    states = {name: getattr(trainer, name).state_dict() for name in _STATEFUL}
+    counts, ema, trainer.ema = dict(trainer.counts), trainer.ema, None
+    peaks = {}
+    try:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            _stand_still(optimizers)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for phase in ("search", "tuning") if searching else ("tuning",):
+            forget_peak()
+            _iterate(trainer, phase, optimizers)
+            peaks[phase] = peak_memory()[on_gpu]
+    except (MemoryError, RuntimeError) as error:
+        on_cpu = type(error) is RuntimeError and "memory" in str(error)  # as torch says it there
+        if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        name, total = _device(trainer)
+        micro = trainer.config.train.batch_size // (
+            trainer.config.train.gradient_accumulation * trainer.accelerator.num_processes)
+        raise InputError(f"train.batch_size={trainer.config.train.batch_size}: {micro} samples at once do not fit into "
+                         f"the {_gib(total)} of {name}: set backbone.gradient_checkpointing=true, a larger "
+                         "train.gradient_accumulation, or train.mixed_precision=bf16") from None
+    for optimizer, before in zip(optimizers, rates, strict=True):
+        optimizer.state.clear()
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
+    for name, state in states.items():
+        if state:  # a disabled scaler has none
+            getattr(trainer, name).load_state_dict(state)
+    trainer.ema, trainer.counts, trainer._own = ema, counts, dict.fromkeys(trainer._own, 0)
+    trainer._skipped_updates = 0
+    return peaks
+
+
+def describe_memory(trainer: Trainer, peaks: dict[str, int]) -> str:
+    """The measured peaks in one line."""
+    name, total = _device(trainer)
+    measured = ", ".join(f"{phase} {_gib(peak)}" for phase, peak in peaks.items())
+    return f"memory of one iteration, measured: {measured} of the {_gib(total)} of {name}: fits"
+
+
+def _iterate(trainer: Trainer, phase: str, optimizers: tuple) -> None:
+    """The updates of one iteration on the first batch, without counting its unusable samples."""
+    batches = trainer._prepare({**raw, "skipped": []} for raw in trainer.micro_batches(steps=1))
+    masks = trainer.current_masks()
+    _stand_still(optimizers)
+    if phase == "search":
+        trainer.update_hypernetwork(batches)
+    elif trainer.experts is None:
+        budget = trainer.parts.budget
+        with torch.no_grad():
+            masks = trainer._agreed(budget.masks(trainer.parts.hypernetwork(), trainer.config.budget.keep_ratio))
+    if phase == "tuning" or trainer.config.train.schedule == "joint":
+        trainer.update_backbone(batches, *masks)
+
+
+def _stand_still(optimizers: tuple) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+
+def _device(trainer: Trainer) -> tuple[str, int]:
+    device = trainer.accelerator.device
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    return "main memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / 2**30:.1f} GiB"

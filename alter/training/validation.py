@@ -1,0 +1,52 @@
+"""Images of fixed prompts (or labels) and seeds while a run goes on, to disk and to the trackers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ..backbones.sampling import sample_latents
+from ..common.config import Config
+from .setup.parts import Parts
+
+
+class Validator:
+    """Draws the same images from whatever weights and masks a backbone has now.
+
+    Args:
+        run_dir: images go to `run_dir`/samples/step-NNNNNN-<title>.png, side by side in the order of the prompts.
+    """
+
+    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path) -> None:
+        self.config, self.parts, self.accelerator = config, parts, accelerator
+        assert config.validate.every is not None
+        self.every, self.folder = config.validate.every, run_dir / "samples"
+        device = parts.backbone.device
+        prompts, labels = list(config.validate.prompts), list(config.validate.labels)
+        batch = {"captions": prompts} if prompts else {"labels": torch.tensor(labels, device=device)}
+        everything = torch.ones(len(prompts or labels), dtype=torch.bool)
+        self.conditioning = parts.conditioning(batch, ~everything)
+        self.unconditional = parts.conditioning(batch, everything)
+
+    def __call__(self, backbone, step: int, title: str) -> None:
+        evaluate = self.config.evaluate
+        latents = sample_latents(
+            backbone, self.parts.scheduler, self.parts.latent_shape, self.conditioning, self.unconditional,
+            evaluate.sampling_steps, self.config.seed, evaluate.guidance_scale, batch_size=8,
+        )
+        images = self.parts.images(latents)
+        pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
+        self.folder.mkdir(exist_ok=True)
+        strip = np.concatenate(list(pixels), axis=1)
+        picture = Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip)
+        picture.save(self.folder / f"step-{step:06d}-{title}.png")
+        log_pictures(self.accelerator, f"samples/{title}", pixels, step)
+
+
+def log_pictures(accelerator: Accelerator, title: str, pixels: np.ndarray, step: int) -> None:
+    """Images uint8 [N, H, W, C] to every tracker."""
+    for tracker in accelerator.trackers:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({title: pixels}, step=step, **layout)
