@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from .experts.load import load_pipeline as load_pipeline
     from .training.run import train as train
 
-__version__ = "0.1.0"
-__all__ = ["InputError", "TemporalExperts", "load_config", "load_pipeline", "train"]
+from .common.version import __version__
+
+__all__ = ["InputError", "TemporalExperts", "__version__", "load_config", "load_pipeline", "train"]
 _HOME = {"InputError": ".common.errors", "TemporalExperts": ".experts.artefact", "load_config": ".common.config",
          "load_pipeline": ".experts.load", "train": ".training.run"}
 
@@ -21,3 +22,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

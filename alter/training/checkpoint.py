@@ -23,14 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import alter
-
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import plain_state
 from ..backbones.sites import PIPELINE_COMPONENT, Backbone
 from ..common.config import Config, save_config
 from ..common.errors import InputError
 from ..common.files import publish, sync, write_text
+from ..common.version import __version__
 from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
 
@@ -57,7 +56,7 @@ def save_checkpoint(folder: Path, step: int, config: Config, tensors: dict[str, 
         shutil.rmtree(left, ignore_errors=True)
     final = folder / f"{_PREFIX}{step:06d}"
     partial = folder / f"{_PARTIAL}{final.name}"
-    versions = {"alter": alter.__version__, "python": platform.python_version(),
+    versions = {"alter": __version__, "python": platform.python_version(),
                 **{name: version(name) for name in ("torch", "diffusers", "accelerate")}}
     try:
         partial.mkdir()

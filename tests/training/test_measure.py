@@ -17,7 +17,7 @@ from alter.training.probe import Probe
 from alter.training.sensitivity import Sensitivity, allocate, measure_sensitivity, verdict
 from alter.training.setup.parts import build
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import sensitivity  # noqa: E402
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Keeps the trainer's side of the contract and leaves a file of JSON for everything that happens to it.
 STAND_IN = '''

@@ -13,7 +13,7 @@ from alter.common.config import save_config
 from alter.common.errors import InputError
 from alter.training.run import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "final/transformer/diffusion_pytorch_model.safetensors"
 
 

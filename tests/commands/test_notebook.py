@@ -9,7 +9,7 @@ import pytest
 
 from alter import TemporalExperts, train
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks/inspect_experts.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "notebooks/inspect_experts.ipynb"
 
 
 def outputs(notebook):

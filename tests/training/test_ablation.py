@@ -15,7 +15,7 @@ from alter.training import ablation
 from alter.training.ablation import GIVEN, ablation_table, block_influence, given_experts
 from alter.training.setup.parts import build
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import ablate  # noqa: E402
 
 

@@ -17,14 +17,14 @@ import pytest
 import yaml
 from conftest import SMALL, make_dit, merge, save_pipeline
 from PIL import Image
+from test_measure import table_of
 from test_report import NASTY, experts_of, write_history
-from test_sensitivity import table_of
 
 from alter import InputError, TemporalExperts, load_config, train
 from alter.evaluation.report import figures as report
 from alter.evaluation.report.page import build_page, read_run
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FULL = ("config.yaml", "metrics.jsonl", "history.jsonl", "summary.json", "metrics.json", "sensitivity.json",
         "samples.png")

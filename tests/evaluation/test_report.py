@@ -10,7 +10,7 @@ import torch
 from conftest import make_dit, make_inputs, make_model, make_unet
 from matplotlib.collections import QuadMesh
 from PIL import Image
-from test_sensitivity import table_of
+from test_measure import table_of
 
 from alter import TemporalExperts, train
 from alter.backbones.cost import count_cost
