@@ -19,7 +19,9 @@ from alter import (
     load_config,  # noqa: E402
 )
 from alter.evaluation.report.figures import plot_sensitivity  # noqa: E402
-from alter.training.sensitivity import FILE_NAME, as_text, measure_sensitivity, verdict  # noqa: E402
+from alter.method.sensitivity import as_text, verdict  # noqa: E402
+from alter.training.measure import measure_sensitivity  # noqa: E402
+from alter.evaluation.report.records import SENSITIVITY, write_sensitivity  # noqa: E402
 from alter.training.setup.parts import build  # noqa: E402
 
 
@@ -54,11 +56,11 @@ def _measure(arguments: argparse.Namespace) -> None:
                                 arguments.trials)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    table.save(out / FILE_NAME)
+    write_sensitivity(table, out / SENSITIVITY)
     plot_sensitivity(table, out / "sensitivity.png")
     print(as_text(table))
     print(verdict(table, parts.budget, config.experts.count))
-    print(f"written to {out / FILE_NAME} and {out / 'sensitivity.png'}")
+    print(f"written to {out / SENSITIVITY} and {out / 'sensitivity.png'}")
 
 
 if __name__ == "__main__":

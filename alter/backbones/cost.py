@@ -5,7 +5,6 @@ products, for batch 1; norms and activations are not counted. Counted on the met
 computed and fused attention kernels cannot hide from the counter.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .sites import Backbone, Site, example_inputs, find_sites
+from .sites import Backbone, example_inputs, find_sites
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,17 @@ class CostTable:
         return "\n".join(rows)
 
 
-def count_cost(backbone: Backbone, latent_size: int, sites: Sequence[Site] | None = None) -> CostTable:
+def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
     """Count the backbone's MACs at latents of `latent_size` × `latent_size`; its weights are not touched.
 
     Args:
         backbone: on any device, without gates in force.
         latent_size: side of the latents, in latent pixels.
-        sites: of the backbone; None: as in the paper.
     """
     with torch.device("meta"):
         model = type(backbone).from_config(backbone.config)
     model.eval()
-    sites = sites or find_sites(model)
-    macs, parameters = (dict.fromkeys((site.name for site in sites), 0) for _ in range(2))
+    macs, parameters = (dict.fromkeys((site.name for site in find_sites(model)), 0) for _ in range(2))
     counter = FlopCounterMode(display=False)
 
     def count(name: str, sign: int):
@@ -74,13 +71,11 @@ def count_cost(backbone: Backbone, latent_size: int, sites: Sequence[Site] | Non
             macs[name] += sign * counter.get_total_flops() // 2
         return hook
 
-    for site in sites:
-        layer = model.get_submodule(site.path)
-        for module, sign in ((layer, +1), (site.shortcut(layer), -1)):
-            if module is not None:
-                parameters[site.name] += sign * _size(module)
-                module.register_forward_pre_hook(count(site.name, -sign))
-                module.register_forward_hook(count(site.name, sign))
+    for name in macs:
+        layer = model.get_submodule(name)
+        parameters[name] = _size(layer)
+        layer.register_forward_pre_hook(count(name, -1))
+        layer.register_forward_hook(count(name, +1))
     with counter, torch.no_grad():
         model(**example_inputs(model, latent_size))
     return CostTable(tuple(macs), tuple(macs.values()), tuple(parameters.values()), counter.get_total_flops() // 2,

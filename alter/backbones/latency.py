@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import platform
 import re
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,7 @@ from torch import nn
 
 from ..common.errors import InputError
 from ..common.files import write_text
-from .sharing import SharedEmbedding
-from .sites import Site, example_inputs, find_sites
+from .sites import example_inputs, find_sites
 
 
 @dataclass(frozen=True)
@@ -76,20 +73,18 @@ class Latency:
         return latency
 
 
-def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20,
-                    sites: Sequence[Site] | None = None) -> Latency:
-    """Time the layers of `backbone` within whole forwards, on its device and in its dtype.
+def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20) -> Latency:
+    """Time the layers of `backbone` within whole forwards, eagerly, on its device and in its dtype.
 
-    As pipelines run it: eagerly, and a DiT with its embedding shared. On a GPU, times are those between events on its
+    On a GPU, times are those between events on its
     stream, so that gaps in which it waits for the host count.
 
     Args:
         backbone: in evaluation mode, without experts. latent_size: side of the latents.
         batch: of the backbone; guidance doubles that of a pipeline. runs: timed forwards, after five more.
-        sites: of the backbone; None: as in the paper.
     """
     inputs = example_inputs(backbone, latent_size, batch=batch)
-    sites = sites or find_sites(backbone)
+    sites = find_sites(backbone)
     on_gpu = backbone.device.type == "cuda"
     starts: dict[nn.Module, Any] = {}
     ends: dict[nn.Module, Any] = {}
@@ -104,33 +99,25 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20,
     def between(start: Any, end: Any) -> float:
         return start.elapsed_time(end) / 1e3 if on_gpu else end - start
 
-    def saved(layer: nn.Module, shortcut: nn.Module | None) -> float:
-        taken = between(starts[layer], ends[layer])
-        return taken if shortcut is None else taken - between(starts[shortcut], ends[shortcut])
-
     hooks: list[Any] = []
-    shared = SharedEmbedding(backbone)
     times: list[list[float]] = []
     totals: list[float] = []
-    layers: list[nn.Module] = [backbone.get_submodule(site.path) for site in sites]
-    timed = [(layer, site.shortcut(layer)) for site, layer in zip(sites, layers, strict=True)]
+    layers: list[nn.Module] = [backbone.get_submodule(site.name) for site in sites]
     try:
-        for module in filter(None, itertools.chain(*timed)):
+        for module in layers:
             hooks.append(module.register_forward_pre_hook(lambda module, *_: starts.update({module: now()})))
             hooks.append(module.register_forward_hook(lambda module, *_: ends.update({module: now()})))
         with torch.no_grad(), torch.cuda.device(backbone.device) if on_gpu else contextlib.nullcontext():
             for run in range(runs + 5):
-                shared.begin()
                 start = now()
                 backbone(**inputs)
                 end = now()
                 if on_gpu:
                     torch.cuda.synchronize()
                 if run >= 5:
-                    times.append(list(itertools.starmap(saved, timed)))
+                    times.append([between(starts[layer], ends[layer]) for layer in layers])
                     totals.append(between(start, end))
     finally:
-        shared.remove()
         for hook in hooks:
             hook.remove()
     arithmetic = str(backbone.dtype).removeprefix("torch.")

@@ -4,12 +4,8 @@ DiT: every transformer block. UNet, as in ALTER's paper: every transformer block
 has as many channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
 concatenation of the hidden state and a skip feature, hidden state first, so its bypass is the first channels of its
 input and skipping it drops the skip feature.
-
-Two other ways, of a UNet alone: of a resnet, any, only the residual branch is skipped (`resnet_skip="shortcut"`);
-the transformer around the transformer blocks is skipped as a whole, by its own residual (`transformer_skip="whole"`).
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,48 +14,27 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..common.errors import InputError
 
 Backbone: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
 PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "transformer"}
-_RESNET_SKIPS, _TRANSFORMER_SKIPS = ("identity", "shortcut"), ("block", "whole")  # the paper's first
-_RESIDUAL = ":residual"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One prunable layer, and what its output is when it is skipped.
+    """One prunable layer ("site"), and what its output is when it is skipped.
 
-    name: its module path, followed by ":residual" for a resnet of which the residual branch alone is skipped.
-    channels: of its output [B, C, H, W]; None for a token layer [B, N, D].
+    name: its module path. channels: of its output [B, C, H, W]; None for a token layer [B, N, D].
     """
 
     name: str
     channels: int | None
 
-    @property
-    def path(self) -> str:
-        """Of the layer's module."""
-        return self.name.removesuffix(_RESIDUAL)
-
-    @property
-    def keeps_shortcut(self) -> bool:
-        return self.name.endswith(_RESIDUAL)
-
-    def shortcut(self, layer: Any) -> nn.Module | None:
-        """The part of the layer that runs even when it is skipped, if any."""
-        return layer.conv_shortcut if self.keeps_shortcut else None
-
-    def bypass(self, layer: Any, hidden_states: Tensor) -> Tensor:
+    def bypass(self, hidden_states: Tensor) -> Tensor:
         """The layer's output when it is skipped, x_in."""
-        if not self.keeps_shortcut:
-            return hidden_states if self.channels is None else hidden_states[:, : self.channels]
-        shortcut = self.shortcut(layer)
-        output = hidden_states if shortcut is None else shortcut(hidden_states)
-        return output if layer.output_scale_factor == 1 else output / layer.output_scale_factor
+        return hidden_states if self.channels is None else hidden_states[:, : self.channels]
 
 
 class Removed(nn.Module):
@@ -73,41 +48,26 @@ class Removed(nn.Module):
         raise InputError("experts: this backbone was trimmed and has no dense form: apply its experts first")
 
 
-def find_sites(backbone: nn.Module, resnet_skip: str = "identity",
-               transformer_skip: str = "block") -> tuple[Site, ...]:
+def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
     """The sites of `backbone`, in the order of its named modules.
 
-    Args:
-        resnet_skip: "identity", or "shortcut": only the residual branch of a resnet is skipped.
-        transformer_skip: "block", or "whole": a UNet's transformer is one site, with its norm and projections.
-
     Raises:
-        InputError: if the model is of another class or has no prunable layer, or for the skips of a UNet elsewhere.
+        InputError: if the model is of another class or has no prunable layer.
     """
     if not isinstance(backbone, tuple(PIPELINE_COMPONENT)):
         known = " or ".join(cls.__name__ for cls in PIPELINE_COMPONENT)
         raise InputError(
             f"backbone.pretrained: a {type(backbone).__name__} has no sites known to alter: use a {known}"
         )
-    is_unet = isinstance(backbone, UNet2DConditionModel)
-    for key, value, ways in (("resnet_skip", resnet_skip, _RESNET_SKIPS),
-                             ("transformer_skip", transformer_skip, _TRANSFORMER_SKIPS)):
-        if value != ways[0] and not is_unet:
-            raise InputError(f"experts.{key}={value!r} is for a UNet, and this is a {type(backbone).__name__}: "
-                             f"set {ways[0]}")
-    hidden_channels = _hidden_channels(backbone) if is_unet else {}
+    hidden_channels = _hidden_channels(backbone) if isinstance(backbone, UNet2DConditionModel) else {}
     sites = []
     for path, module in backbone.named_modules():
         if isinstance(module, Removed):
             sites.append(module.site)
-        elif isinstance(module, BasicTransformerBlock) and transformer_skip == "block":
+        elif isinstance(module, BasicTransformerBlock):
             sites.append(Site(path, None))
-        elif isinstance(module, Transformer2DModel) and transformer_skip == "whole":
-            sites.append(Site(path, module.in_channels))
         elif isinstance(module, ResnetBlock2D) and not (module.up or module.down):
-            if resnet_skip == "shortcut":
-                sites.append(Site(path + _RESIDUAL, module.out_channels))
-            elif hidden_channels.get(path) == module.out_channels:
+            if hidden_channels.get(path) == module.out_channels:
                 sites.append(Site(path, module.out_channels))
     if not sites:
         raise InputError(f"backbone.pretrained: this {type(backbone).__name__} has no prunable layer")
@@ -115,31 +75,27 @@ def find_sites(backbone: nn.Module, resnet_skip: str = "identity",
 
 
 def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts") -> tuple[Site, ...]:
-    """The sites of `backbone`, found in the way that gives them these names.
+    """The sites of `backbone`, which must have these names.
 
     Raises:
-        InputError: about `field`, if there is none.
+        InputError: about `field`, if they have not.
     """
-    ways = itertools.product(_RESNET_SKIPS, _TRANSFORMER_SKIPS) if isinstance(backbone, UNet2DConditionModel) else ((),)
-    found = [find_sites(backbone, *way) for way in ways]
-    for sites in found:
-        if tuple(site.name for site in sites) == tuple(names):
-            return sites
-    raise InputError(f"{field}: their {len(names)} sites are not the {len(found[0])} of this "
-                     f"{type(backbone).__name__} (they begin with {names[0] if names else None!r}): use the backbone "
-                     "that they were trained on")
+    sites = find_sites(backbone)
+    if tuple(site.name for site in sites) != tuple(names):
+        raise InputError(f"{field}: their {len(names)} sites are not the {len(sites)} of this "
+                         f"{type(backbone).__name__} (they begin with {names[0] if names else None!r}): use the "
+                         "backbone that they were trained on")
+    return sites
 
 
 def remove_layer(backbone: nn.Module, site: Site) -> None:
-    """Take the site's layer out of `backbone`, in place, except for its shortcut and what others read in it."""
-    layer: Any = backbone.get_submodule(site.path)
+    """Take the site's layer out of `backbone`, in place, except for what others read in it."""
+    layer: Any = backbone.get_submodule(site.name)
     removed: Any = Removed(site)
-    if site.keeps_shortcut:
-        removed.conv_shortcut, removed.output_scale_factor = layer.conv_shortcut, layer.output_scale_factor
-    if site.path == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
+    if site.name == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
         removed.norm1 = nn.Module()  # the output head embeds the timestep with the first block's embedder
         removed.norm1.emb = layer.norm1.emb
-    parent, _, child = site.path.rpartition(".")
+    parent, _, child = site.name.rpartition(".")
     setattr(backbone.get_submodule(parent), child, removed)
 
 
@@ -178,18 +134,10 @@ def null_class(backbone: DiTTransformer2DModel) -> int:
 
 def embedders(backbone: nn.Module) -> list[Any]:
     """The copies of a DiT's timestep and label embedder, one a block, each once; none for a UNet."""
-    return [block.norm1.emb for block in embedding_blocks(backbone)]
-
-
-def embedding_blocks(backbone: nn.Module) -> list[Any]:
-    """The blocks of a DiT in which those copies are, in the same order; none for a UNet."""
     if not isinstance(backbone, DiTTransformer2DModel):
         return []
-    blocks: dict[int, Any] = {}
-    for block in backbone.transformer_blocks:
-        if hasattr(block, "norm1"):
-            blocks.setdefault(id(block.norm1.emb), block)
-    return list(blocks.values())
+    found = [block.norm1.emb for block in backbone.transformer_blocks if hasattr(block, "norm1")]
+    return list({id(embedder): embedder for embedder in found}.values())
 
 
 def tie_embedders(backbone: Backbone) -> None:

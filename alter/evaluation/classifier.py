@@ -1,4 +1,4 @@
-"""The demos' judge: a small classifier, and how far a student's output is from its teacher's."""
+"""The demos' small classifier, and how far a student's output is from its teacher's."""
 
 import numpy as np
 import torch

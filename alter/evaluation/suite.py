@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..common.errors import InputError
-from ..common.memory import peak_memory
+from ..common.process import peak_memory
 from .distances import (
     bootstrap_deviation,
     frechet,

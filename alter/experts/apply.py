@@ -1,7 +1,7 @@
 """Experts at work in a diffusers pipeline: the backbone's own timestep chooses the rows of its gates.
 
 The choice is made once a forward, in Python, outside compiled code, from at most one host read of the timestep; the
-layers then run or not without a look at the device (simulator.py). Nothing compares tensors.
+layers then run or not without a look at the device (backbones/gates.py). Nothing compares tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.gates import HardRows, Simulator
-from ..backbones.sharing import SharedEmbedding
 from ..backbones.sites import PIPELINE_COMPONENT, Site, named_sites
 from ..common.errors import InputError
-from .compile import leave, register_chooser
 from .trim import check_runnable
 
 
@@ -28,9 +26,7 @@ class Installed:
     mask_EL: np.ndarray
     expert_T: np.ndarray
     simulator: Simulator
-    choose_rows: Any  # of a forward, from its arguments
-    hook: Any  # that calls it, except where the backbone's compiled forward does
-    shared: SharedEmbedding
+    hook: Any
 
 
 class Applied:
@@ -39,10 +35,10 @@ class Applied:
     def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
         self.target = target
         backbone = backbone_of(target)
-        simulator = Simulator(backbone, fitting_sites(backbone, sites, mask_EL, np.unique(expert_T).tolist()))
-        choose_rows = _chooser(simulator, mask_EL, expert_T)
-        hook = register_chooser(backbone, choose_rows)
-        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, choose_rows, hook, SharedEmbedding(backbone))
+        check_fit(backbone, sites, mask_EL, expert_T)
+        simulator = Simulator(backbone)
+        hook = _register(simulator, mask_EL, expert_T)
+        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, hook)
 
     def __enter__(self) -> Any:
         return self.target
@@ -58,31 +54,30 @@ def remove(target: Any) -> None:
         InputError: if there are none.
     """
     backbone = backbone_of(target)
-    if not hasattr(backbone, "_alter_applied"):
+    installed: Installed | None = vars(backbone).get("_alter_applied")
+    if installed is None:
         raise InputError("experts: none are applied to this backbone: call apply first")
-    installed: Installed = backbone._alter_applied
-    leave(backbone, installed.simulator)
     installed.hook.remove()
-    installed.shared.remove()
     installed.simulator.remove()
     del backbone._alter_applied
 
 
-def fitting_sites(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray, used: list[int]) -> tuple[Site, ...]:
-    """The backbone's sites of these names.
+def check_fit(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray,
+              expert_T: np.ndarray) -> tuple[Site, ...]:
+    """The backbone's sites, which must have these names.
 
     Raises:
         InputError: for another backbone's experts, or if one runs a layer that this one was trimmed of.
     """
     sites = named_sites(backbone, names)
-    check_runnable(backbone, sites, mask_EL, used)
+    check_runnable(backbone, sites, mask_EL, np.unique(expert_T).tolist())
     return sites
 
 
 @contextmanager
 def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Iterator[None]:
     """As `Applied`, inside the block, for a backbone that has gates already."""
-    hook = register_chooser(simulator.backbone, _chooser(simulator, mask_EL, expert_T))
+    hook = _register(simulator, mask_EL, expert_T)
     try:
         yield
     finally:
@@ -102,7 +97,7 @@ def backbone_of(target: Any) -> Any:
     return getattr(target, "_orig_mod", target)
 
 
-def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
+def _register(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
     """A forward pre-hook that lets the `timestep` argument choose the gates' rows."""
     masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
     rows_E = [HardRows(mask_L[None]) for mask_L in masks]
@@ -119,10 +114,7 @@ def _chooser(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) ->
         else:
             sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             rows = HardRows(masks[experts], sample.device)
-        if installed is None:
-            simulator.set(rows)
-        else:
-            installed.simulator.set(rows)
-            installed.shared.begin()
+        (simulator if installed is None else installed.simulator).set(rows)
 
-    return choose_rows
+    # In a graph that the user compiles around the backbone: outside it, a break before any layer.
+    return simulator.backbone.register_forward_pre_hook(torch.compiler.disable(choose_rows), with_kwargs=True)

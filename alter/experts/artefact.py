@@ -1,7 +1,6 @@
 """`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
 
 import json
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from ..backbones.gates import Simulator
 from ..backbones.latency import Latency
 from ..common.errors import InputError
 from ..common.files import write_text
-from .apply import Applied, backbone_of, fitting_sites, remove, serving
-from .compile import Compiled, check_ways, compile_fastest, leave
+from .apply import Applied, backbone_of, check_fit, remove, serving
 from .trim import trim_layers
 
 FILE_NAME = "experts.json"
@@ -28,7 +26,7 @@ class TemporalExperts:
     """Which sites each expert runs, and which expert serves each training timestep.
 
     Attributes:
-        sites: name of every site, its module path and how it is skipped (`sites.Site`), [L].
+        sites: name of every site, its module path, [L].
         mask_EL: bool [E, L]; True runs the site.
         expert_T: int64 [T], the expert of each training timestep.
         macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
@@ -166,43 +164,32 @@ class TemporalExperts:
         """Undo `apply`; the backbone is dense again."""
         remove(target)
 
-    def compile(self, target: Any, batch: int = 2, latent_size: int | None = None,
-                ways: Sequence[str] | None = None, **options: Any) -> Compiled:
-        """Apply the experts to `target`, if they are not, and torch.compile it the way that measures fastest here.
+    def compile(self, target: Any, **options: Any) -> None:
+        """Apply the experts to `target`, if they are not, and torch.compile each of its prunable layers.
 
-        Args:
-            batch: of the backbone, which guidance doubles. latent_size: side of the latents; None: the backbone's own.
-            ways: of `alter.compiling` to choose from (one alone is taken); None: all that the device has. Leave out
-                cudagraphs where weights will move, as in offloading.
-            options: further arguments of torch.compile (`backend`, `dynamic`, ...).
-
-        Returns: the choice and the measurements; print it. Other batches and sizes work too, and compile at first use.
+        Layers of one kind share a graph, and which of them run is chosen outside compiled code, so that a change of the
+        expert compiles nothing. `options` are those of torch.compile. `remove` undoes it.
 
         Raises:
-            InputError: as `apply`; for an unknown way; if other experts are applied, or the backbone is offloaded
-                already; if nothing compiles.
+            InputError: as `apply`, or if other experts are applied.
         """
         backbone = backbone_of(target)
-        ways = check_ways(backbone, ways, options)
         if not hasattr(backbone, "_alter_applied"):
             self.apply(target)
         installed = backbone._alter_applied
         if not (np.array_equal(installed.mask_EL, self.mask_EL) and np.array_equal(installed.expert_T, self.expert_T)):
             raise InputError("experts: others are applied to this backbone: remove them first")
-        leave(backbone, installed.simulator)
-        tokens = getattr(getattr(target, "tokenizer", None), "model_max_length", 77)
-        return compile_fastest(backbone, installed.simulator, self.expert_T, batch, latent_size, tokens, ways, options)
+        installed.simulator.compile(**options)
 
     def trim(self, target: Any) -> int:
         """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.
 
-        It undoes `compile`. The pipeline can be saved as before (with this artefact beside it) and loaded by
-        `alter.load_pipeline`, but by nothing that expects the missing layers.
+        It undoes `compile`. The backbone can then neither run dense nor be saved.
 
         Returns: bytes of parameters freed.
         """
         backbone = backbone_of(target)
-        sites = fitting_sites(backbone, self.sites, self.mask_EL, self.used)
+        sites = check_fit(backbone, self.sites, self.mask_EL, self.expert_T)
         if hasattr(backbone, "_alter_applied"):
             remove(target)
         freed = trim_layers(backbone, sites, self.mask_EL, self.used)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from ..common.errors import InputError
 from .hypernetwork import Logits
 
 TOLERANCE = 0.004
+_CORE = 10  # entries of which all combinations are tried
 
 
 @dataclass(frozen=True)
@@ -67,55 +67,62 @@ class Budget:
         return self.fixed + float((mask_EL @ self.share_L)[self.averaged(expert_T)].mean()) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-        """The most probable masks (log-likelihood within 1%) with this keep ratio, and each timestep's best expert.
+        """Probable masks with this keep ratio, and each timestep's best expert.
 
-        Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within
-        TOLERANCE and to at least one site in every expert that has a timestep. Where the sites are too
-        coarse for the tolerance, it first finds how near one can get, and then the most probable of those.
+        Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within TOLERANCE and
+        to at least one site in every expert that has a timestep; where the sites are too coarse for the tolerance, as
+        near as the exchange of two sites comes. By a Lagrange multiplier on the cost, then local search
+        (docs/method.md, "The budget").
 
         Returns: mask_EL bool [E, L], expert_T int64 [T]; the same for equal logits on every machine and rank.
         """
         logits_EL = logits.mask_EL.detach().double().cpu().numpy()
         expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
-        experts, sites = logits_EL.shape
-        averaged = self.averaged(expert_T)
-        timesteps_E = np.bincount(averaged, minlength=experts)
-        cost = (timesteps_E[:, None] / len(averaged) * self.share_L / self.scale).ravel()
-        alive = np.kron(np.eye(experts)[np.unique(expert_T)], np.ones(sites))
-        target = keep_ratio - self.fixed
-
-        mask = _most_probable(logits_EL.ravel(), cost, alive, target, TOLERANCE)
-        if mask is None:
-            nearest = _smallest_deviation(cost, alive, target)
-            mask = _most_probable(logits_EL.ravel(), cost, alive, target, nearest + 1e-6)
-        assert mask is not None, "at least one site an expert is always feasible"
-        return mask.reshape(experts, sites), expert_T
+        timesteps_E = np.bincount(self.averaged(expert_T), minlength=len(logits_EL))
+        cost_EL = timesteps_E[:, None] / timesteps_E.sum() * self.share_L / self.scale
+        serving_E = np.isin(np.arange(len(logits_EL)), expert_T)
+        return _most_probable(logits_EL, cost_EL, serving_E, keep_ratio - self.fixed), expert_T
 
     def averaged(self, expert_T: np.ndarray) -> np.ndarray:
         """The experts of the timesteps over which the kept share is averaged, int64."""
         return expert_T if self.timesteps is None else expert_T[self.timesteps]
 
 
-def _most_probable(logits: np.ndarray, cost: np.ndarray, alive: np.ndarray, target: float,
-                   tolerance: float) -> np.ndarray | None:
-    constraints = [
-        LinearConstraint(cost[None], target - tolerance, target + tolerance),
-        LinearConstraint(alive, 1, np.inf),
-    ]
-    result = milp(-logits, constraints=constraints, integrality=np.ones_like(logits), bounds=Bounds(0, 1),
-                  options={"mip_rel_gap": 1e-2, "node_limit": 20_000})
-    return None if result.x is None else result.x > 0.5
+def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.ndarray, target: float) -> np.ndarray:
+    """Mask bool [E, L] of great Σ logit·m with Σ cost·m near the target and a site in every serving expert.
+
+    Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then try all 2^CORE changes of
+    the entries that this decides most narrowly, and again while that helps.
+    """
+    logits, cost = logits_EL.ravel(), cost_EL.ravel()
+    mask = (cost == 0) & (logits > 0)  # of experts that no counted timestep visits
+    worth = np.divide(logits, cost, out=np.full_like(cost, -np.inf), where=cost > 0)
+    order = np.argsort(-worth, kind="stable")[: np.count_nonzero(cost)]
+    spent = np.concatenate([[0.0], cost[order].cumsum()])
+    kept = int(np.abs(spent - target).argmin())
+    mask[order[:kept]] = True
+    mask_EL = mask.reshape(cost_EL.shape)
+    empty = np.flatnonzero(serving_E & ~mask_EL.any(axis=1))
+    mask_EL[empty, logits_EL[empty].argmax(axis=1)] = True
+    multiplier = worth[order[max(kept - 1, 0)]]
+    narrow = np.argsort(np.abs(logits - multiplier * cost), kind="stable")
+    for first in range(0, len(narrow), _CORE // 2):
+        core = narrow[first : first + _CORE]
+        _choose(mask_EL, core, logits, cost, serving_E, target)
+        if abs(cost @ mask_EL.ravel() - target) <= TOLERANCE:
+            break
+    return mask_EL
 
 
-def _smallest_deviation(cost: np.ndarray, alive: np.ndarray, target: float) -> float:
-    """min |cost·m - target| over allowed masks m, as a linear programme with the deviation as last variable."""
-    n = len(cost)
-    constraints = [
-        LinearConstraint(np.append(cost, 1.0)[None], target, np.inf),
-        LinearConstraint(np.append(cost, -1.0)[None], -np.inf, target),
-        LinearConstraint(np.hstack([alive, np.zeros((len(alive), 1))]), 1, np.inf),
-    ]
-    result = milp(np.append(np.zeros(n), 1.0), constraints=constraints, integrality=np.append(np.ones(n), 0),
-                  bounds=Bounds(0, 1), options={"mip_rel_gap": 1e-3, "node_limit": 20_000})
-    assert result.x is not None, "the deviation is unbounded above, so some mask is feasible"
-    return float(abs(cost @ (result.x[:n] > 0.5) - target))
+def _choose(mask_EL: np.ndarray, core: np.ndarray, logits: np.ndarray, cost: np.ndarray, serving_E: np.ndarray,
+            target: float) -> None:
+    """Set the entries `core` of the mask, in place: the nearest to the target (up to TOLERANCE), then the likeliest."""
+    mask, sites = mask_EL.ravel(), mask_EL.shape[1]
+    mask[core] = False
+    tried = (np.arange(2 ** len(core))[:, None] >> np.arange(len(core))) & 1  # [2^CORE, CORE]
+    kept_E = mask_EL.sum(axis=1) + tried @ (core[:, None] // sites == np.arange(len(mask_EL)))
+    allowed = (kept_E[:, serving_E] > 0).all(axis=1)
+    missed = np.maximum(np.abs(cost @ mask + tried @ cost[core] - target) - TOLERANCE, 0.0)
+    missed = np.where(allowed, missed.round(12), np.inf)
+    best = np.lexsort((-(tried @ logits[core]), missed))[0]
+    mask[core] = tried[best]

@@ -6,8 +6,6 @@ Axes: E experts, L sites, T training timesteps.
 from typing import NamedTuple
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .relaxation import gumbel_sigmoid, gumbel_softmax
@@ -42,11 +40,11 @@ class ExpertGenerator(nn.Module):
 class TemporalRouter(nn.Module):
     """The backbone's sinusoid of every timestep [T, D] → logits of its experts [T, E]."""
 
-    def __init__(self, experts: int, num_timesteps: int, width: int) -> None:
+    def __init__(self, experts: int, features_TD: Tensor) -> None:
         super().__init__()
-        self.register_buffer("features_TD", torch.zeros(num_timesteps, width))
+        self.register_buffer("features_TD", features_TD)
         self.net = nn.Sequential(
-            nn.Linear(width, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, experts, bias=False)
+            nn.Linear(features_TD.shape[1], 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, experts, bias=False)
         )
 
     def forward(self) -> Tensor:
@@ -68,43 +66,37 @@ class UniformRouter(nn.Module):
         return self.logits_TE
 
 
-class HyperNetwork(ModelMixin, ConfigMixin):
+class HyperNetwork(nn.Module):
     """Emits the experts' masks and the route of every timestep (ALTER, arXiv 2505.21817, Sec. 3).
 
     Args:
         experts: E >= 1.
         sites: L >= 1.
-        num_timesteps: T, length of the training schedule.
-        timestep_width: D, width of the backbone's sinusoidal timestep embedding.
+        features_TD: the backbone's sinusoidal embedding of every training timestep, float32 [T, D].
         router: "learned" or "uniform".
         tau: temperature of both relaxations, > 0.
         offset: b, added to every mask logit; `offset_L`, float32 [L], may be given others.
     """
 
-    config_name = "config.json"
     offset_L: Tensor
 
-    @register_to_config
-    def __init__(self, experts: int, sites: int, num_timesteps: int, timestep_width: int,
+    def __init__(self, experts: int, sites: int, features_TD: Tensor,
                  router: str = "learned", tau: float = 0.4, offset: float = 4.0) -> None:
         super().__init__()
+        self.tau = tau
         self.expert_generator = ExpertGenerator(experts, sites)
         self.register_buffer("offset_L", torch.full((sites,), float(offset)))
         self.temporal_router: nn.Module = (
-            TemporalRouter(experts, num_timesteps, timestep_width)
-            if router == "learned" else UniformRouter(experts, num_timesteps)
+            TemporalRouter(experts, features_TD) if router == "learned" else UniformRouter(experts, len(features_TD))
         )
 
-    def forward(self, annealing: float = 1.0) -> Logits:
-        """The logits, float32: mask_EL [E, L], router_TE [T, E].
-
-        annealing: they are divided by it, which is the same as multiplying noise and temperature by it.
-        """
-        return Logits((self.expert_generator() + self.offset_L) / annealing, self.temporal_router() / annealing)
+    def forward(self) -> Logits:
+        """The logits, float32: mask_EL [E, L], router_TE [T, E]."""
+        return Logits(self.expert_generator() + self.offset_L, self.temporal_router())
 
     def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
         """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E]."""
         return (
-            gumbel_sigmoid(logits.mask_EL, self.config.tau, noise),
-            gumbel_softmax(logits.router_TE, self.config.tau, noise),
+            gumbel_sigmoid(logits.mask_EL, self.tau, noise),
+            gumbel_softmax(logits.router_TE, self.tau, noise),
         )

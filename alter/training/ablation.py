@@ -18,15 +18,13 @@ from ..experts.artefact import TemporalExperts
 from ..method.budget import Budget
 from ..method.diffusion import predict
 from ..method.hypernetwork import Logits
-from .demo import exam
-from .demo_images import own_weights
-from .greedy import remove_greedily
+from ..method.sensitivity import allocate
+from .demo_images import demo_reference, own_weights
+from .measure import measure_sensitivity
 from .probe import Probe
-from .sensitivity import allocate, measure_sensitivity
 from .setup.parts import Parts, build
 
-GIVEN = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static", "removal",
-         "removal_static")
+GIVEN = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static")
 
 
 def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> TemporalExperts:
@@ -35,7 +33,7 @@ def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> Temp
     dense_tuned: every layer, so that what tuning alone brings is seen. random: one mask, drawn with `seed`.
     every_second: the layers with even numbers. block_influence: the layers with the highest ShortGPT score
     (arXiv 2403.03853). greedy: `config.experts.count` masks by the measured errors of the dense model;
-    greedy_static: one such mask. removal, removal_static: the same by `remove_greedily`.
+    greedy_static: one such mask.
 
     Raises:
         InputError: for another name.
@@ -53,9 +51,6 @@ def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> Temp
     elif variant in ("greedy", "greedy_static"):
         count = 1 if variant == "greedy_static" else config.experts.count
         masks = allocate(measure_sensitivity(config, parts), budget, count)
-    elif variant in ("removal", "removal_static"):
-        count = 1 if variant == "removal_static" else config.experts.count
-        masks = remove_greedily(config, parts, measure_sensitivity(config, parts), count)
     else:
         raise InputError(f"variant {variant!r}: choose one of {', '.join(GIVEN)}")
     return TemporalExperts.build(*masks, parts.cost, budget.measured(*masks), budget.over, budget.timesteps,
@@ -69,13 +64,12 @@ def block_influence(config: Config, parts: Parts, samples: int = 64) -> np.ndarr
 
     def observe(layer: int, site: Site) -> Any:
         def hook(module: Any, arguments: tuple, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output  # of a whole transformer
             dim = -1 if site.channels is None else 1
-            alike = torch.cosine_similarity(site.bypass(module, arguments[0]).float(), output.float(), dim=dim)
+            alike = torch.cosine_similarity(site.bypass(arguments[0]).float(), output.float(), dim=dim)
             scores_L[layer] += (1 - alike.mean().item()) * len(output) / samples
         return hook
 
-    hooks = [parts.backbone.get_submodule(site.path).register_forward_hook(observe(layer, site))
+    hooks = [parts.backbone.get_submodule(site.name).register_forward_hook(observe(layer, site))
              for layer, site in enumerate(parts.simulator.sites)]
     for noisy, timesteps, conditioning, _ in probe.noised(0, parts.scheduler.config.num_train_timesteps):
         predict(parts.backbone, noisy, timesteps, conditioning)
@@ -94,11 +88,11 @@ def time_ratio(run: Path, device: torch.device, images: int = 32, rounds: int = 
     """Seconds of sampling with a demo run's experts over those with experts that keep every layer; medians, in turn."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
     parts = build(config, device=device)
-    judge = exam(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images)),
+    reference = demo_reference(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images)),
                  parts.source)
-    assert parts.experts is not None and judge is not None, "a demo's run"
+    assert parts.experts is not None and reference is not None, "a demo's run"
     everything_kept = dataclasses.replace(parts.experts, mask_EL=np.ones_like(parts.experts.mask_EL))
-    batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in judge.batch.items()}
+    batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in reference.batch.items()}
     everything = torch.ones(images, dtype=torch.bool)
     given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
     parts.simulator.remove()

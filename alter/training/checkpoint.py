@@ -1,6 +1,7 @@
 """Checkpoints that are complete or absent, exact resume, and the final export.
 
-A checkpoint is a folder of safetensors and JSON, with the resolved configuration and the SHA-256 of every file. It
+A checkpoint is a folder of safetensors, JSON and the optimizers' state (torch.save, read with `weights_only`), with the
+resolved configuration and the SHA-256 of every file. It
 holds no state of a random generator: the data's order and all noise are functions of (seed, step), and torch's
 generators are seeded from them when an iteration begins, so that the step is all there is to store about them.
 """
@@ -10,33 +11,29 @@ import itertools
 import json
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError  # of torch.load, which runs no code
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..backbones.lora import FILE_NAME as ADAPTERS
-from ..backbones.lora import plain_state
-from ..backbones.sites import PIPELINE_COMPONENT, Backbone
+from ..backbones.pretrained import trained_parameters
 from ..common.config import Config, save_config
 from ..common.errors import InputError
 from ..common.files import publish, sync, write_text
 from ..common.version import __version__
-from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
 
 CONFIG = "config.yaml"
 UNWRITTEN = (OSError, SafetensorError)  # what a full disk raises
 _CHECKSUMS = "checksums.json"
-_OPTIMIZERS = "optimizers"
+_OPTIMIZERS = "optimizers.pt"
 _PARTIAL = ".partial-"
 _PREFIX = "step-"
 
@@ -45,7 +42,7 @@ def save_checkpoint(folder: Path, step: int, config: Config, tensors: dict[str, 
                     optimizers: dict[str, Any], state: dict[str, Any], experts: TemporalExperts | None) -> Path:
     """Write `folder`/step-NNNNNN in full under another name, then rename; drop all but the newest `checkpoint.keep`.
 
-    tensors: one safetensors file a name. optimizers: state dicts. state: JSON. experts: once they are frozen.
+    tensors: one safetensors file per name. optimizers: state dicts. state: JSON. experts: once they are frozen.
 
     Raises:
         OSError, SafetensorError: if it could not be written; no trace of it is left, and nothing was dropped.
@@ -60,12 +57,13 @@ def save_checkpoint(folder: Path, step: int, config: Config, tensors: dict[str, 
                 **{name: version(name) for name in ("torch", "diffusers", "accelerate")}}
     try:
         partial.mkdir()
-        parts: dict[str, Tensor] = {}
-        tree = flatten_state(optimizers, parts)
-        for name, group in {**tensors, _OPTIMIZERS: parts}.items():
+        for name, group in tensors.items():
             save_file(_storable(group), partial / f"{name}.safetensors")
-        for name, content in {_OPTIMIZERS: tree, "state": {"step": step, **state, "versions": versions}}.items():
-            write_text(partial / f"{name}.json", json.dumps(content))
+        try:
+            torch.save(optimizers, partial / _OPTIMIZERS)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(str(error)) from error
+        write_text(partial / "state.json", json.dumps({"step": step, **state, "versions": versions}))
         save_config(config, partial / CONFIG)
         if experts is not None:
             experts.save_pretrained(partial)
@@ -115,8 +113,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     state = load_state(folder)
     with _reading(folder):
         tensors = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
-        tree = json.loads((folder / f"{_OPTIMIZERS}.json").read_text(encoding="utf-8"))
-        return tensors, unflatten_state(tree, tensors.pop(_OPTIMIZERS)), state
+        return tensors, torch.load(folder / _OPTIMIZERS, map_location="cpu", weights_only=True), state
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -129,38 +126,9 @@ def load_state(folder: Path) -> dict[str, Any]:
 def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"resume: {folder} cannot be read ({reason}): name another checkpoint") from None
-
-
-def flatten_state(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON from which `unflatten_state` restores `value`, whose tensors are added to `tensors`.
-
-    value: dicts with int or str keys, lists and tuples, nested, of tensors, numbers, strings, bools and None.
-    """
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value
-        return {"tensor": name, "stride": torch.empty_like(value, device="meta").stride()}
-    if isinstance(value, dict):
-        return {"dict": [[key, flatten_state(part, tensors)] for key, part in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {"tuple" if isinstance(value, tuple) else "list": [flatten_state(part, tensors) for part in value]}
-    return value
-
-
-def unflatten_state(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value that `flatten_state` was given; its tensors are copies, in the same memory layout."""
-    if not isinstance(tree, dict):
-        return tree
-    if "tensor" in tree:
-        stored = tensors[tree["tensor"]]
-        return torch.empty_strided(stored.shape, tree["stride"], dtype=stored.dtype).copy_(stored)
-    if "dict" in tree:
-        return {key: unflatten_state(part, tensors) for key, part in tree["dict"]}
-    ((kind, parts),) = tree.items()
-    return {"list": list, "tuple": tuple}[kind](unflatten_state(part, tensors) for part in parts)
 
 
 def _storable(group: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,42 +150,6 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path]:
-    """The run directory and the checkpoint that `resume` means: with latest, the newest that is not damaged.
-
-    Changes nothing; damaged checkpoints that are passed over are named on the terminal.
-
-    Raises:
-        InputError: if there is none, or the one that is named is damaged.
-    """
-    if resume != "latest":
-        checkpoint = Path(resume)
-        if checkpoint not in checkpoints(checkpoint.parent):
-            raise InputError(f"resume={resume!r}: not a checkpoint: use latest, or a folder step-NNNNNN")
-        if reason := damage(checkpoint):
-            raise InputError(f"resume={resume!r} is damaged ({reason}): use latest, or name another checkpoint")
-        return checkpoint.parent.parent, checkpoint
-    run = Path(output_dir) if output_dir else Path("outputs") / name / "latest"
-    found = checkpoints(run / "checkpoints")
-    if not found:
-        raise InputError(f"resume=latest: no checkpoint in {run / 'checkpoints'}: set output_dir to the run, or leave "
-                         "resume unset and start anew in an empty output_dir")
-    damaged: list[str] = []
-    for checkpoint in reversed(found):
-        reason = damage(checkpoint)
-        if reason is None:
-            for line in damaged:
-                tqdm.write(f"warning: {line}: set aside, and {checkpoint.name} is used", file=sys.stderr)
-            return run.resolve(), checkpoint
-        damaged.append(f"{checkpoint} is damaged ({reason})")
-    raise InputError(f"resume=latest: {', '.join(damaged)}: no other is left; start anew in an empty output_dir")
-
-
-def trained_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter that is trained, tied ones once."""
-    return {name: value for name, value in backbone.named_parameters() if value.requires_grad}
-
-
 def load_parameters(backbone: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy `values` into the trained parameters, which have the same names."""
     parameters = trained_parameters(backbone)
@@ -228,18 +160,3 @@ def load_parameters(backbone: nn.Module, values: dict[str, Tensor]) -> None:
             parameter.copy_(values[name])
 
 
-def export(folder: Path, pretrained: Path, backbone: Backbone) -> None:
-    """Write a diffusers pipeline folder: `pretrained` with the backbone's weights replaced.
-
-    backbone: tied modules are written as equal copies; adapters must have been merged.
-    """
-    component = PIPELINE_COMPONENT[type(backbone)]
-    partial = folder.with_name(f"{_PARTIAL}{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    replaced = {component, "README.md", EXPERTS, ADAPTERS}  # the last three, where it is a run's final/ itself
-    shutil.copytree(pretrained, partial, ignore=lambda _, names: replaced.intersection(names))
-    plain = type(backbone).from_config(backbone.config)
-    plain.load_state_dict(plain_state(backbone))
-    plain.save_pretrained(partial / component)
-    shutil.rmtree(folder, ignore_errors=True)
-    publish(partial, folder)

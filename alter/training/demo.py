@@ -1,14 +1,12 @@
-"""A demo's data and dense teacher, made from scratch into ordinary folders, once; and what judges its samples."""
+"""A demo's data and dense teacher, made from scratch into ordinary folders, once."""
 
 import json
 import shutil
 import string
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
@@ -20,54 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..backbones.pretrained import export
 from ..backbones.sites import Backbone, null_class, tie_embedders
 from ..backbones.text import TextEncoder
 from ..common.config import CONFIGS, Config
 from ..data import shapes
 from ..data.batches import GlobalBatches, Order, make_loader, split
-from ..data.open import Digits, Source, open_source
+from ..data.open import open_source
 from ..method import losses
 from ..method.diffusion import draw, generator, training_target
-from .checkpoint import export
-
-_SEED = 1_000_000  # of the drawings that judge: the same for runs of every seed, none of them training data
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Real images [N, C, S, S] in [-1, 1] and what they show; conditions [M] to draw samples for, and what those ask.
-
-    targets, asked: classes, long [N], or sets, float [N, K] of zeros and ones.
-    """
-
-    images: Tensor
-    targets: Tensor
-    batch: dict[str, Any]
-    asked: Tensor
-    titles: list[str]
-
-
-def exam(config: Config, source: Source) -> Exam | None:
-    """The demo's judge; None for other data."""
-    count = config.evaluate.samples
-    if isinstance(source, Digits):
-        return _exam_of_classes(source.images, source.labels, count)
-    if config.demo.model is None:
-        return None
-    if source.encoded:
-        samples = [source[0, i] for i in range(len(source))]
-        return _exam_of_classes(torch.stack([sample["latents"] for sample in samples]),
-                                torch.tensor([sample["labels"] for sample in samples]), count)
-    images, captions = shapes.draw_shapes(8 * count, _SEED)
-    _, prompts = shapes.draw_shapes(count, _SEED + 1)
-    asked = [several[0] for several in prompts]
-    return Exam(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),
-                {"captions": asked}, torch.stack([shapes.kinds(caption) for caption in asked]), asked)
-
-
-def _exam_of_classes(images: Tensor, labels: Tensor, count: int) -> Exam:
-    asked = torch.arange(count) % len(labels.unique())
-    return Exam(images, labels, {"labels": asked}, asked, [str(int(label)) for label in asked])
 
 
 def make_demo(config: Config, device: torch.device) -> None:
@@ -224,8 +183,3 @@ def make_tokenizer(template: Path) -> CLIPTokenizer:
     length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     made: Any = CLIPTokenizer
     return made(model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=length)
-
-
-def _pixels(images: list[Any]) -> Tensor:
-    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -14,12 +17,52 @@ from torch import Tensor
 from ..backbones.sampling import sample_latents
 from ..common.config import Config, load_config
 from ..common.errors import InputError
+from ..data import shapes
+from ..data.base import Source
 from ..data.open import Digits
 from ..evaluation.classifier import SmallClassifier, train_classifier
 from ..evaluation.networks import Demo, file_digest
 from ..experts.artefact import TemporalExperts
-from .demo import exam
 from .setup.parts import build
+
+_SEED = 1_000_000  # of the drawings to compare with: the same for runs of every seed, none of them training data
+
+
+@dataclass(frozen=True)
+class DemoReference:
+    """Real images [N, C, S, S] in [-1, 1] and what they show; conditions [M] to draw samples for, and what those ask.
+
+    targets, asked: classes, long [N], or sets, float [N, K] of zeros and ones.
+    """
+
+    images: Tensor
+    targets: Tensor
+    batch: dict[str, Any]
+    asked: Tensor
+    titles: list[str]
+
+
+def demo_reference(config: Config, source: Source) -> DemoReference | None:
+    """What a demo's samples are compared with; None for other data."""
+    count = config.evaluate.samples
+    if isinstance(source, Digits):
+        return _classes(source.images, source.labels, count)
+    if config.demo.model is None:
+        return None
+    if source.encoded:
+        samples = [source[0, i] for i in range(len(source))]
+        return _classes(torch.stack([sample["latents"] for sample in samples]),
+                                torch.tensor([sample["labels"] for sample in samples]), count)
+    images, captions = shapes.draw_shapes(8 * count, _SEED)
+    _, prompts = shapes.draw_shapes(count, _SEED + 1)
+    asked = [several[0] for several in prompts]
+    return DemoReference(_pixels(images), torch.stack([shapes.kinds(several[0]) for several in captions]),
+                {"captions": asked}, torch.stack([shapes.kinds(caption) for caption in asked]), asked)
+
+
+def _classes(images: Tensor, labels: Tensor, count: int) -> DemoReference:
+    asked = torch.arange(count) % len(labels.unique())
+    return DemoReference(images, labels, {"labels": asked}, asked, [str(int(label)) for label in asked])
 
 
 def draw_run(run: Path, out: Path, state: PartialState) -> Path:
@@ -31,21 +74,21 @@ def draw_run(run: Path, out: Path, state: PartialState) -> Path:
     key = hashlib.sha256(made_of.encode()).hexdigest()
     if not (done.is_file() and json.loads(done.read_text())["key"] == key) and state.is_main_process:
         parts = build(config, 1, state.device)
-        judge = exam(config, parts.source)
-        if judge is None:
+        reference = demo_reference(config, parts.source)
+        if reference is None:
             raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
         done.unlink(missing_ok=True)
         batch = {name: value.to(state.device) if isinstance(value, Tensor) else value
-                 for name, value in judge.batch.items()}
-        everything = torch.ones(len(judge.asked), dtype=torch.bool)
+                 for name, value in reference.batch.items()}
+        everything = torch.ones(len(reference.asked), dtype=torch.bool)
         with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
             latents = sample_latents(
                 parts.backbone.eval(), parts.scheduler, parts.latent_shape, parts.conditioning(batch, ~everything),
                 parts.conditioning(batch, everything), config.evaluate.sampling_steps, config.seed,
                 config.evaluate.guidance_scale)
         _write(parts.images(latents), out / "images")
-        _write(judge.images, out / "real")
-        (out / "prompts.txt").write_text("".join(f"{title}\n" for title in judge.titles), encoding="utf-8")
+        _write(reference.images, out / "real")
+        (out / "prompts.txt").write_text("".join(f"{title}\n" for title in reference.titles), encoding="utf-8")
         done.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
     state.wait_for_everyone()
     return out
@@ -87,3 +130,8 @@ def _write(images: Tensor, folder: Path) -> None:
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
     for i, image in enumerate(pixels):
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:06d}.png")
+
+
+def _pixels(images: list[Any]) -> Tensor:
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from ..common.files import append_text
 from ..evaluation.report.figures import plot_experts
-from ..evaluation.report.history import FILE_NAME as HISTORY
-from ..evaluation.report.history import describe_masks
+from ..evaluation.report.records import HISTORY, describe_masks
 from ..experts.artefact import TemporalExperts
 from .validation import log_pictures
 

@@ -5,10 +5,8 @@ import os
 import torch
 
 from ..common.errors import InputError
-from ..common.memory import forget_peak, peak_memory
+from ..common.process import forget_peak, peak_memory
 from .trainer import Trainer
-
-_STATEFUL = ("backbone_lr", "hyper_lr", "scaler")
 
 
 def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
@@ -21,10 +19,11 @@ def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
         InputError: if the device has not enough memory.
     """
     on_gpu = trainer.accelerator.device.type == "cuda"
-    optimizers = trainer.backbone_optim, trainer.hyper_optim
+    updates = trainer.backbone_update, trainer.hyper_update
+    optimizers = [update.optimizer for update in updates]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    states = {name: getattr(trainer, name).state_dict() for name in _STATEFUL}
-    counts, ema, trainer.ema = dict(trainer.counts), trainer.ema, None
+    states = [(update.schedule.state_dict(), update.scaler.state_dict()) for update in updates]
+    counts, ema, trainer.ema = dict(trainer.readout.counts), trainer.ema, None
     peaks = {}
     try:
         for optimizer in optimizers:
@@ -43,8 +42,7 @@ def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
         if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
         name, total = _device(trainer)
-        micro = trainer.config.train.batch_size // (
-            trainer.config.train.gradient_accumulation * trainer.accelerator.num_processes)
+        micro = trainer.config.train.micro_batch(trainer.accelerator.num_processes)
         raise InputError(f"train.batch_size={trainer.config.train.batch_size}: {micro} samples at once do not fit into "
                          f"the {_gib(total)} of {name}: set backbone.gradient_checkpointing=true, a larger "
                          "train.gradient_accumulation, or train.mixed_precision=bf16") from None
@@ -52,11 +50,13 @@ def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
         optimizer.state.clear()
         for group, rate in zip(optimizer.param_groups, before, strict=True):
             group["lr"] = rate
-    for name, state in states.items():
-        if state:  # a disabled scaler has none
-            getattr(trainer, name).load_state_dict(state)
-    trainer.ema, trainer.counts, trainer._own = ema, counts, dict.fromkeys(trainer._own, 0)
-    trainer._skipped_updates = 0
+    for update, (schedule, scaler) in zip(updates, states, strict=True):
+        update.schedule.load_state_dict(schedule)
+        if scaler:  # a disabled one has no state
+            update.scaler.load_state_dict(scaler)
+        update.skipped = 0
+    trainer.ema = ema
+    trainer.readout.restore(counts)
     return peaks
 
 
@@ -67,7 +67,7 @@ def describe_memory(trainer: Trainer, peaks: dict[str, int]) -> str:
     return f"memory of one iteration, measured: {measured} of the {_gib(total)} of {name}: fits"
 
 
-def _iterate(trainer: Trainer, phase: str, optimizers: tuple) -> None:
+def _iterate(trainer: Trainer, phase: str, optimizers: list) -> None:
     """The updates of one iteration on the first batch, without counting its unusable samples."""
     batches = trainer._prepare({**raw, "skipped": []} for raw in trainer.micro_batches(steps=1))
     masks = trainer.current_masks()
@@ -82,7 +82,7 @@ def _iterate(trainer: Trainer, phase: str, optimizers: tuple) -> None:
         trainer.update_backbone(batches, *masks)
 
 
-def _stand_still(optimizers: tuple) -> None:
+def _stand_still(optimizers: list) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.0

@@ -20,6 +20,7 @@ from PIL import Image
 from test_measure import table_of
 from test_report import NASTY, experts_of, write_history
 
+from alter.evaluation.report.records import write_sensitivity
 from alter import InputError, TemporalExperts, load_config, train
 from alter.evaluation.report import figures as report
 from alter.evaluation.report.page import build_page, read_run
@@ -43,7 +44,7 @@ def run(tmp_path_factory):
     experts = TemporalExperts.from_pretrained(folder / "final")
     write_history(folder, experts)
     table = dataclasses.replace(table_of(np.random.default_rng(1).exponential(size=(4, 5))), sites=experts.sites)
-    table.save(folder / "sensitivity.json")
+    write_sensitivity(table, folder / "sensitivity.json")
     (folder / "metrics.json").write_text(json.dumps({"fid": {"value": 12.5, "protocol": "some"}}))
     return folder
 

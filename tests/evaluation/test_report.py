@@ -16,7 +16,7 @@ from alter import TemporalExperts, train
 from alter.backbones.cost import count_cost
 from alter.backbones.sites import find_sites
 from alter.evaluation.report import figures as report
-from alter.evaluation.report.history import describe_masks, read_history
+from alter.evaluation.report.records import describe_masks, read_history
 
 NASTY = """<script>alert(1)</script> & "x" '$y$ ]]>"""
 

@@ -27,7 +27,8 @@ from alter.backbones.sites import find_sites
 from alter.common.config import ROOT
 from alter.evaluation.report import figures as report
 from alter.training.ablation import block_influence
-from alter.training.sensitivity import Sensitivity, measure_sensitivity
+from alter.training.measure import measure_sensitivity
+from alter.evaluation.report.records import read_sensitivity, write_sensitivity
 from alter.training.setup.dry_run import describe_run
 from alter.training.setup.parts import build
 
@@ -326,8 +327,8 @@ def test_a_budget_of_time_sensitivity_influence_and_figures(small_config, tmp_pa
     assert parts.latency.sites == parts.cost.sites == tuple(site.name for site in parts.simulator.sites)
     assert (block_influence(config, parts, samples=4) > 0).all()
     table = measure_sensitivity(config, parts, bins=2, samples=4)
-    table.save(tmp_path / "table.json")
-    assert Sensitivity.load(tmp_path / "table.json").sites == parts.cost.sites
+    write_sensitivity(table, tmp_path / "table.json")
+    assert read_sensitivity(tmp_path / "table.json").sites == parts.cost.sites
     assert (table.error_LB > 0).all()
     order, names = report.layers(parts.cost.sites)
     assert len(set(names)) == len(names) and names[0] == "down 0 resnet 0" and names[1] == "down 0 attention 0"

@@ -20,7 +20,7 @@ import alter.training.checkpoint
 from alter import InputError, load_config, train
 from alter.common.config import CONFIGS, save_config
 from alter.common.files import append_text, write_text
-from alter.common.interruption import Interruption
+from alter.common.process import Interruption
 from alter.training.checkpoint import checkpoints, damage, find_run, load_checkpoint, save_checkpoint
 
 ROOT = CONFIGS.parent

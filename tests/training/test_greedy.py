@@ -8,7 +8,9 @@ import alter.training.run
 from alter import InputError, TemporalExperts, train
 from alter.training.greedy import remove_greedily
 from alter.training.probe import Probe
-from alter.training.sensitivity import Sensitivity, measure_sensitivity, start_near
+from alter.method.sensitivity import Sensitivity, start_near
+from alter.training.measure import measure_sensitivity
+from alter.evaluation.report.records import read_sensitivity
 from alter.training.setup.parts import build
 
 
@@ -106,7 +108,7 @@ def test_a_run_that_starts_greedily_is_resumed_without_measuring_again(small_con
     train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
     assert np.array_equal(TemporalExperts.from_pretrained(run / "final").mask_EL, first)
     assert first.sum(1).tolist() == [2, 2] and (first == first[0]).all()
-    assert Sensitivity.load(run / "sensitivity.json").samples == 32
+    assert read_sensitivity(run / "sensitivity.json").samples == 32
 
 
 @pytest.mark.parametrize("changes", [{"experts": {"start": "greedy", "offset": 0.0}},

@@ -14,7 +14,9 @@ from scipy.optimize import linprog
 from alter import InputError
 from alter.method.budget import Budget
 from alter.training.probe import Probe
-from alter.training.sensitivity import Sensitivity, allocate, measure_sensitivity, verdict
+from alter.method.sensitivity import Sensitivity, allocate, verdict
+from alter.training.measure import measure_sensitivity
+from alter.evaluation.report.records import read_sensitivity
 from alter.training.setup.parts import build
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -204,7 +206,7 @@ def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatc
     assert sensitivity.main() == 0
     said = capsys.readouterr().out
     assert "The ranking of the layers is" in said
-    table = Sensitivity.load(tmp_path / "out/sensitivity.json")
+    table = read_sensitivity(tmp_path / "out/sensitivity.json")
     assert table.error_LB.shape == (make_dit().config.num_layers, 4) and (table.error_LB > 0).all()
     (line,) = [line for line in said.splitlines() if line.startswith(table.sites[1])]
     cells = [f"{table.error_LB[1, b]:.2e} ({table.error_LB[1, b] / table.denoise_B[b]:.2g})" for b in range(4)]
@@ -213,4 +215,4 @@ def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatc
     content = json.loads((tmp_path / "out/sensitivity.json").read_text())
     (tmp_path / "bad.json").write_text(json.dumps({**content, "alter_sensitivity": 1}))
     with pytest.raises(InputError, match="no sensitivity table"):
-        Sensitivity.load(tmp_path / "bad.json")
+        read_sensitivity(tmp_path / "bad.json")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alter import InputError
-from alter.common.memory import forget_peak, peak_memory
+from alter.common.process import forget_peak, peak_memory
 from alter.data.batches import patiently
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build

@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from torch import Tensor
 
 from ...experts.artefact import TemporalExperts
-from ...training.sensitivity import Sensitivity
+from ...method.sensitivity import Sensitivity
 
 INK = "#010203"
 BLUE, ORANGE = "#0072B2", "#D55E00"

@@ -27,9 +27,9 @@ from ...common.errors import InputError
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
-from ...training import sensitivity
-from . import figures as report
-from . import history
+from ...method.sensitivity import Sensitivity, verdict
+from . import figures
+from .records import HISTORY, SENSITIVITY, read_history, read_sensitivity
 
 _SAMPLER = "DPMSolverMultistepScheduler"
 _MEASURED = {"output_error": "Output error against the dense model", "fd_dense": "Fréchet distance, dense",
@@ -80,7 +80,7 @@ class Run:
     metrics: dict[str, Any]
     losses: list[dict[str, Any]]
     history: list[dict[str, Any]]
-    table: sensitivity.Sensitivity | None
+    table: Sensitivity | None
 
     @property
     def name(self) -> str:
@@ -91,10 +91,10 @@ class Run:
         """What the sensitivity table says about experts at this run's budget; of a run without one, that."""
         if self.table is None:
             return ("No table of what each layer is worth (scripts/sensitivity.py measures it): the run has no "
-                    f"{sensitivity.FILE_NAME}.")
+                    f"{SENSITIVITY}.")
         experts = self.experts
         share_L = experts.latency.share_L if experts.latency else np.array(experts.macs) / experts.macs_total
-        return sensitivity.verdict(self.table, Budget(share_L, experts.keep_ratio_target, experts.budget_over),
+        return verdict(self.table, Budget(share_L, experts.keep_ratio_target, experts.budget_over),
                                    len(experts.mask_EL))
 
     def visited(self, sampler: str, steps: int) -> list[int]:
@@ -132,12 +132,12 @@ def read_run(folder: str | Path) -> Run:
         read("metrics.json", lambda file: {name: result["value"] for name, result
                                            in json.loads(file.read_bytes()).items()}, {}),
         read("metrics.jsonl", lines, []),
-        read(history.FILE_NAME, lambda file: history.read_history(file, len(experts.expert_T)), []),
-        read(sensitivity.FILE_NAME, sensitivity.Sensitivity.load))
+        read(HISTORY, lambda file: read_history(file, len(experts.expert_T)), []),
+        read(SENSITIVITY, read_sensitivity))
     if any(record["mask_EL"].shape != experts.mask_EL.shape for record in found.history):
-        raise InputError(f"{run / history.FILE_NAME}: belongs to other layers or experts than {final / EXPERTS}")
+        raise InputError(f"{run / HISTORY}: belongs to other layers or experts than {final / EXPERTS}")
     if found.table and found.table.sites != experts.sites:
-        raise InputError(f"{run / sensitivity.FILE_NAME}: belongs to other layers than {final / EXPERTS}")
+        raise InputError(f"{run / SENSITIVITY}: belongs to other layers than {final / EXPERTS}")
     return found
 
 
@@ -168,35 +168,35 @@ def _sections(run: Run, ids: Iterator[str]) -> Iterator[str]:
         return f'<p class="absent">No {what}: the run has no {file}.</p>'
 
     experts, config = run.experts, run.config
-    yield (_details("Everything in summary.json", report.summary_table(run.summary)) if run.summary
+    yield (_details("Everything in summary.json", figures.summary_table(run.summary)) if run.summary
            else absent("summary.json", "measurements"))
     yield f'<h3>Experts</h3><pre>{escape(experts.summary())}</pre><div class="figures">'
-    yield drawn(report.masks_figure(experts), "From the input of the backbone (above) to its output.")
-    yield drawn(report.frequency_figure(experts), "Over all training timesteps.")
-    yield drawn(report.routes_figure(experts), "Denoising goes from right to left.")
-    yield drawn(report.similarity_figure(experts), "1: the same layers. 0: none in common.")
+    yield drawn(figures.masks_figure(experts), "From the input of the backbone (above) to its output.")
+    yield drawn(figures.frequency_figure(experts), "Over all training timesteps.")
+    yield drawn(figures.routes_figure(experts), "Denoising goes from right to left.")
+    yield drawn(figures.similarity_figure(experts), "1: the same layers. 0: none in common.")
     yield '</div><h3>Cost</h3><div class="figures">'
-    yield drawn(report.macs_figure(experts), "Multiply-accumulate operations (MACs) of one forward.")
+    yield drawn(figures.macs_figure(experts), "Multiply-accumulate operations (MACs) of one forward.")
     if (run.final / "scheduler").is_dir():
         visited = run.visited(_SAMPLER, config.evaluate.sampling_steps if config else 20)
-        yield drawn(report.steps_figure(experts, visited), f"{_SAMPLER}, {len(visited)} steps.")
+        yield drawn(figures.steps_figure(experts, visited), f"{_SAMPLER}, {len(visited)} steps.")
     else:
         yield absent("scheduler/", "denoising steps")
     yield '</div><h3>Search and tuning</h3><div class="figures">'
     if run.history:
-        yield drawn(report.evolution_figure(run.history, experts), "Of the masks with which the backbone was trained.")
-        yield drawn(report.mask_history_figure(run.history, experts),
+        yield drawn(figures.evolution_figure(run.history, experts), "Of the masks with which the backbone was trained.")
+        yield drawn(figures.mask_history_figure(run.history, experts),
                     "Bright where the expert keeps the layer; from the backbone's input (above) to its output.")
-        yield drawn(report.routing_figure(run.history, experts), "Bright where the expert serves the timesteps.")
+        yield drawn(figures.routing_figure(run.history, experts), "Bright where the expert serves the timesteps.")
     else:
-        yield absent(history.FILE_NAME, "history of the masks")
-    yield (drawn(report.losses_figure(run.losses), "Each point is one mini-batch.") if run.losses
+        yield absent(HISTORY, "history of the masks")
+    yield (drawn(figures.losses_figure(run.losses), "Each point is one mini-batch.") if run.losses
            else absent("metrics.jsonl", "losses"))
     yield "</div><h3>Sensitivity</h3>"
     kind = "" if run.table else ' class="absent"'
     yield f"<p{kind}>{escape(run.verdict)}</p>"
     if run.table:
-        yield drawn(report.sensitivity_figure(run.table), "Bright: skipping the layer changes the output much.")
+        yield drawn(figures.sensitivity_figure(run.table), "Bright: skipping the layer changes the output much.")
     yield "<h3>Samples</h3>"
     strips = sorted((run.folder / "samples").glob("*.png"))
     if (samples := run.folder / "samples.png").is_file():
@@ -217,13 +217,13 @@ def _facts(runs: list[Run], names: list[str]) -> str:
         over = f"{'all' if experts.budget_over == 'total' else 'prunable'} {'time' if experts.latency else 'MACs'}"
         facts = {"Keep ratio": f"{experts.keep_ratio:.4f} of all MACs",
                  "Target": f"{experts.keep_ratio_target:g} of {over}",
-                 "MACs of a step": f"{report.count(experts.macs_mean)} of {report.count(experts.macs_total)}",
+                 "MACs of a step": f"{figures.count(experts.macs_mean)} of {figures.count(experts.macs_total)}",
                  "Experts": f"{len(experts.mask_EL)}, {len(experts.used)} used, over {len(experts.sites)} layers"}
         if experts.latency:
             facts["Time of a step"] = f"{experts.time_ratio:.1%} ({experts.latency.place})"
-        facts |= {title: report.readable(run.summary[key]) for key, title in _MEASURED.items()
+        facts |= {title: figures.readable(run.summary[key]) for key, title in _MEASURED.items()
                   if run.summary.get(key) is not None}
-        facts |= {f"{key} (metrics.json)": report.readable(value) for key, value in run.metrics.items()}
+        facts |= {f"{key} (metrics.json)": figures.readable(value) for key, value in run.metrics.items()}
         columns.append(facts)
     settings = [_settings(run.config) if run.config else {} for run in runs]
     for key in dict.fromkeys(itertools.chain(*settings)):
@@ -273,7 +273,7 @@ def _svg(figure: Figure, prefix: str) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "alter"}):
         figure.savefig(written, format="svg", transparent=True, dpi=200)
     _, _, svg = re.sub(r"<(metadata|style).*?</\1>", "", written.getvalue(), flags=re.DOTALL).partition("<svg")
-    for pattern, replacement in ((report.INK, "currentColor"), ("xlink:href", "href"),
+    for pattern, replacement in ((figures.INK, "currentColor"), ("xlink:href", "href"),
                                  (r"font-family: [^;\"]*", "font-family: inherit"),
                                  (r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}")):
         svg = re.sub(pattern, replacement, svg)

@@ -1,56 +1,34 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
 import copy
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import cpu_offload_with_hook
-from accelerate.utils import parse_flag_from_env
 from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
-from ...backbones.cost import CostTable, count_cost
+from ...backbones.cost import CostTable
 from ...backbones.gates import FeatureTap, Simulator
 from ...backbones.latency import Latency
 from ...backbones.lora import add_adapters
-from ...backbones.sites import (
-    Backbone,
-    example_inputs,
-    feature_points,
-    named_sites,
-    null_class,
-    tie_embedders,
-    timestep_features,
-)
-from ...backbones.text import TextEncoder, check_text
-from ...common.config import CONFIGS, Config
+from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, shift_of
+from ...backbones.sites import Backbone, example_inputs, feature_points, null_class, tie_embedders, timestep_features
+from ...backbones.text import TextEncoder
+from ...common.config import Config
 from ...common.errors import InputError
-from ...data.batches import Fit, Tolerant, split
-from ...data.open import Encoding, Source, open_source, weights_hash
+from ...data.base import Source
+from ...data.batches import Fit
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.diffusion import predict
 from ...method.hypernetwork import HyperNetwork
-from .plan import (
-    DTYPES,
-    by_time,
-    check_validation,
-    choose_sites,
-    component_of,
-    describe,
-    latent_size,
-    load_scheduler,
-    local_folder,
-    plan_budget,
-    plan_latency,
-)
+from .plan import by_time, check_machine, make_plan, open_data, plan_latency, reads_captions
 
 
 @dataclass
@@ -85,7 +63,7 @@ class Parts:
     teacher_tap: FeatureTap | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.simulator = Simulator(self.backbone, named_sites(self.backbone, self.cost.sites))
+        self.simulator = Simulator(self.backbone)
         points = feature_points(self.backbone)
         self.student_tap = FeatureTap(self.backbone, points)
         self.teacher_tap = FeatureTap(self.teacher, points) if self.teacher is not None else None
@@ -123,14 +101,14 @@ class Parts:
         assert self.vae is not None
         moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
         latents = moments.mean.float() + moments.std.float() * posterior.to(moments.mean.device)
-        return (latents - _shift(self.vae)) * self.vae.config.scaling_factor
+        return (latents - shift_of(self.vae)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """Images float32 [B, C, H, W] in [-1, 1], on the CPU; latents pass the VAE's decoder where there is one."""
         if (self.folder / "vae").is_dir():
             vae = self.vae or load_vae(self.folder, self.backbone.device, self.precision)
-            latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + _shift(vae)
+            latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift_of(vae)
             latents = torch.cat([vae.decode(part).sample for part in latents.split(8)])
         return latents.float().clamp(-1, 1).cpu()
 
@@ -154,7 +132,7 @@ class Parts:
 
 def build(config: Config, processes: int = 1, device: torch.device | str = "cpu",
           latency: Latency | None = None) -> Parts:
-    """Load and check everything; the same for equal configurations (weights of Φ are seeded).
+    """Load everything that `plan.make_plan` has found to fit; the same for equal configurations (Φ is seeded).
 
     Args:
         latency: for `budget.cost=latency`, where it is known already; None: read or measured here.
@@ -162,157 +140,35 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     Raises:
         InputError: for whatever does not exist or does not fit.
     """
-    check_batch(config, processes)
-    source = open_source(config)
-    split(source, config.data.holdout, config.seed)
+    check_machine(config, processes)
+    source = open_data(config)
     folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
-    backbone = load_backbone(folder)
-    if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
-        raise InputError("backbone.gradient_checkpointing=true: this backbone does not support it: set false")
-    tie_embedders(backbone)
-    if not source.encoded and not (folder / "vae").is_dir():
-        raise InputError(f"data.source={config.data.source!r} gives images, and {folder} has no vae: "
-                         "use data.source=latents")
-    scheduler = load_scheduler(folder)
-    size = latent_size(config, folder)
-    shape = (backbone.config.in_channels, size, size)
-    cost = count_cost(backbone, size, choose_sites(config, backbone))
     if by_time(config):
         latency = latency or plan_latency(config, device)
-    budget, experts = plan_budget(config, cost, size, scheduler, latency)
-    check_validation(config, backbone)
-    check_encoding(source.encoding, folder, config)
-    _check_sample(source, config, backbone, shape)
+    plan = make_plan(config, folder, source, latency)
+    assert plan.budget is not None
+    backbone = load_backbone(folder)
+    tie_embedders(backbone)
     dtype = DTYPES[config.train.mixed_precision]
-    captioned = _reads_captions(source)
-    if captioned or (config.validate.every and config.validate.prompts):
-        check_text(folder, backbone.config.cross_attention_dim)
     vae = None if source.encoded else load_vae(folder, device, dtype)
-    text = TextEncoder(folder, device, dtype) if captioned else None
-
-    teacher, offload = _teacher(config, folder, backbone, device)
+    text = TextEncoder(folder, device, dtype) if reads_captions(source) else None
+    teacher, offload = _load_teacher(config, folder, backbone, device)
     choose_trained(backbone, config)
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
+    hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.scheduler)
+    return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, dtype, vae, text,
+                 hypernetwork.to(device), plan.cost, plan.budget, source, plan.latent_shape, plan.experts, plan.latency)
+
+
+def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, scheduler: DDPMScheduler) -> HyperNetwork:
     torch.manual_seed(config.seed)
-    features_TD = timestep_features(backbone, scheduler.config.num_train_timesteps)
-    hypernetwork = HyperNetwork(
-        config.experts.count, len(cost.sites), *features_TD.shape,
-        config.experts.router, config.experts.tau, config.experts.offset,
-    )
-    if config.experts.router == "learned":
-        hypernetwork.temporal_router.features_TD.copy_(features_TD)
-    return Parts(folder, backbone.to(device), teacher, offload, scheduler, dtype, vae, text,
-                 hypernetwork.to(device), cost, budget, source, shape, experts,
-                 experts.latency if experts else latency)
+    experts, features_TD = config.experts, timestep_features(backbone, scheduler.config.num_train_timesteps)
+    return HyperNetwork(experts.count, len(cost.sites), features_TD, experts.router, experts.tau, experts.offset)
 
 
-def load_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
-    """The pipeline's VAE, frozen.
-
-    Raises:
-        InputError: if it cannot be loaded.
-    """
-    return _load(AutoencoderKL, folder / "vae", dtype).requires_grad_(False).eval().to(device)
-
-
-def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A diffusers model, with all of its weights; diffusers alone makes up those that a file lacks."""
-    try:
-        model, info = cls.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"backbone.pretrained: {folder} cannot be loaded "
-                         f"({' '.join(str(error).split())[:300]})") from None
-    if info["missing_keys"]:
-        raise InputError(f"backbone.pretrained: {folder} lacks {len(info['missing_keys'])} weights, such as "
-                         f"{sorted(info['missing_keys'])[0]}: fetch or convert it again")
-    return model
-
-
-def check_encoding(encoding: Encoding | None, folder: Path, config: Config) -> None:
-    """Refuse latents that were made otherwise than this run would make them, as far as is written in them.
-
-    Raises:
-        InputError: naming what differs.
-    """
-    if encoding is None:
-        return
-    data = config.data
-    found: dict[str, Any] = {"resolution": encoding.resolution}
-    wanted: dict[str, Any] = {"resolution": data.resolution}
-    if (folder / "vae" / "config.json").is_file():
-        vae = AutoencoderKL.load_config(folder / "vae")
-        found |= {"scaling factor": encoding.scaling_factor, "shift factor": encoding.shift_factor, "VAE": encoding.vae}
-        wanted |= {"scaling factor": vae.get("scaling_factor", 0.18215), "shift factor": vae.get("shift_factor") or 0.0,
-                   "VAE": encoding.vae and weights_hash(folder / "vae")}
-    if encoding.text_encoder is not None:
-        found["text encoder"] = encoding.text_encoder
-        wanted["text encoder"] = weights_hash(folder / "text_encoder")
-    for name, value in found.items():
-        if value is not None and wanted[name] is not None and value != wanted[name]:
-            raise InputError(f"data.path={data.path!r}: encoded by {encoding.maker} with {name} {value}, but "
-                             f"backbone.pretrained={config.backbone.pretrained!r} at data.resolution={data.resolution} "
-                             f"has {wanted[name]}: encode again with scripts/encode_latents.py")
-    if data.flip and not encoding.mirrored:
-        raise InputError(f"data.flip=true: data.path={data.path!r} holds no mirror images: encode again with "
-                         "data.flip=true, or set false")
-
-
-def check(config: Config, processes: int, latency: Latency | None = None) -> None:
-    """Everything that can be refused before weights are loaded; `latency` as for `build`.
-
-    Raises:
-        InputError: as `build` would.
-    """
-    check_batch(config, processes)
-    check_packages(config)
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if config.train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
-        raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
-    captioned, encoding = False, None
-    if not config.demo.model or config.data.path is None or Path(config.data.path).exists():  # a demo draws its data
-        source = open_source(config)
-        split(source, config.data.holdout, config.seed)
-        captioned, encoding = _reads_captions(source), source.encoding
-    pretrained = Path(str(config.backbone.pretrained))
-    if config.demo.model or pretrained.is_dir() or (CONFIGS / "models" / pretrained).is_dir():
-        backbone, *_ = describe(config, latency)
-        if pretrained.is_dir():
-            check_encoding(encoding, pretrained, config)
-        if captioned and pretrained.is_dir():
-            check_text(pretrained, backbone.config.cross_attention_dim)
-
-
-def check_packages(config: Config) -> None:
-    """Raises InputError if an option needs a package that is not installed."""
-    optional = [
-        ("wandb", f"log.tracker={config.log.tracker}", config.log.tracker == "wandb"),
-        ("bitsandbytes", f"optim.optimizer={config.optim.optimizer}", config.optim.optimizer == "adamw_8bit"),
-        ("peft", f"lora.rank={config.lora.rank}", config.lora.rank is not None),
-    ]
-    for package, option, wanted in optional:
-        if wanted and importlib.util.find_spec(package) is None:
-            raise InputError(f"{option}: the package {package} is not installed: pip install {package}, or change it")
-
-
-def check_batch(config: Config, processes: int) -> None:
-    """Raises InputError unless the global batch divides among processes and micro-batches."""
-    parts = processes * config.train.gradient_accumulation
-    if config.train.batch_size % parts:
-        raise InputError(
-            f"train.batch_size={config.train.batch_size} cannot be shared by {processes} processes with "
-            f"train.gradient_accumulation={config.train.gradient_accumulation}: choose a multiple of {parts}"
-        )
-
-
-def load_backbone(folder: Path) -> Backbone:
-    """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files)."""
-    cls, component = component_of(folder)
-    return _load(cls, folder / component, torch.float32)
-
-
-def _teacher(config: Config, folder: Path, backbone: Backbone,
-             device: torch.device | str) -> tuple[Backbone | None, Any]:
+def _load_teacher(config: Config, folder: Path, backbone: Backbone,
+                  device: torch.device | str) -> tuple[Backbone | None, Any]:
     """The frozen dense model, `backbone` as it is now or that of `teacher.pretrained`; its offloading hook or None."""
     if config.teacher.pretrained is not None:
         teacher = load_backbone(local_folder(config.teacher.pretrained, field="teacher.pretrained"))
@@ -357,35 +213,3 @@ def choose_trained(backbone: Backbone, config: Config) -> None:
             names[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
         raise InputError(f"backbone.freeze={list(patterns)}: leaves nothing to train: freeze less")
-
-
-def _reads_captions(source: Source) -> bool:
-    return source.num_classes == 0 and source.empty_text is None
-
-
-def _shift(vae: AutoencoderKL) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
-
-
-def _check_sample(source: Source, config: Config, backbone: Backbone, shape: tuple[int, ...]) -> None:
-    sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
-    wanted = example_inputs(backbone, shape[-1])
-    moments = (2 * shape[0], *shape[1:])
-    for name, expected in (("latents", shape), ("moments", moments)):
-        if name in sample and tuple(sample[name].shape) != expected:
-            raise InputError(
-                f"data.path={config.data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
-                f"backbone, which takes {expected} at data.resolution={config.data.resolution}"
-            )
-    if ("class_labels" in wanted) != ("labels" in sample):
-        kind = "class labels" if "class_labels" in wanted else "text"
-        raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
-                         "this data does not have")
-    if "class_labels" in wanted and (source.num_classes or 0) > null_class(backbone):
-        raise InputError(f"data.path={config.data.path!r}: {source.num_classes} classes, but the backbone knows "
-                         f"{null_class(backbone)}")
-    if "encoder_hidden_states" in sample:
-        width = backbone.config.cross_attention_dim
-        if sample["encoder_hidden_states"].shape[-1] != width:
-            raise InputError(f"data.path={config.data.path!r}: text states of width "
-                             f"{sample['encoder_hidden_states'].shape[-1]} do not fit the backbone's {width}")

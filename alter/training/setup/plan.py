@@ -1,73 +1,158 @@
-"""What a configuration means before weights are loaded: architecture, costs, schedule, budget."""
+"""What a configuration means, before weights are loaded: the one place that `--check`, `--dry-run` and `build` use."""
 
 import dataclasses
+import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from accelerate.utils import parse_flag_from_env
+from diffusers import AutoencoderKL, DDPMScheduler
 from torch import nn
 
 from ...backbones.cost import CostTable, count_cost
 from ...backbones.latency import Latency, measure_latency
+from ...backbones.pretrained import (
+    DTYPES,
+    component_of,
+    latent_size,
+    load_scheduler,
+    local_folder,
+    set_tf32,
+)
 from ...backbones.sampling import scheduler_class
 from ...backbones.sites import (
     PIPELINE_COMPONENT,
     Backbone,
-    Site,
     embedders,
     example_inputs,
-    find_sites,
     named_sites,
     null_class,
     tie_embedders,
 )
+from ...backbones.text import check_text
 from ...common.config import CONFIGS, Config
 from ...common.errors import InputError
+from ...data.base import Source
+from ...data.batches import Tolerant, split
+from ...data.latents import weights_hash
+from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
-from ...method.diffusion import PREDICTION_TYPES
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def describe(config: Config, latency: Latency | None = None) -> tuple[
-        Backbone, CostTable, Budget | None, TemporalExperts | None]:
-    """The backbone on the meta device, its costs, budget and given experts, from JSON alone: no weights.
+@dataclass
+class Plan:
+    """A configuration, understood.
 
-    The budget is None where it is one of time that is neither given nor in `budget.latency_file`.
+    Attributes:
+        folder: of the backbone's JSON configuration, with or without weights.
+        backbone: on the meta device.
+        latent_shape: [C, h, w] of one sample.
+        budget: None where it is one of time that is not known yet.
+        experts: those of `experts.pretrained`, None where they are to be found.
+        latency: what the budget's time was measured as; None for a budget of MACs.
+        source: the data set; None where it was not opened.
+    """
+
+    folder: Path
+    backbone: Backbone
+    cost: CostTable
+    scheduler: DDPMScheduler
+    latent_shape: tuple[int, int, int]
+    budget: Budget | None
+    experts: TemporalExperts | None
+    latency: Latency | None
+    source: Source | None
+
+
+def make_plan(config: Config, folder: Path, source: Source | None, latency: Latency | None = None) -> Plan:
+    """Understand the configuration of a backbone in `folder`, from JSON and, if `source` is given, its first sample.
+
+    Args:
+        latency: for `budget.cost=latency`, where it is known; None: that of `budget.latency_file`, if it is set.
 
     Raises:
-        InputError: if neither `backbone.pretrained` nor configs/models/ holds the backbone's configuration.
+        InputError: for whatever does not fit.
     """
-    folder = _architecture(config)
     with torch.device("meta"):
         cls, component = component_of(folder)
         backbone = cls.from_config(cls.load_config(folder / component))
         tie_embedders(backbone)
-    sites = choose_sites(config, backbone)
-    check_validation(config, backbone)
-    size, scheduler = latent_size(config, folder), load_scheduler(folder)
-    cost = count_cost(backbone, size, sites)
-    if by_time(config) and latency is None:
-        if config.budget.latency_file is None:
-            return backbone, cost, None, None
+    if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
+        raise InputError("backbone.gradient_checkpointing=true: this backbone does not support it: set false")
+    size, scheduler = latent_size(folder, config.data.resolution), load_scheduler(folder)
+    cost = count_cost(backbone, size)
+    if by_time(config) and latency is None and config.budget.latency_file is not None:
         latency = Latency.load(Path(config.budget.latency_file))
-    return backbone, cost, *plan_budget(config, cost, size, scheduler, latency)
+    budget, experts = None, None
+    if latency is not None or not by_time(config):
+        budget, experts = _plan_budget(config, backbone, cost, size, scheduler, latency)
+    shape = (backbone.config.in_channels, size, size)
+    _check_validation(config, backbone)
+    if source is not None:
+        _check_source(config, folder, backbone, source, shape)
+    return Plan(folder, backbone, cost, scheduler, shape, budget, experts, experts.latency if experts else latency,
+                source)
 
 
-def choose_sites(config: Config, backbone: Backbone) -> tuple[Site, ...]:
-    """Those of `experts.pretrained`, or what `experts.resnet_skip` and `experts.transformer_skip` choose.
+def check(config: Config, processes: int, latency: Latency | None = None) -> None:
+    """Everything that can be refused before weights are loaded, without a network; `latency` as for `make_plan`.
 
     Raises:
-        InputError: if the backbone does not have them.
+        InputError: as `build` would.
     """
-    experts = config.experts
-    if experts.pretrained is None:
-        return find_sites(backbone, experts.resnet_skip, experts.transformer_skip)
-    given = TemporalExperts.from_pretrained(experts.pretrained)
-    return named_sites(backbone, given.sites, f"experts.pretrained={experts.pretrained!r}")
+    check_machine(config, processes)
+    undrawn = config.demo.model and config.data.path is not None and not Path(config.data.path).exists()
+    source = None if undrawn else open_data(config)  # a demo draws its data first
+    folder = known_folder(config)
+    if folder is not None:
+        make_plan(config, folder, source, latency)
+
+
+def check_machine(config: Config, processes: int) -> None:
+    """Refuse what this machine, with so many processes, cannot do.
+
+    Raises:
+        InputError: naming the key.
+    """
+    train, parts = config.train, processes * config.train.gradient_accumulation
+    if train.batch_size % parts:
+        raise InputError(f"train.batch_size={train.batch_size} cannot be shared by {processes} processes with "
+                         f"train.gradient_accumulation={train.gradient_accumulation}: choose a multiple of {parts}")
+    optional = [
+        ("wandb", f"log.tracker={config.log.tracker}", config.log.tracker == "wandb"),
+        ("bitsandbytes", f"optim.optimizer={config.optim.optimizer}", config.optim.optimizer == "adamw_8bit"),
+        ("peft", f"lora.rank={config.lora.rank}", config.lora.rank is not None),
+    ]
+    for package, option, wanted in optional:
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(f"{option}: the package {package} is not installed: pip install {package}, or change it")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
+        raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
+
+
+def open_data(config: Config) -> Source:
+    """The data set, of which enough is left for training.
+
+    Raises:
+        InputError: if there is none, or `data.holdout` takes all of it.
+    """
+    source = open_source(config)
+    split(source, config.data.holdout, config.seed)
+    return source
+
+
+def known_folder(config: Config) -> Path | None:
+    """Where the backbone's JSON configuration is on this machine: its folder, or ours for a known model or a demo."""
+    pretrained = str(config.backbone.pretrained)
+    for folder in (Path(pretrained), CONFIGS / "models" / (config.demo.model or pretrained)):
+        if folder.is_dir() and any((folder / part).is_dir() for part in PIPELINE_COMPONENT.values()):
+            return folder
+    return None
 
 
 def by_time(config: Config) -> bool:
@@ -79,38 +164,38 @@ def plan_latency(config: Config, device: torch.device | str) -> Latency:
     """From `budget.latency_file`, or measured on `device`."""
     if config.budget.latency_file is not None:
         return Latency.load(Path(config.budget.latency_file))
-    return measure(config, device, download=True)
+    return measure(config, device)
 
 
-def measure(config: Config, device: torch.device | str, download: bool = False) -> Latency:
+def measure(config: Config, device: torch.device | str) -> Latency:
     """The backbone's latencies on `device`, with random weights, in the run's arithmetic.
 
-    download: whether the hub may be asked for the configuration of a backbone that is not known here.
+    The hub is asked for the configuration of a backbone that is not known here.
     """
-    folder = _architecture(config, download)
+    folder = known_folder(config) or local_folder(str(config.backbone.pretrained), config.backbone.revision)
     cls, component = component_of(folder)
-    set_tf32(config)
+    set_tf32(config.train.tf32)
     with torch.device(device):
         backbone: Any = cls.from_config(cls.load_config(folder / component))
     for embedder in embedders(backbone):  # equal copies, as in every trained DiT
         embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[config.train.mixed_precision])
-    return measure_latency(backbone, latent_size(config, folder), config.budget.batch,
-                           sites=choose_sites(config, backbone))
+    return measure_latency(backbone, latent_size(folder, config.data.resolution), config.budget.batch)
 
 
-def set_tf32(config: Config) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-    torch.backends.cudnn.allow_tf32 = config.train.tf32
+def reads_captions(source: Source) -> bool:
+    """Whether its samples are images with text, which a text encoder has to read."""
+    return source.num_classes == 0 and source.empty_text is None
 
 
-def plan_budget(config: Config, cost: CostTable, size: int, scheduler: DDPMScheduler,
-                latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
+def _plan_budget(config: Config, backbone: Backbone, cost: CostTable, size: int, scheduler: DDPMScheduler,
+                 latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
     """The budget, of time if `latency` is given, and the experts of `experts.pretrained`, which then bring theirs."""
     budget, given = config.budget, config.experts.pretrained
     timesteps = None
     if given is not None:
         experts = TemporalExperts.from_pretrained(given)
+        named_sites(backbone, experts.sites, f"experts.pretrained={given!r}")
         if len(experts.expert_T) != scheduler.config.num_train_timesteps:
             raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
                              f"scheduler's {scheduler.config.num_train_timesteps}")
@@ -125,77 +210,15 @@ def plan_budget(config: Config, cost: CostTable, size: int, scheduler: DDPMSched
         timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
-                         f"{len(cost.sites)} of this backbone with these experts.resnet_skip and transformer_skip: "
-                         "measure them with scripts/latency.py")
+                         f"{len(cost.sites)} of this backbone: measure them with `alter latency`")
     if latency is not None and latency.latent_size != size:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: measured at latents of {latency.latent_size}, "
-                         f"the run's are of {size}: measure them with scripts/latency.py")
+                         f"the run's are of {size}: measure them with `alter latency`")
     share_L = latency.share_L if latency else cost.share_L
     return Budget(share_L, budget.keep_ratio, budget.over, timesteps), None
 
 
-def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
-    """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first."""
-    if Path(pretrained).is_dir():
-        return Path(pretrained)
-    try:
-        return Path(DiffusionPipeline.download(pretrained, revision=revision))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{field}={pretrained!r}: no such folder, and the hub gave nothing "
-                         f"({reason}): give a diffusers folder or a hub id") from None
-
-
-def _architecture(config: Config, download: bool = False) -> Path:
-    """Where the backbone's JSON configuration is: its folder, or ours for a known model or a demo, or the hub's."""
-    pretrained = str(config.backbone.pretrained)
-    for folder in (Path(pretrained), CONFIGS / "models" / (config.demo.model or pretrained)):
-        if folder.is_dir() and any((folder / part).is_dir() for part in PIPELINE_COMPONENT.values()):
-            return folder
-    if download:
-        return local_folder(pretrained, config.backbone.revision)
-    raise InputError(f"backbone.pretrained={pretrained!r}: no such folder, and configs/models/ does not know "
-                     "it: give a diffusers folder")
-
-
-def component_of(folder: Path) -> tuple[type[Backbone], str]:
-    """The class and the sub-folder of a pipeline folder's backbone; reads JSON only."""
-    for cls, component in PIPELINE_COMPONENT.items():
-        file = folder / component / "config.json"
-        if file.is_file():
-            found = cls.load_config(folder / component).get("_class_name", cls.__name__)
-            if found == cls.__name__:
-                return cls, component
-            known = " and ".join(known.__name__ for known in PIPELINE_COMPONENT)
-            raise InputError(f"backbone.pretrained={str(folder)!r}: a {found} has no sites known to alter, "
-                             f"which prunes {known}")
-    raise InputError(f"backbone.pretrained={str(folder)!r} has neither unet/ nor transformer/: "
-                     "give a diffusers pipeline folder")
-
-
-def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The training schedule, with the betas and the prediction type of the pipeline's scheduler."""
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise InputError(f"backbone.pretrained={str(folder)!r} has no scheduler/scheduler_config.json")
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    kind = scheduler.config.prediction_type
-    if kind not in PREDICTION_TYPES:
-        raise InputError(f"{folder / 'scheduler'}: prediction_type={kind!r}: use one of {', '.join(PREDICTION_TYPES)}")
-    return scheduler
-
-
-def latent_size(config: Config, folder: Path) -> int:
-    """Side of the latents: `data.resolution`, divided by the VAE's factor where the pipeline has a VAE."""
-    if not (folder / "vae" / "config.json").is_file():
-        return config.data.resolution
-    levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
-    factor = 2 ** (levels - 1)
-    if config.data.resolution % factor:
-        raise InputError(f"data.resolution={config.data.resolution}: choose a multiple of the VAE's {factor}")
-    return config.data.resolution // factor
-
-
-def check_validation(config: Config, backbone: Backbone) -> None:
+def _check_validation(config: Config, backbone: Backbone) -> None:
     """Refuse validation images that the backbone's conditioning does not allow."""
     validate = config.validate
     if validate.every is None:
@@ -207,3 +230,60 @@ def check_validation(config: Config, backbone: Backbone) -> None:
                          f"validate.{other}; or validate.every=null")
     if by_class and not all(0 <= label < null_class(backbone) for label in validate.labels):
         raise InputError(f"validate.labels={list(validate.labels)}: the backbone knows 0 to {null_class(backbone) - 1}")
+
+
+def _check_source(config: Config, folder: Path, backbone: Backbone, source: Source, shape: tuple[int, ...]) -> None:
+    """Refuse data that do not fit the backbone, its VAE or its text encoder."""
+    if not source.encoded and not (folder / "vae").is_dir():
+        raise InputError(f"data.source={config.data.source!r} gives images, and {folder} has no vae: "
+                         "use data.source=latents")
+    if CONFIGS not in folder.parents:  # there, weights are yet to come
+        _check_encoding(config, folder, source)
+        if reads_captions(source) or (config.validate.every and config.validate.prompts):
+            check_text(folder, backbone.config.cross_attention_dim)
+    sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
+    wanted = example_inputs(backbone, shape[-1])
+    moments = (2 * shape[0], *shape[1:])
+    for name, expected in (("latents", shape), ("moments", moments)):
+        if name in sample and tuple(sample[name].shape) != expected:
+            raise InputError(
+                f"data.path={config.data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
+                f"backbone, which takes {expected} at data.resolution={config.data.resolution}"
+            )
+    if ("class_labels" in wanted) != ("labels" in sample):
+        kind = "class labels" if "class_labels" in wanted else "text"
+        raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
+                         "this data does not have")
+    if "class_labels" in wanted and (source.num_classes or 0) > null_class(backbone):
+        raise InputError(f"data.path={config.data.path!r}: {source.num_classes} classes, but the backbone knows "
+                         f"{null_class(backbone)}")
+    if "encoder_hidden_states" in sample:
+        width = backbone.config.cross_attention_dim
+        if sample["encoder_hidden_states"].shape[-1] != width:
+            raise InputError(f"data.path={config.data.path!r}: text states of width "
+                             f"{sample['encoder_hidden_states'].shape[-1]} do not fit the backbone's {width}")
+
+
+def _check_encoding(config: Config, folder: Path, source: Source) -> None:
+    """Refuse latents that were made otherwise than this run would make them, as far as is written in them."""
+    data, encoding = config.data, source.encoding
+    if encoding is None:
+        return
+    found: dict[str, Any] = {"resolution": encoding.resolution}
+    wanted: dict[str, Any] = {"resolution": data.resolution}
+    if (folder / "vae" / "config.json").is_file():
+        vae = AutoencoderKL.load_config(folder / "vae")
+        found |= {"scaling factor": encoding.scaling_factor, "shift factor": encoding.shift_factor, "VAE": encoding.vae}
+        wanted |= {"scaling factor": vae.get("scaling_factor", 0.18215), "shift factor": vae.get("shift_factor") or 0.0,
+                   "VAE": encoding.vae and weights_hash(folder / "vae")}
+    if encoding.text_encoder is not None:
+        found["text encoder"] = encoding.text_encoder
+        wanted["text encoder"] = weights_hash(folder / "text_encoder")
+    for name, value in found.items():
+        if value is not None and wanted[name] is not None and value != wanted[name]:
+            raise InputError(f"data.path={data.path!r}: encoded by {encoding.maker} with {name} {value}, but "
+                             f"backbone.pretrained={config.backbone.pretrained!r} at data.resolution={data.resolution} "
+                             f"has {wanted[name]}: encode again with `alter encode`")
+    if data.flip and not encoding.mirrored:
+        raise InputError(f"data.flip=true: data.path={data.path!r} holds no mirror images: encode again with "
+                         "data.flip=true, or set false")

@@ -3,7 +3,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alter import TemporalExperts
-from alter.evaluation.report.history import describe_masks, read_history
+from alter.evaluation.report.records import describe_masks, read_history
 from alter.training.run import train
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from ..backbones.pretrained import trained_parameters
 from ..backbones.sites import PIPELINE_COMPONENT
 from ..common.errors import InputError
-from ..data.open import weights_hash
+from ..data.latents import weights_hash
 from ..experts.artefact import TemporalExperts
-from . import checkpoint
+from .checkpoint import UNWRITTEN, checkpoints, load_checkpoint, load_parameters, load_state, save_checkpoint
 from .setup.parts import Parts
 
 _INPUTS = {"data": ("another number of samples, or other shards, in data.path", "bring the data back"),
@@ -39,21 +40,19 @@ def save_state(trainer: Any, needed: bool) -> Path:
     path = folder / f"step-{trainer.step:06d}"
     failure = None
     if trainer.accelerator.is_main_process:
-        tensors = {"backbone": dict(checkpoint.trained_parameters(trainer.backbone)),
+        tensors = {"backbone": dict(trained_parameters(trainer.backbone)),
                    "hypernetwork": trainer.parts.hypernetwork.state_dict()}
         if trainer.ema:
             tensors["ema"] = dict(zip(tensors["backbone"], trainer.ema.shadow_params, strict=True))
-        optimizers = {name: getattr(trainer, name).state_dict()
-                      for name in ("backbone_optim", "backbone_lr", "hyper_optim", "hyper_lr", "scaler")}
-        state = {"frozen": trainer.experts is not None, "counts": trainer.counts, **trainer.inputs,
+        optimizers = {name: getattr(trainer, name).state_dict() for name in ("backbone_update", "hyper_update")}
+        state = {"frozen": trainer.experts is not None, "counts": trainer.readout.counts, **trainer.inputs,
                  "ema_step": trainer.ema.optimization_step if trainer.ema else 0}
         try:
-            saved = checkpoint.save_checkpoint(folder, trainer.step, trainer.config, tensors, optimizers, state,
-                                               trainer.experts)
+            saved = save_checkpoint(folder, trainer.step, trainer.config, tensors, optimizers, state, trainer.experts)
             assert saved == path
-        except checkpoint.UNWRITTEN as error:
+        except UNWRITTEN as error:
             failure = f"{path} could not be written ({' '.join(str(error).split())[:200]})"
-            written = checkpoint.checkpoints(folder)
+            written = checkpoints(folder)
             if needed:
                 failure += ": make room, and " + (f"go on from {written[-1].name} with resume=latest" if written
                                                   else "start anew: there is no earlier checkpoint")
@@ -71,7 +70,7 @@ def check_inputs(trainer: Any, folder: Path) -> None:
     Raises:
         InputError: if not, or if it cannot be read.
     """
-    state = checkpoint.load_state(folder)
+    state = load_state(folder)
     for name, (what, remedy) in _INPUTS.items():
         if state[name] != trainer.inputs[name]:
             raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
@@ -83,27 +82,18 @@ def restore_state(trainer: Any, folder: Path) -> None:
     Raises:
         InputError: if it cannot be read.
     """
-    tensors, optimizers, state = checkpoint.load_checkpoint(folder)
-    checkpoint.load_parameters(trainer.backbone, tensors["backbone"])
-    hypernetwork = trainer.parts.hypernetwork
-    hypernetwork.load_state_dict({"offset_L": hypernetwork.offset_L, **tensors["hypernetwork"]})  # older ones lack it
-    for name, value in optimizers.items():
-        if value:  # a disabled scaler has no state
-            getattr(trainer, name).load_state_dict(value)
-    optim = trainer.config.optim  # a rate or decay changed for the resumed run holds from here on
-    for optimizer, schedule, lr in ((trainer.backbone_optim, trainer.backbone_lr, optim.backbone_lr),
-                                    (trainer.hyper_optim, trainer.hyper_lr, optim.hypernetwork_lr)):
-        schedule.base_lrs = [lr]
-        for group in optimizer.param_groups:
-            group["lr"] *= lr / group["initial_lr"]
-            group.update(initial_lr=lr, weight_decay=optim.weight_decay, betas=optim.betas)
+    tensors, optimizers, state = load_checkpoint(folder)
+    load_parameters(trainer.backbone, tensors["backbone"])
+    trainer.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
+    optim = trainer.config.optim
+    for name, lr in (("backbone_update", optim.backbone_lr), ("hyper_update", optim.hypernetwork_lr)):
+        getattr(trainer, name).load_state_dict(optimizers[name], lr, optim.betas, optim.weight_decay)
     if trainer.ema:
-        names = checkpoint.trained_parameters(trainer.backbone)
+        names = trained_parameters(trainer.backbone)
         for name, shadow in zip(names, trainer.ema.shadow_params, strict=True):
             shadow.copy_(tensors["ema"][name])
         trainer.ema.optimization_step = state["ema_step"]
     if state["frozen"]:
         trainer.experts = TemporalExperts.from_pretrained(folder)
     trainer.step = state["step"]
-    trainer.counts |= state["counts"]
-    trainer._counted = dict(trainer.counts)
+    trainer.readout.restore(state["counts"])

@@ -1,20 +1,26 @@
 """What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
 
+
+from ...backbones.pretrained import trained_parameters
 from ...common.config import Config
+from ...common.errors import InputError
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
-from ..checkpoint import trained_parameters
-from .parts import check_batch, check_packages, choose_trained
-from .plan import describe
+from .parts import choose_trained
+from .plan import check_machine, known_folder, make_plan
 
 _GIB = 2**30
 
 
 def describe_run(config: Config, processes: int = 1) -> str:
-    """The text of `scripts/train.py --dry-run`; needs no weights and no network."""
-    check_batch(config, processes)
-    check_packages(config)
-    backbone, cost, budget, experts = describe(config)
+    """The text of `alter train --dry-run`; needs no weights, no data and no network."""
+    check_machine(config, processes)
+    folder = known_folder(config)
+    if folder is None:
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: no such folder, and configs/models/ "
+                         "does not know it: give a diffusers folder")
+    plan = make_plan(config, folder, source=None)
+    backbone, cost, budget, experts = plan.backbone, plan.cost, plan.budget, plan.experts
     everything = sum(parameter.numel() for parameter in backbone.parameters())
     choose_trained(backbone, config)
     trained = sum(parameter.numel() for parameter in trained_parameters(backbone).values())
@@ -47,7 +53,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
 def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | None) -> str:
     if budget is None:
         return (f"{config.budget.keep_ratio:.3f} of the {config.budget.over} time, measured when the run begins "
-                "(scripts/latency.py measures it now)")
+                "(`alter latency` measures it now)")
     prunable = float(budget.share_L.sum())
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable
     total = budget.keep_ratio if budget.over == "total" else 1 - prunable * (1 - budget.keep_ratio)

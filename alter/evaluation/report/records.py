@@ -1,4 +1,4 @@
-"""How masks and routes evolved during the search: history.jsonl, a line every `log.masks_every` steps."""
+"""What a run records of its masks: history.jsonl, a line every `log.masks_every` steps, and sensitivity.json."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 
-FILE_NAME = "history.jsonl"
+from ...common.errors import InputError
+from ...common.files import write_text
+from ...method.sensitivity import Sensitivity
+
+HISTORY, SENSITIVITY = "history.jsonl", "sensitivity.json"
 
 
 def describe_masks(mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, Any]:
@@ -28,3 +32,21 @@ def read_history(file: Path, timesteps: int) -> list[dict[str, Any]]:
                         "mask_EL": np.array([[bit == "1" for bit in mask] for mask in record["masks"]]),
                         "expert_T": np.repeat(experts, lengths)})
     return records
+
+
+def write_sensitivity(table: Sensitivity, file: Path) -> None:
+    """Write the table as JSON."""
+    write_text(file, json.dumps(table.to_plain()) + "\n")
+
+
+def read_sensitivity(file: Path) -> Sensitivity:
+    """What `write_sensitivity` wrote.
+
+    Raises:
+        InputError: naming the file, if it is anything else.
+    """
+    try:
+        return Sensitivity.from_plain(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{file}: no sensitivity table ({type(error).__name__}: {error}): measure it with "
+                         "`alter measure`") from None

@@ -1,24 +1,14 @@
 """What each layer is worth at each timestep: how far the dense model's output, and its samples, move without it."""
 
-import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
-from tqdm import tqdm
 
-from ..common.config import Config
-from ..common.errors import InputError
-from ..common.files import write_text
-from ..method.budget import Budget
-from ..method.hypernetwork import HyperNetwork, Logits
-from .probe import Probe
-from .setup.parts import Parts
-
-FILE_NAME = "sensitivity.json"
+from .budget import Budget
+from .hypernetwork import HyperNetwork, Logits
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Sensitivity:
     def agreement(self) -> float:
         """Mean Spearman correlation between the layer rankings of two bins: 1 where all bins rank layers alike."""
         bins = self.error_LB.shape[1]
-        correlation = np.atleast_2d(np.corrcoef(rankdata(self.error_LB, axis=0), rowvar=False))
+        correlation = np.atleast_2d(np.corrcoef(_ranks(self.error_LB), rowvar=False))
         return float(correlation[np.triu_indices(bins, 1)].mean()) if bins > 1 else 1.0
 
     def gain(self, budget: Budget, experts: int) -> float:
@@ -66,38 +56,19 @@ class Sensitivity:
         effect_LT = np.repeat(self.effect_LB, np.diff(self.edges), axis=1)
         return float((effect_LT * ~mask_EL[expert_T].T).sum(axis=0).mean())
 
-    def save(self, file: Path) -> None:
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
         content = {name: value.tolist() if isinstance(value, np.ndarray) else value
                    for name, value in asdict(self).items()}
-        write_text(file, json.dumps({"alter_sensitivity": 2, **content}) + "\n")
+        return {"alter_sensitivity": 2, **content}
 
     @classmethod
-    def load(cls, file: Path) -> "Sensitivity":
-        """Raises InputError if it is no such file."""
-        try:
-            content = json.loads(file.read_bytes())
-            if content.pop("alter_sensitivity") != 2:
-                raise ValueError("another version")
-            arrays = (np.array(content[name], dtype=np.float64) for name in ("error_LB", "denoise_B", "response_B"))
-            return cls(tuple(content["sites"]), tuple(content["edges"]), content["samples"], *arrays)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise InputError(f"{file}: no sensitivity table ({type(error).__name__}: {error}): measure it with "
-                             "scripts/sensitivity.py") from None
-
-
-def measure_sensitivity(config: Config, parts: Parts, bins: int = 10, samples: int = 32, batch_size: int = 16,
-                        trials: int = 4) -> Sensitivity:
-    """Takes L + 1 forwards of `samples` samples a bin and, for the response, about bins + 1 more for each of `trials`
-    layers, drawn with the seed."""
-    probe, sites = Probe(config, parts, samples, batch_size), parts.simulator.sites
-    edges = np.linspace(0, parts.scheduler.config.num_train_timesteps, bins + 1).round().astype(int)
-    alone = ~np.eye(len(sites), dtype=bool)
-    columns = [probe.errors(alone, int(low), int(high))
-               for low, high in tqdm(list(pairwise(edges)), unit="bin", desc="sensitivity", dynamic_ncols=True)]
-    tried = np.random.default_rng([config.seed, 12]).permutation(len(sites))[:trials]
-    return Sensitivity(tuple(site.name for site in sites), tuple(map(int, edges)), samples,
-                       np.array([errors for errors, _ in columns]).T, np.array([denoise for _, denoise in columns]),
-                       probe.response(alone[tried], edges))
+    def from_plain(cls, content: dict[str, Any]) -> "Sensitivity":
+        """What `to_plain` gave; ValueError, TypeError or LookupError if it is anything else."""
+        if content["alter_sensitivity"] != 2:
+            raise ValueError(f"alter_sensitivity={content['alter_sensitivity']}: another version")
+        arrays = (np.array(content[name], dtype=np.float64) for name in ("error_LB", "denoise_B", "response_B"))
+        return cls(tuple(content["sites"]), tuple(content["edges"]), content["samples"], *arrays)
 
 
 def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,3 +149,11 @@ def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork) -
     (mask_L,), _ = allocate(table, budget, experts=1)
     offset_L = hypernetwork.offset_L
     offset_L.copy_(torch.where(torch.from_numpy(mask_L).to(offset_L.device), offset_L, -offset_L))
+
+
+def _ranks(values_LB: np.ndarray) -> np.ndarray:
+    """Of each value within its column; equal ones share the mean of theirs, float64."""
+    ordered = np.sort(values_LB, axis=0)
+    below, not_above = (np.stack([np.searchsorted(column, values, side) for column, values
+                                  in zip(ordered.T, values_LB.T, strict=True)], axis=1) for side in ("left", "right"))
+    return (below + not_above) / 2

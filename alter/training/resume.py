@@ -1,0 +1,183 @@
+"""Where a run writes, where a resumed one goes on, and what it may change."""
+
+import dataclasses
+import json
+import os
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from ..common.config import Config, flatten, load_config, save_config
+from ..common.errors import InputError
+from ..common.files import write_text
+from ..evaluation.report.records import HISTORY
+from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
+
+_MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
+               "backbone.gradient_checkpointing", "backbone.pretrained", "backbone.channels_last", "backbone.compile",
+               "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
+               "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
+               "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
+
+
+def _folders(config: Config) -> dict[str, str | None]:
+    return {section: getattr(config, section).pretrained for section in ("backbone", "teacher", "experts")}
+
+
+def _with_folders(config: Config, folders: dict[str, str | None]) -> Config:
+    return dataclasses.replace(config, **{
+        section: dataclasses.replace(getattr(config, section), pretrained=value) for section, value in folders.items()
+    })
+
+
+def _follow_links(config: Config) -> Config:
+    """Name what outputs/<name>/latest means now: this run may move that link."""
+    def follow(value: str | None) -> str | None:
+        if value is None or not _through_link(value):
+            return value
+        return os.path.realpath(value) if os.path.isabs(value) else os.path.relpath(
+            os.path.realpath(value), os.path.realpath("."))
+
+    return _with_folders(config, {section: follow(value) for section, value in _folders(config).items()})
+
+
+def _through_link(folder: str) -> bool:
+    return os.path.realpath(folder) != os.path.normpath(os.path.join(os.path.realpath("."), folder))
+
+
+def find_run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Path | None]:
+    """The configuration, the run directory, the same on every process, and the checkpoint to go on from."""
+    if config.resume:
+        run_dir, resume_from = _found_run(config, accelerator)
+        return _resumed(config, run_dir, resume_from, accelerator.is_main_process), run_dir, resume_from
+    if config.output_dir:
+        run_dir = Path(config.output_dir)
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
+            remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
+            raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
+        return _follow_links(config), run_dir, None
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+    stamp = broadcast_object_list([stamp])[0]
+    return _follow_links(config), Path("outputs") / config.name / stamp, None
+
+
+def _found_run(config: Config, accelerator: Accelerator) -> tuple[Path, Path]:
+    """`find_run`'s answer, or its InputError, on every process; one process reads the checkpoints."""
+    found: Any = None
+    if accelerator.is_main_process:
+        try:
+            found = find_run(str(config.resume), config.output_dir, config.name)
+        except InputError as error:
+            found = error
+    found = broadcast_object_list([found])[0]
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+def _resumed(config: Config, run_dir: Path, resume_from: Path, is_main_process: bool) -> Config:
+    """The configuration, with the folders that links meant when the run began; what changes harmlessly is printed.
+
+    Raises:
+        InputError: if it would change the model, the masks or the data.
+    """
+    if config.output_dir and Path(config.output_dir).resolve() != run_dir.resolve():
+        raise InputError(f"output_dir={config.output_dir!r} is not the run of resume={config.resume!r}: unset it")
+    recorded = load_config(resume_from / CONFIG)
+    began = _folders(recorded)
+    config = _with_folders(config, {
+        section: began[section] if value and began[section] and _through_link(value) else value
+        for section, value in _folders(config).items()
+    })
+    before, now = flatten(recorded), flatten(config)
+    refused, taken = [], []
+    for name, value in now.items():
+        moved = name == "experts.pretrained" and value and before[name]  # the checkpoint has them
+        if value == before[name] or name in ("output_dir", "resume"):
+            continue
+        if name.startswith(_MAY_CHANGE) or moved:
+            taken.append(f"{name}: {before[name]!r} → {value!r}")
+        else:
+            refused.append(f"{name}={value!r} differs from {before[name]!r}")
+    if refused:
+        raise InputError(f"{', '.join(refused)}, with which the run began: keep that, or start a new run")
+    if is_main_process:
+        for line in taken:
+            tqdm.write(line)
+    return config
+
+
+def open_run_dir(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: Path | None) -> None:
+    """Write the resolved configuration before the first step, and start the tracker."""
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / CONFIG)
+        print(f"run directory: {run_dir}", flush=True)
+        if resume_from is not None:
+            step = step_of(resume_from)
+            for later in checkpoints(run_dir / "checkpoints"):
+                if step_of(later) > step:  # passed over as damaged, or of a branch that is left
+                    set_aside(later, "damaged" if config.resume == "latest" else "abandoned")
+            for name in ("metrics.jsonl", "unreadable.jsonl", HISTORY):
+                _forget_after(run_dir / name, step)
+    accelerator.wait_for_everyone()
+    accelerator.project_configuration.logging_dir = str(run_dir)
+    accelerator.init_trackers(config.name if config.log.tracker == "wandb" else "tensorboard")
+
+
+def link_latest(config: Config, run_dir: Path) -> None:
+    """Let outputs/<name>/latest mean this run, of which there is a checkpoint now; nothing where a folder was named."""
+    if config.output_dir is None and config.resume is None:
+        fresh = run_dir.with_name(f".latest-{os.getpid()}")
+        fresh.symlink_to(run_dir.name, target_is_directory=True)
+        fresh.replace(run_dir.with_name("latest"))
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again, and what a killed process left of a line."""
+    def kept(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, TypeError):
+            return False
+
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_text(file, "".join(f"{line}\n" for line in lines if kept(line)))
+
+
+def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path]:
+    """The run directory and the checkpoint that `resume` means: with latest, the newest that is not damaged.
+
+    Changes nothing; damaged checkpoints that are passed over are named on the terminal.
+
+    Raises:
+        InputError: if there is none, or the one that is named is damaged.
+    """
+    if resume != "latest":
+        checkpoint = Path(resume)
+        if checkpoint not in checkpoints(checkpoint.parent):
+            raise InputError(f"resume={resume!r}: not a checkpoint: use latest, or a folder step-NNNNNN")
+        if reason := damage(checkpoint):
+            raise InputError(f"resume={resume!r} is damaged ({reason}): use latest, or name another checkpoint")
+        return checkpoint.parent.parent, checkpoint
+    run = Path(output_dir) if output_dir else Path("outputs") / name / "latest"
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise InputError(f"resume=latest: no checkpoint in {run / 'checkpoints'}: set output_dir to the run, or leave "
+                         "resume unset and start anew in an empty output_dir")
+    damaged: list[str] = []
+    for checkpoint in reversed(found):
+        reason = damage(checkpoint)
+        if reason is None:
+            for line in damaged:
+                tqdm.write(f"warning: {line}: set aside, and {checkpoint.name} is used", file=sys.stderr)
+            return run.resolve(), checkpoint
+        damaged.append(f"{checkpoint} is damaged ({reason})")
+    raise InputError(f"resume=latest: {', '.join(damaged)}: no other is left; start anew in an empty output_dir")

@@ -1,0 +1,118 @@
+"""The end of a run: final/, and what it achieved, in summary.json, samples.png, experts.png and a model card."""
+
+import json
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backbones.lora import FILE_NAME as ADAPTERS
+from ..backbones.lora import merge_adapters, save_adapters
+from ..backbones.pretrained import export
+from ..backbones.sampling import sample_latents
+from ..backbones.sites import PIPELINE_COMPONENT
+from ..common.config import Config
+from ..common.files import write_text
+from ..data.batches import Tolerant, collate, split
+from ..evaluation.classifier import accuracy, errors_by_timestep, train_classifier
+from ..evaluation.distances import frechet_distance
+from ..evaluation.report.card import model_card
+from ..evaluation.report.figures import plot_experts, plot_samples
+from ..experts.artefact import FILE_NAME as EXPERTS
+from ..experts.artefact import TemporalExperts
+from .demo_images import DemoReference, demo_reference
+from .setup.parts import Parts
+
+_SHOWN = 12  # images a row of samples.png
+
+
+def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: int, counts: dict[str, int],
+           run_dir: Path, started: float) -> dict[str, Any]:
+    """Export final/, measure it, and write summary.json, samples.png and experts.png; returns the summary."""
+    final, component = run_dir / "final", PIPELINE_COMPONENT[type(parts.backbone)]
+    parts.simulator.remove()
+    parts.backbone.eval()
+    if config.lora.rank is not None:
+        merge_adapters(parts.backbone)
+    export(final, parts.folder, parts.backbone, ("README.md", EXPERTS, ADAPTERS))  # its own, where it is a run's final/
+    experts.save_pretrained(final)
+    if config.lora.rank is not None:
+        save_adapters(parts.backbone, component, final)
+
+    summary: dict[str, Any] = {
+        "keep_ratio_target": experts.keep_ratio_target, "budget_over": experts.budget_over,
+        "keep_ratio": experts.keep_ratio, "prunable_share": parts.cost.prunable_share,
+        "macs_dense": experts.macs_total, "macs_experts": round(experts.macs_mean),
+        "experts_count": len(experts.mask_EL), "experts_used": len(experts.used),
+        "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used], **counts,
+    }
+    if experts.latency is not None:
+        summary |= {"time_ratio": experts.time_ratio, "time_measured_on": experts.latency.place}
+    experts.apply(parts.backbone)
+    summary |= _held_out_errors(config, parts, config.train.micro_batch(processes))
+    reference = demo_reference(config, parts.source)
+    if reference is not None:
+        summary |= _sample_quality(config, parts, reference, run_dir)
+    summary["seconds_total"] = time.perf_counter() - started
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    plot_experts(experts, run_dir / "experts.png")
+    index = final / "model_index.json"
+    pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "DiffusionPipeline"
+    card = model_card(config, experts, summary, pipeline, ADAPTERS if config.lora.rank else None)
+    write_text(final / "README.md", card)
+    return summary
+
+
+def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 256) -> dict[str, Any]:
+    """`errors_by_timestep` on at most `most` held-out samples, and their means; None without any, or a dense model."""
+    _, held_out = split(parts.source, config.data.holdout, config.seed)
+    if parts.teacher is None or not len(held_out):
+        return {"output_error": None, "denoise_error": None}
+    held_out, errors = held_out[:most], []
+    source = Tolerant(parts.source, held_out, config.seed, parts.fit)
+    for first in range(0, len(held_out), batch_size):
+        batch = collate([source[0, int(i)] for i in held_out[first : first + batch_size]])
+        count = min(batch_size, len(held_out) - first)
+        batch = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
+                 for name, value in batch.items()}
+        latents = parts.latents(batch, torch.zeros(count, *parts.latent_shape))
+        conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
+        errors.append(count / len(held_out) * errors_by_timestep(
+            parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first))
+    parts.release_teacher()
+    output, denoise = np.sum(errors, axis=0).tolist()
+    return {"output_error": fmean(output), "denoise_error": fmean(denoise),
+            "output_error_by_timestep": output, "denoise_error_by_timestep": denoise}
+
+
+def _sample_quality(config: Config, parts: Parts, demo: DemoReference, run_dir: Path) -> dict[str, Any]:
+    """Fréchet distances and accuracies, dense and experts, from the same seeds and conditions."""
+    evaluate, device = config.evaluate, parts.backbone.device
+    classifier = train_classifier(demo.images, demo.targets, 0)  # the same for runs of every seed
+    real = classifier.features(demo.images).numpy()
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in demo.batch.items()}
+    everything = torch.ones(len(demo.asked), dtype=torch.bool)
+    given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
+    steps = evaluate.sampling_steps
+    summary: dict[str, Any] = {
+        "sampling_steps": steps, "guidance_scale": evaluate.guidance_scale, "samples": evaluate.samples,
+    }
+    pictures = {}
+    for name, model, count in (("dense", parts.teacher, steps), ("experts", parts.backbone, steps),
+                               ("dense_50", parts.teacher, 50)):
+        if model is None or not evaluate.dense and model is parts.teacher:
+            continue
+        images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
+                                             config.seed, evaluate.guidance_scale))
+        features = classifier.features(images).numpy()
+        summary[f"fd_{name}"] = frechet_distance(features, real)
+        summary[f"fd_halves_{name}"] = [frechet_distance(half, real) for half in np.array_split(features, 2)]
+        summary[f"accuracy_{name}"] = accuracy(classifier, images, demo.asked)
+        pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:_SHOWN]
+    parts.release_teacher()
+    plot_samples(pictures, demo.titles[:_SHOWN], run_dir / "samples.png")
+    return summary
