@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-import alter.training.run
+import alter.training.summary
 from alter.common.config import CONFIGS
 from alter.data.shapes import write_shapes
-from alter.evaluation import train_classifier
+from alter.evaluation.classifier import train_classifier
 from alter.training.demo import make_tokenizer
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
@@ -23,7 +23,7 @@ torch.set_num_threads(1)  # tiny models: threads cost more than they give
 def brief_classifier():
     """Whole runs measure their samples; here that they do is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alter.training.run, "train_classifier", functools.partial(train_classifier, steps=20))
+        patch.setattr(alter.training.summary, "train_classifier", functools.partial(train_classifier, steps=20))
         yield
 
 
@@ -84,7 +84,7 @@ def make_vae(latent_channels=4) -> AutoencoderKL:
 
 
 def save_stable_diffusion(folder: Path, prediction_type="v_prediction") -> Path:
-    """A tiny but complete Stable Diffusion for images of 32 x 32 pixels and the words of `alter.shapes`."""
+    """A tiny but complete Stable Diffusion for images of 32 x 32 pixels and the words of `alter.data.shapes`."""
     save_pipeline(folder, make_unet(), prediction_type)
     template = CONFIGS / "models/demo/sd-shapes"
     make_vae().save_pretrained(folder / "vae")

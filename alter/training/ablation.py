@@ -88,11 +88,12 @@ def time_ratio(run: Path, device: torch.device, images: int = 32, rounds: int = 
     """Seconds of sampling with a demo run's experts over those with experts that keep every layer; medians, in turn."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
     parts = build(config, device=device)
-    reference = demo_reference(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images)),
-                 parts.source)
+    few = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images))
+    reference = demo_reference(few, parts.source)
     assert parts.experts is not None and reference is not None, "a demo's run"
     everything_kept = dataclasses.replace(parts.experts, mask_EL=np.ones_like(parts.experts.mask_EL))
-    batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in reference.batch.items()}
+    batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value
+                  for name, value in reference.batch.items()}
     everything = torch.ones(images, dtype=torch.bool)
     given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
     parts.simulator.remove()
