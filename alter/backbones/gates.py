@@ -1,8 +1,8 @@
 """Gates at the sites of an unmodified diffusers model: x_out = (1 - m)·x_in + m·f(x_in), per sample.
 
 Attaching sets each site's `__class__` to a parameter-free subclass of the same name whose `__call__` consults the gate
-before it calls the layer. State-dict keys, `deepcopy`, hooks and `block.compile()` keep working, and the branch stays
-outside compiled code. `remove()` restores the model.
+before it calls the layer. State-dict keys, `deepcopy`, pickling, hooks and `block.compile()` keep working, and the
+branch stays outside compiled code. `remove()` restores the model.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import InputError
@@ -57,13 +58,12 @@ class HardRows:
             return around
         batch = len(hidden_states)
 
-        def select(value: Any) -> Any:
-            is_batched = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-            return value.index_select(0, kept) if is_batched else value
+        def select(value: Tensor) -> Tensor:
+            return value.index_select(0, kept) if value.dim() > 0 and len(value) == batch else value
 
-        output = layer(
-            select(hidden_states), *map(select, args), **{name: select(value) for name, value in kwargs.items()}
-        )
+        # Conditioning may be nested: an IP-Adapter's image states come in a tuple beside the text's.
+        selected, args, kwargs = tree_map_only(Tensor, select, (hidden_states, args, kwargs))
+        output = layer(selected, *args, **kwargs)
         dtype = torch.promote_types(around.dtype, output.dtype)
         return around.to(dtype).index_copy(0, kept, output.to(dtype))
 
@@ -72,9 +72,13 @@ Rows = SoftRows | HardRows
 
 
 class _State:
-    """What the gates of one model share: the rows in force (None: dense)."""
+    """What the gates of one model share.
+
+    rows: those in force; None: dense. required: whether running dense is a mistake.
+    """
 
     rows: Rows | None = None
+    required: bool = False
 
 
 @dataclass
@@ -82,7 +86,6 @@ class _Gate:
     index: int
     site: Site
     state: _State
-    own: Any  # the layer's class when the gate was made
     observer: Callable[[Tensor], None] | None = None
 
 
@@ -104,9 +107,10 @@ class Simulator:
         if any(hasattr(layer, "_alter_gate") for layer in self._layers):
             raise InputError("backbone: it already has gates: remove them first")
         for index, (site, layer) in enumerate(zip(self.sites, self._layers, strict=True)):
-            layer._alter_gate = _Gate(index, site, self._state, type(layer))
-            own: Any = type(layer)
-            layer.__class__ = _gated(own)
+            layer._alter_gate = _Gate(index, site, self._state)
+            cls: Any = type(layer)
+            if not hasattr(cls, "_alter_base"):  # else it is a class that somebody made of ours (see `remove`)
+                layer.__class__ = _gated(cls)
 
     @contextmanager
     def use(self, rows: Rows | None) -> Iterator[None]:
@@ -120,6 +124,10 @@ class Simulator:
     def set(self, rows: Rows | None) -> None:
         """Put `rows` in force until changed."""
         self._state.rows = rows
+
+    def require_rows(self, required: bool) -> None:
+        """Whether a layer refuses to run while no rows are in force."""
+        self._state.required = required
 
     def compile(self, **options: Any) -> None:
         """torch.compile every site's layer with these options; the branches stay outside."""
@@ -156,8 +164,10 @@ class Simulator:
         """Restore the model to what it was."""
         self.uncompile()
         for layer in self._layers:
-            layer.__class__ = layer._alter_gate.own
             del layer._alter_gate
+            if "_alter_base" in vars(type(layer)):
+                layer.__class__ = type(layer)._alter_base
+            # Else somebody has made a class of ours since, which stays: without a gate ours does nothing.
         self._layers = []
 
 
@@ -198,17 +208,35 @@ class FeatureTap:
 
 @functools.cache
 def _gated(cls: Any) -> Any:
-    def call(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        gate: _Gate = self._alter_gate
-        rows = gate.state.rows
-        layer = functools.partial(dense, self)
-        if rows is None:
-            output = layer(hidden_states, *args, **kwargs)
-        else:
-            output = rows.gate(gate.index, gate.site, layer, hidden_states, args, kwargs)
-        if gate.observer is not None:
-            gate.observer(output)
-        return output
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gate: _Gate | None = vars(self).get("_alter_gate")
+        return dense(self, *args, **kwargs) if gate is None else _through(gate, functools.partial(dense, self), *args,
+                                                                          **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        """For pickle and deepcopy, which look a class up by its name and would find `cls`."""
+        return _new, (cls,), self.__getstate__()
 
     dense = cls.__call__
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__reduce_ex__": reduce,
+                                       "_alter_base": cls})
+
+
+def _new(cls: Any) -> Any:
+    return object.__new__(_gated(cls))
+
+
+def _through(gate: _Gate, layer: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The output of a layer behind its gate."""
+    rows = gate.state.rows
+    if rows is not None:
+        output = rows.gate(gate.index, gate.site, layer, hidden_states, args, kwargs)
+    elif gate.state.required:
+        raise InputError(f"experts: {gate.site.name} was run outside a call of its backbone (by the backbone's "
+                         "`forward`, or when gradient checkpointing computes it again), where no timestep chooses the "
+                         "layers: call the backbone itself, or remove the experts")
+    else:
+        output = layer(hidden_states, *args, **kwargs)
+    if gate.observer is not None:
+        gate.observer(output)
+    return output

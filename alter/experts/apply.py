@@ -1,9 +1,11 @@
 """Experts at work in a diffusers pipeline: the backbone's own timestep chooses the rows of its gates.
 
-The choice is made once a forward, in Python, outside compiled code, from at most one host read of the timestep; the
-layers then run or not without a look at the device (backbones/gates.py). Nothing compares tensors.
+The choice is made once per forward, in Python, outside compiled code, from at most one host read of the timestep; the
+layers then run or not without a look at the device (backbones/gates.py). Nothing compares tensors. It holds until that
+forward ends; threads that share a backbone take turns.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ class Installed:
     mask_EL: np.ndarray
     expert_T: np.ndarray
     simulator: Simulator
-    hook: Any
+    hooks: list[Any]
 
 
 class Applied:
@@ -35,10 +37,16 @@ class Applied:
     def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
         self.target = target
         backbone = backbone_of(target)
+        installed: Installed | None = vars(backbone).get("_alter_applied")
+        if installed is not None:
+            check_same(installed, mask_EL, expert_T)
+            return
         check_fit(backbone, sites, mask_EL, expert_T)
+        scheduler = type(target.scheduler).__name__ if hasattr(target, "scheduler") else None
         simulator = Simulator(backbone)
-        hook = _register(simulator, mask_EL, expert_T)
-        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, hook)
+        simulator.require_rows(True)
+        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, _register(
+            simulator, _Chooser(simulator, mask_EL, expert_T, scheduler)))
 
     def __enter__(self) -> Any:
         return self.target
@@ -47,19 +55,28 @@ class Applied:
         remove(self.target)
 
 
-def remove(target: Any) -> None:
-    """Restore the backbone of `target` to what it was before experts were applied.
+def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray | None = None) -> None:
+    """Restore the backbone of `target` to what it was before experts were applied: these, if they are named.
 
     Raises:
-        InputError: if there are none.
+        InputError: if there are none, or others.
     """
     backbone = backbone_of(target)
     installed: Installed | None = vars(backbone).get("_alter_applied")
     if installed is None:
         raise InputError("experts: none are applied to this backbone: call apply first")
-    installed.hook.remove()
+    if mask_EL is not None and expert_T is not None:
+        check_same(installed, mask_EL, expert_T)
+    for hook in installed.hooks:
+        hook.remove()
     installed.simulator.remove()
     del backbone._alter_applied
+
+
+def check_same(installed: Installed, mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
+    """Raises InputError if the experts that are installed are not these."""
+    if not (np.array_equal(installed.mask_EL, mask_EL) and np.array_equal(installed.expert_T, expert_T)):
+        raise InputError("experts: others are applied to this backbone: remove them first")
 
 
 def check_fit(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray,
@@ -77,12 +94,12 @@ def check_fit(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray,
 @contextmanager
 def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Iterator[None]:
     """As `Applied`, inside the block, for a backbone that has gates already."""
-    hook = _register(simulator, mask_EL, expert_T)
+    hooks = _register(simulator, _Chooser(simulator, mask_EL, expert_T, None))
     try:
         yield
     finally:
-        hook.remove()
-        simulator.set(None)
+        for hook in hooks:
+            hook.remove()
 
 
 def backbone_of(target: Any) -> Any:
@@ -97,24 +114,60 @@ def backbone_of(target: Any) -> Any:
     return getattr(target, "_orig_mod", target)
 
 
-def _register(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Any:
-    """A forward pre-hook that lets the `timestep` argument choose the gates' rows."""
-    masks, routes, last = torch.from_numpy(mask_EL), expert_T.tolist(), len(expert_T) - 1
-    rows_E = [HardRows(mask_L[None]) for mask_L in masks]
+class _Turn:
+    """A lock that a copy of the backbone does not share."""
 
-    def choose_rows(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if "_is_replica" in vars(module):
-            raise InputError("experts: nn.DataParallel's replicas share one choice of layers: use a process each GPU")
-        installed: Installed | None = vars(module).get("_alter_applied")  # a copy's own, in a copy of the backbone
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
-        experts = [routes[min(max(round(value), 0), last)] for value in (given if isinstance(given, list) else [given])]
-        if experts.count(experts[0]) == len(experts):
-            rows = rows_E[experts[0]]
-        else:
-            sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            rows = HardRows(masks[experts], sample.device)
-        (simulator if installed is None else installed.simulator).set(rows)
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        return _Turn, ()
+
+
+class _Chooser:
+    """Forward hooks that let the `timestep` argument choose the gates' rows for as long as the forward takes.
+
+    scheduler: class of the pipeline's, for messages.
+    """
+
+    def __init__(self, simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray, scheduler: str | None) -> None:
+        self.simulator, self.scheduler, self.turn = simulator, scheduler, _Turn()
+        self.masks, self.routes = torch.from_numpy(mask_EL), expert_T.tolist()
+        self.rows_E = [HardRows(mask_L[None]) for mask_L in self.masks]
 
     # In a graph that the user compiles around the backbone: outside it, a break before any layer.
-    return simulator.backbone.register_forward_pre_hook(torch.compiler.disable(choose_rows), with_kwargs=True)
+    @torch.compiler.disable
+    def begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        if "_is_replica" in vars(module):
+            raise InputError("experts: nn.DataParallel's replicas share one choice of layers: use a process each GPU")
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
+        experts = [self._expert(value) for value in (given if isinstance(given, list) else [given])]
+        if experts.count(experts[0]) == len(experts):
+            rows = self.rows_E[experts[0]]
+        else:
+            sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            rows = HardRows(self.masks[experts], sample.device)
+        self.turn.lock.acquire()
+        self.simulator.set(rows)
+
+    @torch.compiler.disable
+    def end(self, *_: Any) -> None:
+        if self.turn.lock._is_owned():  # type: ignore[attr-defined]  # not where `begin` itself has failed
+            self.simulator.set(None)
+            self.turn.lock.release()
+
+    def _expert(self, timestep: float) -> int:
+        """Of the nearest training timestep."""
+        last = len(self.routes) - 1
+        if not -0.5 <= timestep < last + 1:
+            raise InputError(f"experts: timestep={timestep} is outside the training timesteps 0 to {last}: "
+                             f"{self.scheduler or 'the scheduler'} counts noise in other units; use one that counts "
+                             "training timesteps, such as DPMSolverMultistepScheduler")
+        return self.routes[min(max(round(timestep), 0), last)]
+
+
+def _register(simulator: Simulator, chooser: _Chooser) -> list[Any]:
+    backbone = simulator.backbone
+    return [backbone.register_forward_pre_hook(chooser.begin, with_kwargs=True),
+            backbone.register_forward_hook(chooser.end, always_call=True)]

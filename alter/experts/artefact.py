@@ -14,7 +14,7 @@ from ..backbones.gates import Simulator
 from ..backbones.latency import Latency
 from ..common.errors import InputError
 from ..common.files import write_text
-from .apply import Applied, backbone_of, check_fit, remove, serving
+from .apply import Applied, backbone_of, check_fit, check_same, remove, serving
 from .trim import trim_layers
 
 FILE_NAME = "experts.json"
@@ -161,8 +161,12 @@ class TemporalExperts:
         return Applied(target, self.sites, self.mask_EL, self.expert_T)
 
     def remove(self, target: Any) -> None:
-        """Undo `apply`; the backbone is dense again."""
-        remove(target)
+        """Undo `apply`; the backbone is dense again.
+
+        Raises:
+            InputError: if these experts are not applied to it.
+        """
+        remove(target, self.mask_EL, self.expert_T)
 
     def compile(self, target: Any, **options: Any) -> None:
         """Apply the experts to `target`, if they are not, and torch.compile each of its prunable layers.
@@ -176,10 +180,8 @@ class TemporalExperts:
         backbone = backbone_of(target)
         if not hasattr(backbone, "_alter_applied"):
             self.apply(target)
-        installed = backbone._alter_applied
-        if not (np.array_equal(installed.mask_EL, self.mask_EL) and np.array_equal(installed.expert_T, self.expert_T)):
-            raise InputError("experts: others are applied to this backbone: remove them first")
-        installed.simulator.compile(**options)
+        check_same(backbone._alter_applied, self.mask_EL, self.expert_T)
+        backbone._alter_applied.simulator.compile(**options)
 
     def trim(self, target: Any) -> int:
         """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.

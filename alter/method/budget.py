@@ -15,7 +15,7 @@ from ..common.errors import InputError
 from .hypernetwork import Logits
 
 TOLERANCE = 0.004
-_CORE = 10  # entries of which all combinations are tried
+_FREE, _GRAIN = 64, TOLERANCE / 8  # entries decided exactly; unit of their costs
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class Budget:
 
         Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within TOLERANCE and
         to at least one site in every expert that has a timestep; where the sites are too coarse for the tolerance, as
-        near as the exchange of two sites comes. By a Lagrange multiplier on the cost, then local search
-        (docs/method.md, "The budget").
+        near as they come. By a Lagrange multiplier on the cost, then dynamic programming (docs/method.md, "The budget").
 
         Returns: mask_EL bool [E, L], expert_T int64 [T]; the same for equal logits on every machine and rank.
         """
@@ -91,38 +90,51 @@ class Budget:
 def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.ndarray, target: float) -> np.ndarray:
     """Mask bool [E, L] of great Σ logit·m with Σ cost·m near the target and a site in every serving expert.
 
-    Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then try all 2^CORE changes of
-    the entries that this decides most narrowly, and again while that helps.
+    Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then decide the _FREE entries
+    again that this decides most narrowly, by dynamic programming. The likeliest site of an expert that would be empty
+    is kept in any case.
     """
     logits, cost = logits_EL.ravel(), cost_EL.ravel()
-    mask = (cost == 0) & (logits > 0)  # of experts that no counted timestep visits
-    worth = np.divide(logits, cost, out=np.full_like(cost, -np.inf), where=cost > 0)
-    order = np.argsort(-worth, kind="stable")[: np.count_nonzero(cost)]
-    spent = np.concatenate([[0.0], cost[order].cumsum()])
-    kept = int(np.abs(spent - target).argmin())
-    mask[order[:kept]] = True
-    mask_EL = mask.reshape(cost_EL.shape)
-    empty = np.flatnonzero(serving_E & ~mask_EL.any(axis=1))
-    mask_EL[empty, logits_EL[empty].argmax(axis=1)] = True
+    worth = np.divide(logits, cost, out=np.where(logits > 0, np.inf, -np.inf), where=cost > 0)
+    order = np.argsort(-worth, kind="stable")
+    kept = int(np.abs(np.concatenate([[0.0], cost[order].cumsum()]) - target).argmin())
     multiplier = worth[order[max(kept - 1, 0)]]
-    narrow = np.argsort(np.abs(logits - multiplier * cost), kind="stable")
-    for first in range(0, len(narrow), _CORE // 2):
-        core = narrow[first : first + _CORE]
-        _choose(mask_EL, core, logits, cost, serving_E, target)
-        if abs(cost @ mask_EL.ravel() - target) <= TOLERANCE:
-            break
-    return mask_EL
+    narrow = np.argsort(np.abs(logits - (multiplier if np.isfinite(multiplier) else 0.0) * cost), kind="stable")
+    forced = np.zeros(len(cost), dtype=bool)
+    while True:
+        mask = np.zeros(len(cost), dtype=bool)
+        mask[order[:kept]] = True
+        mask |= forced
+        free = narrow[~forced[narrow]][:_FREE]
+        mask[free] = False
+        mask[free] = _knapsack(logits[free], cost[free], target - float(cost @ mask))
+        mask_EL = mask.reshape(cost_EL.shape)
+        empty = np.flatnonzero(serving_E & ~mask_EL.any(axis=1))
+        if not len(empty):
+            return mask_EL
+        forced.reshape(cost_EL.shape)[empty, logits_EL[empty].argmax(axis=1)] = True
 
 
-def _choose(mask_EL: np.ndarray, core: np.ndarray, logits: np.ndarray, cost: np.ndarray, serving_E: np.ndarray,
-            target: float) -> None:
-    """Set the entries `core` of the mask, in place: the nearest to the target (up to TOLERANCE), then the likeliest."""
-    mask, sites = mask_EL.ravel(), mask_EL.shape[1]
-    mask[core] = False
-    tried = (np.arange(2 ** len(core))[:, None] >> np.arange(len(core))) & 1  # [2^CORE, CORE]
-    kept_E = mask_EL.sum(axis=1) + tried @ (core[:, None] // sites == np.arange(len(mask_EL)))
-    allowed = (kept_E[:, serving_E] > 0).all(axis=1)
-    missed = np.maximum(np.abs(cost @ mask + tried @ cost[core] - target) - TOLERANCE, 0.0)
-    missed = np.where(allowed, missed.round(12), np.inf)
-    best = np.lexsort((-(tried @ logits[core]), missed))[0]
-    mask[core] = tried[best]
+def _knapsack(values: np.ndarray, costs: np.ndarray, target: float) -> np.ndarray:
+    """Which items to take, bool [N]: costs as near to the target as they come, up to TOLERANCE, at the greatest value.
+
+    The usual programme over costs in multiples of _GRAIN; of each multiple the best value, with its exact cost.
+    """
+    grains = np.rint(costs / _GRAIN).astype(int)
+    size = int(grains.sum()) + 1
+    value_G, spent_G = np.full(size, -np.inf), np.zeros(size)
+    value_G[0] = 0.0
+    taken = np.zeros((len(values), size), dtype=bool)
+    for item, (value, cost, width) in enumerate(zip(values, costs, grains, strict=True)):
+        with_it = value_G[: size - width] + value
+        better = with_it > value_G[width:]
+        taken[item, width:] = better
+        spent_G[width:] = np.where(better, spent_G[: size - width] + cost, spent_G[width:])
+        value_G[width:] = np.where(better, with_it, value_G[width:])
+    missed = np.maximum(np.abs(spent_G - target) - TOLERANCE, 0.0).round(12)
+    grain = int(np.lexsort((-value_G, np.where(np.isfinite(value_G), missed, np.inf)))[0])
+    chosen = np.zeros(len(values), dtype=bool)
+    for item in reversed(range(len(values))):
+        chosen[item] = taken[item, grain]
+        grain -= int(grains[item]) * int(chosen[item])
+    return chosen
