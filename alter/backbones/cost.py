@@ -18,7 +18,7 @@ from .sites import Backbone, example_inputs, find_sites
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of one forward with batch 1. `macs` and `parameters` have one entry a site: what skipping it saves."""
+    """Costs of one forward with batch 1. `macs` and `parameters` have one entry per site: what skipping it saves."""
 
     sites: tuple[str, ...]
     macs: tuple[int, ...]
@@ -41,7 +41,7 @@ class CostTable:
         return (1e9, "GMACs") if self.macs_total >= 1e9 else (1e6, "MMACs")
 
     def table(self) -> str:
-        """One line a site and a total, for the terminal."""
+        """One line per site and a total, for the terminal."""
         width = max(map(len, self.sites))
         scale, unit = self.unit
         rows = [f"{'site':{width}}  {unit:>9}  {'share':>7}  {'M params':>9}"]
@@ -59,6 +59,9 @@ def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
     Args:
         backbone: on any device, without gates in force.
         latent_size: side of the latents, in latent pixels.
+
+    Raises:
+        InputError: if the backbone has no prunable layer.
     """
     with torch.device("meta"):
         model = type(backbone).from_config(backbone.config)

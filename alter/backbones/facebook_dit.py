@@ -1,7 +1,7 @@
 """facebookresearch/DiT's checkpoints and diffusers' DiTTransformer2DModel: the same weights under other names.
 
-diffusers has the timestep and label embedders once a block, queries, keys and values apart, and computes the fixed
-positions. All weights are copied as they are. What stays different is the timestep's sinusoid: its frequencies are
+diffusers has one timestep and label embedder per block, separate queries, keys and values, and computes the fixed
+positions. All weights are copied as they are. What remains different is the timestep's sinusoid: its frequencies are
 10000^(-k/128) in the original, 10000^(-k/127) in diffusers, and no configuration of diffusers' changes that.
 """
 
@@ -142,7 +142,7 @@ def _check(state: Mapping[str, Tensor], config: Mapping[str, Any],
 
 
 def _table(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """The original's tensors: shape, and names in diffusers: none, one, three (thirds) or one a block (copies)."""
+    """The original's tensors: shape, and names in diffusers: none, one, three (thirds) or one per block (copies)."""
     width, patch = config["num_attention_heads"] * config["attention_head_dim"], config["patch_size"]
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(config["num_layers"])]
     modules: dict[str, tuple[tuple[int, ...], list[str]]] = {

@@ -22,7 +22,7 @@ from .sites import Site, find_sites
 
 @dataclass(frozen=True)
 class SoftRows:
-    """Dense compute, blended by the mask: gradients reach mask_BL, float [B, L]."""
+    """Every layer is computed and blended by the mask, so that gradients reach mask_BL, float [B, L]."""
 
     mask_BL: Tensor
 
@@ -34,17 +34,17 @@ class SoftRows:
 
 
 class HardRows:
-    """The layer runs only on the samples that keep it; known on the host, so nothing waits for the device.
+    """A layer runs only on the samples that keep it; these are known on the host, so nothing waits for the device.
 
     Args:
-        mask_BL: bool [B, L] on the CPU; one row serves a batch of any size with one expert.
+        mask_BL: bool [B, L] on the CPU; a single row [1, L] serves a batch of any size with one expert.
         device: where the backbone runs.
     """
 
     def __init__(self, mask_BL: Tensor, device: torch.device | str = "cpu") -> None:
         counts = mask_BL.sum(0).tolist()
         order_LB = mask_BL.T.int().argsort(dim=1, descending=True, stable=True).to(device, non_blocking=True)
-        # Whether the site runs, for all samples; or the indices of those that keep it.
+        # True or False: the site runs for all samples or for none; else the indices of those that keep it.
         self.kept: list[Tensor | bool] = [
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
@@ -190,7 +190,7 @@ class FeatureTap:
 
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
-        """Yields a list that holds the features, in the order of the names, once the block is left."""
+        """Yields a list that holds the features, in the order of the names, after the end of the block."""
         features: list[Tensor] = []
         self._armed = True
         try:

@@ -25,8 +25,8 @@ class Latency:
     """Medians of one dense forward without gradients.
 
     Attributes:
-        sites: name of every site, [L]. seconds: that skipping it saves, [L]; seconds_total: of the whole forward.
-        device: its name. dtype: of weights and latents. batch, latent_size: of the latents, [batch, C, size, size].
+        sites: name of every site, [L]. seconds: what skipping it saves, [L]. seconds_total: of the whole forward.
+        device: its name. dtype: of weights and latents. batch, latent_size: of the latents [batch, C, size, size].
     """
 
     sites: tuple[str, ...]
@@ -76,12 +76,13 @@ class Latency:
 def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20) -> Latency:
     """Time the layers of `backbone` within whole forwards, eagerly, on its device and in its dtype.
 
-    On a GPU, times are those between events on its
-    stream, so that gaps in which it waits for the host count.
+    On a GPU, times are those between events on its stream, so that gaps in which it waits for the host count.
 
     Args:
-        backbone: in evaluation mode, without experts. latent_size: side of the latents.
-        batch: of the backbone; guidance doubles that of a pipeline. runs: timed forwards, after five more.
+        backbone: in evaluation mode, without experts.
+        latent_size: side of the latents, in latent pixels.
+        batch: of the backbone; guidance doubles that of a pipeline.
+        runs: timed forwards, after five untimed ones.
     """
     inputs = example_inputs(backbone, latent_size, batch=batch)
     sites = find_sites(backbone)
@@ -129,7 +130,7 @@ def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20)
 
 
 def device_name(device: torch.device) -> str:
-    """Of a GPU, its model; of a CPU, its model where the system tells (else its kind) and the number of threads."""
+    """The model of a GPU; or that of a CPU, if the system tells it (else its kind), and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")

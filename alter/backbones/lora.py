@@ -12,7 +12,10 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 
 
 def add_adapters(backbone: nn.Module, rank: int, alpha: int | None, targets: tuple[str, ...]) -> None:
-    """Add adapters to the linear layers that `targets` names; they alone are trainable afterwards.
+    """Add adapters to the linear layers that `targets` names; only they are trainable afterwards.
+
+    Args:
+        rank: >= 1. alpha: the adapters' scale is alpha / rank; None: alpha = rank.
 
     Raises:
         InputError: if no layer has such a name.

@@ -18,7 +18,11 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "f
 
 
 def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
-    """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first."""
+    """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first.
+
+    Raises:
+        InputError: naming `field`, if there is neither such a folder nor such a hub id.
+    """
     if Path(pretrained).is_dir():
         return Path(pretrained)
     try:
@@ -30,7 +34,11 @@ def local_folder(pretrained: str, revision: str | None = None, field: str = "bac
 
 
 def component_of(folder: Path) -> tuple[type[Backbone], str]:
-    """The class and the sub-folder of a pipeline folder's backbone; reads JSON only."""
+    """The class and the sub-folder of a pipeline folder's backbone; reads JSON only.
+
+    Raises:
+        InputError: if there is none, or it is of another class.
+    """
     for cls, component in PIPELINE_COMPONENT.items():
         file = folder / component / "config.json"
         if file.is_file():
@@ -45,13 +53,21 @@ def component_of(folder: Path) -> tuple[type[Backbone], str]:
 
 
 def load_backbone(folder: Path) -> Backbone:
-    """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files)."""
+    """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files).
+
+    Raises:
+        InputError: if it cannot be loaded, or weights are missing.
+    """
     cls, component = component_of(folder)
     return _load(cls, folder / component, torch.float32)
 
 
 def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The training schedule, with the betas and the prediction type of the pipeline's scheduler."""
+    """The training schedule, with the betas and the prediction type of the pipeline's scheduler.
+
+    Raises:
+        InputError: if there is no scheduler, or one of another prediction type.
+    """
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise InputError(f"backbone.pretrained={str(folder)!r} has no scheduler/scheduler_config.json")
     scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
@@ -75,7 +91,11 @@ def shift_of(vae: AutoencoderKL) -> float:
 
 
 def latent_size(folder: Path, resolution: int) -> int:
-    """Side of the latents: `resolution` in pixels, divided by the VAE's factor where the pipeline has a VAE."""
+    """Side of the latents: `resolution` in pixels, divided by the VAE's factor if the pipeline has a VAE.
+
+    Raises:
+        InputError: if the factor does not divide `resolution`.
+    """
     if not (folder / "vae" / "config.json").is_file():
         return resolution
     levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
@@ -86,7 +106,7 @@ def latent_size(folder: Path, resolution: int) -> int:
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A diffusers model, with all of its weights; diffusers alone makes up those that a file lacks."""
+    """A diffusers model, with all of its weights; diffusers would fill missing ones at random."""
     try:
         model, info = cls.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -101,7 +121,10 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
 def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[str, ...] = ()) -> None:
     """Write a diffusers pipeline folder: `pretrained` with the backbone's weights replaced.
 
-    backbone: tied modules are written as equal copies; adapters must have been merged. left_out: files of `pretrained`.
+    Args:
+        folder: replaced if it exists. pretrained: the pipeline folder to copy.
+        backbone: shared modules are written as equal copies; adapters must have been merged.
+        left_out: files of `pretrained` that are not copied.
     """
     component = PIPELINE_COMPONENT[type(backbone)]
     partial = folder.with_name(f".partial-{folder.name}")
@@ -115,7 +138,7 @@ def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[s
 
 
 def trained_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter that is trained, tied ones once."""
+    """Name → parameter that is trained, shared ones once."""
     return {name: value for name, value in backbone.named_parameters() if value.requires_grad}
 
 

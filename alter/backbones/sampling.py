@@ -13,7 +13,7 @@ from ..method.diffusion import predict
 
 
 def scheduler_class(name: str, field: str) -> Any:
-    """diffusers' scheduler of that name; `field` stands before the name in the error.
+    """The diffusers scheduler class of that name; `field` stands before the name in the error.
 
     Raises:
         InputError: if there is none.
@@ -40,8 +40,8 @@ def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Ma
         scheduler: any diffusers scheduler with the training betas and prediction type.
         shape: of one sample, [C, h, w].
         conditioning, unconditional: the backbone's arguments, [N, ...], on its device.
-        steps: denoising steps. guidance_scale: 1 runs without the unconditional arguments.
-        seed: sample i depends on it, on i and on its row alone.
+        steps: denoising steps. guidance_scale: >= 1; at 1 the unconditional arguments are not used.
+        seed: sample i depends on it, on i and on its row alone. batch_size: samples per forward.
 
     Returns: float32 [N, C, h, w].
     """

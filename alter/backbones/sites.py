@@ -1,4 +1,4 @@
-"""The prunable layers ("sites") of a diffusers backbone; the only file that knows diffusers' block classes.
+"""The prunable layers ("sites") of a diffusers backbone (ALTER, arXiv 2505.21817).
 
 DiT: every transformer block. UNet, as in ALTER's paper: every transformer block, and every resnet whose *hidden* input
 has as many channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
@@ -26,19 +26,21 @@ PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "tran
 class Site:
     """One prunable layer ("site"), and what its output is when it is skipped.
 
-    name: its module path. channels: of its output [B, C, H, W]; None for a token layer [B, N, D].
+    Attributes:
+        name: its module path.
+        channels: C of its output [B, C, H, W]; None for a layer of tokens, [B, N, D].
     """
 
     name: str
     channels: int | None
 
     def bypass(self, hidden_states: Tensor) -> Tensor:
-        """The layer's output when it is skipped, x_in."""
+        """x_in, the layer's output when it is skipped: `hidden_states`, or its first channels."""
         return hidden_states if self.channels is None else hidden_states[:, : self.channels]
 
 
 class Removed(nn.Module):
-    """What stands in a site whose layer was taken out of memory; it is still a site, which no expert may run."""
+    """Stands in a site whose layer was taken out of memory; it is still a site, which no expert may run."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -117,7 +119,11 @@ def timestep_features(backbone: Backbone, num_timesteps: int) -> Tensor:
 
 
 def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77, batch: int = 1) -> dict[str, Any]:
-    """Keyword arguments of one forward, zeros, on the backbone's device and in its dtype."""
+    """Keyword arguments of one forward, all zeros, on the backbone's device and in its dtype.
+
+    Args:
+        latent_size: side of the latents, in latent pixels. text_tokens: of a text-conditioned backbone.
+    """
     like = {"device": backbone.device, "dtype": backbone.dtype}
     sample = torch.zeros(batch, backbone.config.in_channels, latent_size, latent_size, **like)
     timestep = torch.zeros(batch, dtype=torch.long, device=backbone.device)
@@ -128,12 +134,12 @@ def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77, 
 
 
 def null_class(backbone: DiTTransformer2DModel) -> int:
-    """The row of the label table that stands for "no label"."""
+    """The row of the label table that means "no label"."""
     return backbone.config.num_embeds_ada_norm
 
 
 def embedders(backbone: nn.Module) -> list[Any]:
-    """The copies of a DiT's timestep and label embedder, one a block, each once; none for a UNet."""
+    """A DiT's timestep and label embedders, one copy per block, a shared one listed once; none for a UNet."""
     if not isinstance(backbone, DiTTransformer2DModel):
         return []
     found = [block.norm1.emb for block in backbone.transformer_blocks if hasattr(block, "norm1")]
@@ -141,7 +147,7 @@ def embedders(backbone: nn.Module) -> list[Any]:
 
 
 def tie_embedders(backbone: Backbone) -> None:
-    """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is left as it is.
+    """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is not changed.
 
     diffusers gives every DiT block its own copy of what is one module in the original model. One shared
     module keeps the copies equal while training and costs one optimizer state. Its built-in label dropout,

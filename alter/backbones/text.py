@@ -32,11 +32,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """The last hidden states [B, tokens, D] of `prompts`, padded or cut to the tokenizer's length."""
+        """The last hidden states [B, tokens, D] of B `prompts`, padded or cut to the tokenizer's length."""
         return self.encode(prompts)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """The same, with a graph for whoever trains the encoder."""
+        """As calling it, but with an autograd graph, for training the encoder."""
         tokens = self.tokenizer(list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length,
                                 truncation=True, return_tensors="pt")
         mask = tokens.attention_mask if getattr(self.model.config, "use_attention_mask", False) else None

@@ -33,7 +33,7 @@ class BackboneConfig:
     revision: str | None = key(None, "Revision (branch, tag, commit) of a hub id.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
     freeze: tuple[str, ...] = key(
-        (), "Parameters that stay as they are, by name with shell wildcards, for example [conv_in.*, '*.norm*']."
+        (), "Parameters that are not trained, by name with shell wildcards, for example [conv_in.*, '*.norm*']."
     )
     channels_last: bool = key(False, "Keep activations of convolutions in channels-last layout.")
     compile: bool = key(False, "torch.compile every prunable layer; the gates stay outside the compiled code.")
@@ -63,7 +63,7 @@ class TeacherConfig:
     pretrained: str | None = key(
         None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`."
     )
-    precision: str = key("fp32", "Its weights: fp32, or bf16 to save memory.", choices=("fp32", "bf16"))
+    precision: str = key("fp32", "The teacher's weights: fp32, or bf16 to save memory.", choices=("fp32", "bf16"))
     offload: bool = key(False, "Keep the teacher in host memory and move it to the device for each use.")
 
 
@@ -72,9 +72,8 @@ class DataConfig:
     source: str = key(
         "image_folder",
         "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl (`file_name` and captions), "
-        "or one sub-folder of images a class. datasets: a Hugging Face data set, parquet or arrow. webdataset: tar "
-        "files as img2dataset writes them. latents: written by scripts/encode_latents.py, or in the layouts of "
-        "fast-DiT or REPA.",
+        "or one sub-folder of images per class. datasets: a Hugging Face data set, parquet or arrow. webdataset: tar "
+        "files as img2dataset writes them. latents: written by `alter encode`, or in the layout of fast-DiT or REPA.",
         choices=("digits", "image_folder", "datasets", "webdataset", "latents"),
     )
     path: str | None = key(None, "Folder of the data set (not used by digits).")
@@ -84,8 +83,8 @@ class DataConfig:
         "may then be an address such as hf://datasets/OWNER/NAME."
     )
     shuffle_shards: int = key(
-        8, "Shards (tar files, or row groups of streamed parquet) whose samples are mixed; every loader process holds "
-        "as many row groups in memory.", within="[1, inf)",
+        8, "Shuffle shards (tar files, or row groups of streamed parquet), then shuffle samples within windows of this "
+        "many shards; every loader process holds as many row groups in memory.", within="[1, inf)",
     )
     image_column: str = key("image", "Column of a Hugging Face data set that holds the images.")
     caption_column: str = key(
@@ -98,12 +97,12 @@ class DataConfig:
     prior_path: str | None = key(
         None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior)."
     )
-    prior_prompt: str | None = key(None, "Their caption.")
+    prior_prompt: str | None = key(None, "Caption of the images in `prior_path`.")
     resolution: int = key(256, "Side of the square images, in pixels.", within="[1, inf)")
-    crop: str = key("center", "Part of an image that is not square.", choices=("center", "random"))
-    flip: bool = key(False, "Mirror half of the images; cached latents with two variants draw one of them.")
+    crop: str = key("center", "Square that is cut from an image.", choices=("center", "random"))
+    flip: bool = key(False, "Mirror half of the images; of latents encoded with their mirror images, draw either.")
     max_unreadable: float = key(
-        0.01, "Share of unreadable samples (skipped, and named in unreadable.jsonl) above which a run stops.",
+        0.01, "Share of unusable samples (replaced, and listed in unreadable.jsonl) above which a run stops.",
         within="[0, 1]",
     )
     label_dropout: float = key(
@@ -112,7 +111,7 @@ class DataConfig:
     holdout: int = key(
         256, "Samples kept out of training, on which `output_error` is measured.", within="[0, inf)"
     )
-    workers: int = key(4, "Loader processes for each training process.", within="[0, inf)")
+    workers: int = key(4, "Loader processes per training process.", within="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -125,18 +124,18 @@ class ExpertsConfig:
     )
     tau: float = key(0.4, "Temperature of the Gumbel-sigmoid and the Gumbel-softmax.", within="(0, inf)")
     start: str = key(
-        "dense", "Masks near which the search starts. dense: every layer is kept; the paper's. greedy: those layers of "
-        "which the sensitivity table, measured first (minutes), says that they are worth their cost at the budget, by "
-        "every expert.",
+        "dense", "Masks near which the search starts. dense: every layer is kept, as in the paper. greedy: every "
+        "expert keeps the layers that are worth their cost at the budget by the sensitivity table, which is measured "
+        "first (minutes).",
         choices=("dense", "greedy"),
     )
     offset: float = key(
-        4.0, "b, added to the mask logits: a site that `start` keeps is active with probability sigmoid(b) at first, "
-        "another with sigmoid(-b)."
+        4.0, "b, added to the mask logits: at first a layer that `start` keeps is active with probability sigmoid(b), "
+        "any other with sigmoid(-b)."
     )
     pretrained: str | None = key(
         None, "Folder or hub id with an experts.json: its masks and routes are kept, nothing is searched, and the "
-        "backbone is tuned under them."
+        "backbone is tuned with them."
     )
 
 
@@ -149,23 +148,22 @@ class BudgetConfig:
     )
     over: str = key(
         "total",
-        "What p is a share of. total: the whole backbone. prunable: only its sites.",
+        "What p is a share of. total: the whole backbone. prunable: only its prunable layers.",
         choices=("total", "prunable"),
     )
     cost: str = key(
-        "macs", "What p counts. macs: operations. latency: seconds of each layer, measured on the run's device in its "
-        "precision when the run begins, and kept in latency.json.", choices=("macs", "latency"),
+        "macs", "What p counts. macs: multiply-accumulate operations. latency: seconds, measured per layer on the "
+        "run's device in its precision when the run begins, and kept in latency.json.", choices=("macs", "latency"),
     )
     batch: int = key(2, "Batch at which latency is measured; guidance doubles a pipeline's.", within="[1, inf)")
     latency_file: str | None = key(
-        None, "Latencies measured elsewhere by scripts/latency.py, for experts that will be used there; null: "
-        "measured here."
+        None, "Latencies measured by `alter latency` on the device that will use the experts; null: measured here."
     )
     sampler: str | None = key(
         None, "Average p over the timesteps that this diffusers scheduler visits (for example "
         "DPMSolverMultistepScheduler); null: over all training timesteps."
     )
-    sampling_steps: int = key(20, "Its denoising steps.", within="[1, 1000]")
+    sampling_steps: int = key(20, "Denoising steps of `sampler`.", within="[1, 1000]")
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ class LossConfig:
     denoise: float = key(1e-4, "Weight of the error against the scheduler's target.", within="[0, inf)")
     min_snr_gamma: float | None = key(
         None, "Weight the denoising error by min(SNR, gamma) in the prediction type's terms (arXiv 2303.09556); "
-        "null weights all timesteps alike.", within="(0, inf)",
+        "null weights all timesteps equally.", within="(0, inf)",
     )
     output_kd: float = key(1.0, "Weight of the error against the teacher's output.", within="[0, inf)")
     feature_kd: float = key(1.0, "Weight of the error against the teacher's activations.", within="[0, inf)")
@@ -188,25 +186,25 @@ class LossConfig:
 
     @property
     def distils(self) -> bool:
-        """Whether the teacher is asked at all."""
+        """Whether the teacher is used at all."""
         return self.output_kd > 0 or self.feature_kd > 0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = key(32_000, "Optimizer steps in all.", within="[1, inf)")
+    steps: int = key(32_000, "Optimizer steps in total, search included.", within="[1, inf)")
     search_steps: int | None = key(
         None, "Steps in which the hypernetwork is trained; then its masks are frozen. null: a quarter of `steps`.",
         within="[1, inf)",
     )
     schedule: str = key(
         "joint",
-        "joint: hypernetwork and backbone in turn during the search. two_stage: search with the backbone "
-        "untouched, then tune (the paper's ablation `TwoStage`).",
+        "joint: hypernetwork and backbone are updated in turn during the search. two_stage: the backbone is tuned "
+        "only after the search (the paper's ablation `TwoStage`).",
         choices=("joint", "two_stage"),
     )
-    batch_size: int = key(64, "Samples of one update, over all processes and micro-batches.", within="[1, inf)")
-    gradient_accumulation: int = key(1, "Micro-batches of one update.", within="[1, inf)")
+    batch_size: int = key(64, "Samples per update, of all processes and micro-batches together.", within="[1, inf)")
+    gradient_accumulation: int = key(1, "Micro-batches per update: more need less memory.", within="[1, inf)")
     mixed_precision: str = key(
         "bf16", "Arithmetic of the backbone: no (fp32), bf16, or fp16 with a loss scaler (GPUs only).",
         choices=("no", "bf16", "fp16"),
@@ -262,7 +260,7 @@ class LogConfig:
         "tracker.", within="[1, inf)",
     )
     tracker: str = key(
-        "tensorboard", "Where else the logged values go.", choices=("tensorboard", "wandb", "none")
+        "tensorboard", "Where logged values go besides metrics.jsonl.", choices=("tensorboard", "wandb", "none")
     )
 
 
@@ -272,8 +270,8 @@ class ValidateConfig:
         None, "Steps between validation images (of the dense model too, before the first step); null: none.",
         within="[1, inf)",
     )
-    prompts: tuple[str, ...] = key((), "What they show, for a model conditioned on text.")
-    labels: tuple[int, ...] = key((), "What they show, for a model conditioned on class labels.")
+    prompts: tuple[str, ...] = key((), "Prompts of the validation images, for a model conditioned on text.")
+    labels: tuple[int, ...] = key((), "Labels of the validation images, for a model conditioned on class labels.")
 
 
 @dataclass(frozen=True)
@@ -295,9 +293,9 @@ class DemoConfig:
     )
     images: int = key(6_000, "Images drawn into `data.path`, for a demo that draws them.", within="[1, inf)")
     vae_steps: int = key(800, "Steps of training the autoencoder, for a model that has one.", within="[1, inf)")
-    steps: int = key(2_000, "Steps of that dense training.", within="[1, inf)")
-    lr: float = key(1e-3, "Its learning rate (AdamW, cosine).", within="(0, inf)")
-    batch_size: int = key(64, "Its batch size.", within="[1, inf)")
+    steps: int = key(2_000, "Steps of training the dense model.", within="[1, inf)")
+    lr: float = key(1e-3, "Learning rate of the dense model's training (AdamW, cosine).", within="(0, inf)")
+    batch_size: int = key(64, "Batch size of the dense model's training.", within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -308,7 +306,7 @@ class Config:
     )
     seed: int = key(0, "Seed of everything random.", within="[0, 4294967295]")
     resume: str | None = key(
-        None, "latest, or a checkpoint's folder: go on from there. latest looks in `output_dir`, or in "
+        None, "latest, or a checkpoint's folder: continue from there. latest looks in `output_dir`, or in "
         "outputs/<name>/latest."
     )
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -359,7 +357,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """Read a run's configuration.
 
     Args:
-        source: a YAML file, or the name of one that alter brings ("demo_dit"); or its content, as nested dictionaries.
+        source: a YAML file, or the name of one in the package ("demo_dit"); or its content, as nested dictionaries.
         overrides: `key.path=value` strings, applied after the file, values in YAML syntax.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a data set is, and what its kinds share: listing files, framing images, drawing captions."""
+"""The interface of a data set, and what its kinds share: listing files, framing images, drawing captions."""
 
 import os
 import re
@@ -18,10 +18,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass(frozen=True)
 class Encoding:
-    """How latents were made, as far as it was written down; None: it was not.
+    """How latents were made, as far as it was recorded; None where it was not.
 
-    vae, text_encoder: `weights_hash` of the folder. resolution: in pixels. mirrored: whether mirror images were
-    encoded as well. maker: whose convention it is, for messages.
+    Attributes:
+        maker: whose convention it is, for messages.
+        scaling_factor, shift_factor: of the VAE; latents = (latents - shift_factor) * scaling_factor.
+        vae, text_encoder: `weights_hash` of the folder.
+        resolution: in pixels. mirrored: whether mirror images were encoded as well.
     """
 
     maker: str
@@ -54,7 +57,7 @@ class Source(Protocol):
 
 
 class Plain:
-    """What most kinds have in common: images, stored one by one, with text."""
+    """Defaults that most kinds share: images with text, each stored on its own."""
 
     num_classes: int | None = 0
     encoded = False
@@ -67,13 +70,13 @@ class Plain:
 
 
 class Framing:
-    """The square of an image that is shown at (epoch, index), mirrored or not."""
+    """The square that is cut from an image at (epoch, index), mirrored or not."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.resolution, self.crop, self.flip, self.seed = config.resolution, config.crop, config.flip, seed
 
     def __call__(self, content: Path | bytes, epoch: int, index: int) -> Tensor:
-        """float32 [3, resolution, resolution]."""
+        """float32 [3, resolution, resolution] in [-1, 1]; raises Unreadable if it is no complete image."""
         across, down = 0.5, 0.5
         if self.crop == "random":
             across, down = np.random.default_rng([self.seed, 6, epoch, index]).random(2)
@@ -82,17 +85,17 @@ class Framing:
 
 
 def coin(seed: int, epoch: int, index: int) -> bool:
-    """Whether the sample is mirrored this time."""
+    """Whether the sample is mirrored at (epoch, index)."""
     return bool(np.random.default_rng([seed, 3, epoch, index]).integers(2))
 
 
 def draw_caption(count: int, seed: int, epoch: int, index: int) -> int:
-    """Which of a sample's `count` captions is used this time."""
+    """Which of a sample's `count` captions is used at (epoch, index)."""
     return int(np.random.default_rng([seed, 8, epoch, index]).integers(count))
 
 
 def read_captions(value: Any, where: str) -> list[str]:
-    """A sample's captions; `value` is what stands in the data, and `where` its place there.
+    """A sample's captions. `value` is what the data hold, `where` names its place for the message.
 
     Raises:
         Unreadable: unless it is a caption or a list of them.

@@ -1,7 +1,7 @@
 """The order of a data set's samples: one stream of global batches, the same for any number of processes.
 
-The stream is the concatenation of the epochs' orders, functions of (seed, epoch), of which each process and
-micro-batch takes its slice; a resumed run starts it at its step.
+The stream is the concatenation of the epochs' orders, which are functions of (seed, epoch). Each process and
+micro-batch takes its slice of every global batch; a resumed run starts the stream at its step.
 """
 
 import os
@@ -25,9 +25,12 @@ SPARE_DRAWS = 100  # samples tried in place of an unreadable one
 
 @dataclass(frozen=True)
 class Fit:
-    """What a sample must be like for a backbone.
+    """What the backbone requires of a sample.
 
-    latent_shape: (C, h, w). classes: labels are below it. text_shape: of encoder_hidden_states, where they are stored.
+    Attributes:
+        latent_shape: (C, h, w).
+        classes: labels must be below it; None: not checked.
+        text_shape: (tokens, D) of encoder_hidden_states, if they are stored.
     """
 
     latent_shape: tuple[int, int, int]
@@ -35,7 +38,7 @@ class Fit:
     text_shape: tuple[int, ...] | None = None
 
     def check(self, sample: dict[str, Any]) -> None:
-        """Raises Unreadable unless it is so, and all numbers are finite."""
+        """Raises Unreadable unless the sample fits and all its numbers are finite."""
         channels, *sides = self.latent_shape
         for name, shape in (("latents", (channels, *sides)), ("moments", (2 * channels, *sides))):
             if name in sample and tuple(sample[name].shape) != shape:
@@ -51,9 +54,9 @@ class Fit:
 
 
 class Tolerant:
-    """A source in which every sample can be used: another of `indices` takes the place of one that cannot.
+    """A source that replaces unusable samples, each by another one of `indices`.
 
-    A sample has one more key, "skipped": a list of "name: reason" of what was unusable, usually empty.
+    A sample has one more key, "skipped": a list of "name: reason" of the samples it replaces, usually empty.
     """
 
     def __init__(self, source: Source, indices: np.ndarray, seed: int, fit: Fit | None = None) -> None:
@@ -83,7 +86,13 @@ class Tolerant:
 
 
 def split(source: Source, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices for training and the `holdout` held-out ones, drawn with `seed`; a prior's pairs stay together."""
+    """Indices for training, and `holdout` held-out ones, drawn with `seed`; a prior's pairs stay together.
+
+    Returns: two ascending int64 arrays.
+
+    Raises:
+        InputError: if no sample would be left for training, or a prior's pair would be split.
+    """
     group = 2 if isinstance(source, WithPrior) else 1
     if holdout >= len(source):
         raise InputError(f"data.holdout={holdout}: the data set has only {len(source)} samples: hold out fewer")
@@ -98,9 +107,11 @@ def split(source: Source, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarr
 class Order:
     """The order of an epoch's samples.
 
-    Shards are shuffled, and of every `mixed` that follow each other the samples; all samples, where none are in shards.
+    Shuffle shards, then shuffle samples within windows of `mixed` shards; without shards, shuffle all samples.
 
-    indices: ascending, of those that take part. shards: their source's.
+    Args:
+        indices: of the samples that take part, ascending.
+        shards: lengths of the source's shards; None if it has none.
     """
 
     def __init__(self, indices: np.ndarray, seed: int, shards: list[int] | None = None, mixed: int = 1) -> None:
@@ -111,7 +122,7 @@ class Order:
         return len(self.indices)
 
     def __call__(self, epoch: int) -> np.ndarray:
-        """A permutation of the indices."""
+        """A permutation of the indices, a function of (seed, epoch)."""
         rng = np.random.default_rng([self.seed, 2, epoch])
         if self.parts is None:
             return rng.permutation(self.indices)
@@ -122,9 +133,11 @@ class Order:
 
 
 class GlobalBatches:
-    """A batch sampler: the micro-batches of one process, from `first_step` to `last_step`.
+    """A batch sampler: the micro-batches of one process, from `first_step` up to, not including, `last_step`.
 
-    batch_size: global. rank, processes: this process and their number.
+    Args:
+        batch_size: the global one. micro_batches: per step and process.
+        rank, processes: number of this process, and of all.
     """
 
     def __init__(self, order: Order, batch_size: int, micro_batches: int, rank: int, processes: int,
@@ -152,7 +165,7 @@ class GlobalBatches:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples: stacked tensors, "captions" as a list, and all their "skipped" as one flat list."""
+    """A batch of samples: stacked tensors, "captions" as a list, and all "skipped" as one flat list."""
     batch: dict[str, Any] = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
@@ -166,7 +179,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def patiently(items: Iterator[Any], what: str, every: float = 60.0) -> Iterator[Any]:
-    """`items`; while the next one lets us wait, a line on stderr says so every `every` seconds."""
+    """Yields `items`; warns on stderr each time the next item takes another `every` seconds."""
     def report() -> None:
         waited = 0.0
         while not arrived.wait(every):
@@ -194,5 +207,6 @@ def make_loader(source: Source | Tolerant, batches: Any, workers: int) -> DataLo
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A process group of its own: the trainer still needs the worker to finish the step that a signal ends."""
+    """Put the worker into a separate process group, so that a signal to the trainer does not end it: the trainer
+    needs it to finish the step."""
     os.setpgid(0, 0)

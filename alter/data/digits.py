@@ -8,7 +8,7 @@ from .base import Plain
 
 
 class Digits(Plain):
-    """1797 grey 8x8 digits in ten classes, as the backbone's latents."""
+    """1797 grey digits in ten classes, used as latents: float32 [1, 8, 8] in [-1, 1]."""
 
     num_classes: int | None = 10
     encoded = True

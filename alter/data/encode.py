@@ -1,4 +1,4 @@
-"""Images to the moments of their latents, and captions to text states, in shards that `EncodedShards` reads."""
+"""Encodes images to the moments of their latents, and captions to text states, in shards that `EncodedShards` reads."""
 
 import dataclasses
 import json
@@ -29,13 +29,19 @@ _DATA = ("source", "path", "split", "stream", "image_column", "caption_column", 
 
 
 def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: PartialState) -> dict[str, Any]:
-    """Encode a configuration's images (and captions) into the folder `out`, on all processes; returns the index.
+    """Encode a configuration's images (and captions) into the folder `out`, on all processes.
 
-    Shards that are there already are kept. VAE and text encoder run in the precision of training, so that what is
-    stored, as float16, is what training would have computed.
+    Shards that exist already are kept. VAE and text encoder run in the precision of training, so that what is stored,
+    as float16, is what training would have computed.
+
+    Args:
+        shard_size: samples per file. batch_size: images per forward of the VAE.
+
+    Returns: the content of index.json.
 
     Raises:
-        InputError: if there is nothing to encode, `out` was begun otherwise, or too many samples are unusable.
+        InputError: if there is nothing to encode, `out` was begun with other settings, or too many samples are
+            unusable.
     """
     source, folder = _images(config), local_folder(str(config.backbone.pretrained), config.backbone.revision)
     dtype = DTYPES[config.train.mixed_precision]
@@ -90,7 +96,7 @@ def _bound(unusable: int, config: Config, count: int, example: str) -> None:
 
 
 def _images(config: Config) -> Source:
-    """The configured data set, every image as it is, unmirrored."""
+    """The configured data set, without mirroring."""
     data = config.data
     if data.crop == "random":
         raise InputError("data.crop='random': one crop of each image is stored: set data.crop=center")
@@ -101,7 +107,8 @@ def _images(config: Config) -> Source:
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> tuple[list[int], int]:
-    """The numbers of the shards to be made, and the unusable samples of the others; `out` is created, or continued."""
+    """The numbers of the shards to be made, and how many samples of the others are unusable; creates or continues
+    `out`."""
     for file in (out / _PLAN, out / INDEX):
         if file.is_file():
             before = json.loads(file.read_bytes())
@@ -134,7 +141,7 @@ def _unreadable(out: Path, shards: Iterable[int]) -> dict[str, str]:
 
 
 class _Whole:
-    """A source's images with all their captions; {"reason"} in place of an unusable one."""
+    """A source's images, each with all its captions; {"reason"} in place of an unusable sample."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -1,4 +1,4 @@
-"""Folders of image files: one sub-folder a class, or captions beside them."""
+"""Folders of image files: one sub-folder per class, or captions beside them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ METADATA = "metadata.jsonl"
 
 
 class ImageFolder(Plain):
-    """Class folders of images, as ImageNet's."""
+    """Images in one sub-folder per class, as in ImageNet; classes are numbered in the order of their names."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         folder = Path(str(config.path))
@@ -67,7 +67,7 @@ class CaptionedFolder(Plain):
         return {"images": self.framing(self.folder / self.samples[key[1]][0], *key), "captions": caption}
 
     def caption(self, key: tuple[int, int]) -> str:
-        """The sample's condition alone, without reading its image."""
+        """The caption that is used at (epoch, index), without reading the image."""
         captions = self.captions(key[1])
         return captions[draw_caption(len(captions), self.seed, *key)]
 

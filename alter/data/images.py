@@ -1,4 +1,4 @@
-"""One image file, of any kind, to square RGB pixels."""
+"""Decodes one image file of any kind to square RGB pixels."""
 
 import io
 import warnings
@@ -24,8 +24,7 @@ def load_pixels(content: Path | bytes, resolution: int, crop: tuple[float, float
     Args:
         content: an image file, or its bytes; of an animation the first frame is used.
         resolution: the side R of the result, in pixels.
-        crop: where the square lies in the room it has, horizontally and vertically: 0 left or top, 0.5 centre,
-            1 right or bottom.
+        crop: position of the square, horizontally and vertically: 0 left or top, 0.5 centre, 1 right or bottom.
         mirror: swap left and right of the result.
 
     Returns:
@@ -54,7 +53,7 @@ def decode(content: Path | bytes) -> tuple[Image.Image, str]:
     """An image file, or its bytes, as RGB, and the mode that it had.
 
     Raises:
-        Unreadable: for anything else: broken files make Pillow's decoders raise exceptions of every kind.
+        Unreadable: whatever Pillow raises: its decoders raise exceptions of every kind for broken files.
     """
     if isinstance(content, Path) and not content.is_file():
         raise Unreadable("no such file")

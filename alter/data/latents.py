@@ -1,4 +1,4 @@
-"""Latents that were encoded before: ours (scripts/encode_latents.py), and those of fast-DiT and REPA."""
+"""Latents that were encoded before, by `alter encode`, or in the layouts of fast-DiT and REPA."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ _REPA = 0.18215  # the factor of the VAE that REPA's preprocessing uses
 
 
 class EncodedShards(Plain):
-    """Moments of latents and text states in safetensors shards, as scripts/encode_latents.py writes them.
+    """Moments of latents and text states in safetensors shards, as `alter encode` writes them.
 
-    A shard holds `moments` [N, V, 2C, h, w], means and standard deviations before scaling, of the image and with V = 2
-    of its mirror image; and `labels` [N], or `text` [captions of all, tokens, D] with `text_ends` [N]. Samples that
-    could not be encoded keep their place.
+    A shard of N samples holds `moments` float16 [N, V, 2C, h, w], means and standard deviations before scaling, of the
+    image and, with V = 2, of its mirror image; and `labels` int64 [N], or `text` float16 [captions of all, tokens, D]
+    with `text_ends` int64 [N]. Samples that could not be encoded keep their place.
     """
 
     encoded = True
@@ -92,7 +92,7 @@ def shard_name(number: int) -> str:
 
 
 class FastDiT(Plain):
-    """Pre-encoded latents in fast-DiT's layout: <path>/*_features/N.npy, <path>/*_labels/N.npy.
+    """Latents in fast-DiT's layout: <path>/*_features/N.npy, <path>/*_labels/N.npy.
 
     Features are [1, C, h, w] or [variants, C, h, w], already multiplied by the VAE's scaling factor; with
     several variants (the image and its mirror) `flip` draws one, else the first is used. For a model
@@ -174,7 +174,7 @@ class Repa(Plain):
 
 
 def repa_folder(path: Path) -> Path:
-    """Where its dataset.json would be."""
+    """The folder in which REPA's dataset.json would be: `path`, or vae-sd/ in it."""
     return path / "vae-sd" if (path / "vae-sd").is_dir() else path
 
 

@@ -1,4 +1,4 @@
-"""Data sets of every kind behind one interface, `Source`; a function of (seed, epoch, index) each."""
+"""Opens a data set of any kind behind one interface, `Source`."""
 
 import dataclasses
 

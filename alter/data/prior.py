@@ -1,4 +1,4 @@
-"""DreamBooth's prior: two data sets in turn."""
+"""DreamBooth's prior (arXiv 2208.12242): two data sets in turn."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from .base import Plain, Source
 
 
 class WithPrior(Plain):
-    """Instances of a subject and images of its class in turn, so that each is half of every epoch (DreamBooth).
+    """Images of a subject and images of its class in turn, so that each is half of every epoch.
 
-    Even indices are instances and odd ones the prior; the fewer of the two are repeated.
+    Even indices are the subject's and odd ones the prior's; the smaller set is repeated.
     """
 
     def __init__(self, instances: Source, prior: Source) -> None:

@@ -1,5 +1,5 @@
-"""A toy text-to-image data set drawn here: coloured shapes and captions such as "a small red circle left of a blue
-square"; written as an image folder with `metadata.jsonl`."""
+"""Toy data sets, drawn here: coloured shapes with captions such as "a small red circle left of a blue square", written
+as an image folder with `metadata.jsonl`; and scenes with classes, written as latents."""
 
 import json
 import math
@@ -22,7 +22,7 @@ _WORDS = re.compile("|".join(KINDS))
 
 
 def draw_shapes(count: int, seed: int) -> tuple[list[Image.Image], list[list[str]]]:
-    """`count` images of 32 × 32 pixels, each of one or two different shapes, and two captions for each image."""
+    """`count` images of 32 × 32 pixels, each with one or two different shapes, and two captions per image."""
     rng = np.random.default_rng([seed, 7])
     drawn = [_draw(rng) for _ in range(count)]
     return [image for image, _ in drawn], [captions for _, captions in drawn]
@@ -44,8 +44,8 @@ def write_shapes(folder: Path, count: int, seed: int) -> None:
 def write_scenes(folder: Path, count: int, seed: int) -> None:
     """Write `count` scenes and their classes in fast-DiT's layout: pixels float32 [1, 3, 16, 16] in [-1, 1].
 
-    A scene is a shape, whose kind is the class, of any size, place and turn, before another one and a coloured grating:
-    enough to learn that a network of a few layers does not do as well as a deeper one.
+    A scene is a shape, whose kind is the class, of any size, place and rotation, in front of another one and a coloured
+    grating: hard enough that a network of a few layers does worse than a deeper one.
     """
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)

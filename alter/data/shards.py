@@ -23,10 +23,12 @@ _TEXT = "text"  # the default of data.caption_column: the .txt file
 
 
 class Shards(Generic[Content]):
-    """Runs of samples one after the other, of which the contents of the last `most` used are kept in memory.
+    """Shards of samples, addressed by one index; the contents of the `most` last used ones are kept in memory.
 
-    lengths: samples of each shard; None for one that is missing or broken, which counts as the median of the others.
-    open: the content of shard number s.
+    Args:
+        lengths: samples of each shard; None for one that is missing or broken, which counts as the median of the
+            others.
+        open: gives the content of shard number s.
     """
 
     def __init__(self, lengths: list[int | None], open: Callable[[int], Content], most: int) -> None:
@@ -38,7 +40,7 @@ class Shards(Generic[Content]):
         self.contents: OrderedDict[int, Content] = OrderedDict()
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Shard and position in it."""
+        """The number of the shard that holds sample `index`, and the sample's position in it."""
         shard = bisect_right(self.ends, index)
         return shard, index - (self.ends[shard] - self.lengths[shard])
 
@@ -55,8 +57,9 @@ class TarShards(Plain):
     """Tar files below a folder, in which the files of a sample have one name up to its first dot.
 
     The condition is `.cls`, a class, or else a caption: `.txt`, or the key `data.caption_column` of `.json` where that
-    is not "text". A shard that cannot be read, whose number is left out between its neighbours', or of which
-    img2dataset's `_stats.json` is there but no tar, has as many unreadable samples as it should have had samples.
+    is not "text". Three kinds of shards count as many unreadable samples as they should have had samples: those that
+    cannot be read, those whose number is missing between its neighbours', and those with img2dataset's `_stats.json`
+    but no tar.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -122,7 +125,8 @@ class TarShards(Plain):
         return read_captions(value, f".{kind}")
 
     def _length(self, name: str) -> int | None:
-        """The shard's samples, by img2dataset's statistics or else by its headers; None where neither tells."""
+        """The number of the shard's samples, by img2dataset's statistics or else by its headers; None if neither tells
+        it."""
         promised = self._promised(name)
         return promised if promised is not None else len(list_samples(self.folder / name)) or None
 
@@ -136,7 +140,7 @@ class TarShards(Plain):
 
 
 def list_samples(path: Path) -> list[Members]:
-    """The samples of a tar file; where it is damaged, one without files ends the list."""
+    """The samples of a tar file, in its order; if it is damaged, a sample without files ends the list."""
     samples: dict[str, Members] = {}
     try:
         length = os.path.getsize(path)
@@ -158,7 +162,7 @@ def list_samples(path: Path) -> list[Members]:
 
 
 def left_out(names: list[str]) -> list[str]:
-    """The numbers that a series of file names skips, as names: between its first and last, or up to its "-of-N"."""
+    """Names that are missing from series of numbered file names: between first and last, or up to "-of-N"."""
     series: dict[tuple[str, str], list[str]] = {}
     for name in names:
         found = re.fullmatch(r"(.*?)(\d+)(-of-\d+)?(\D*)", name)

@@ -15,7 +15,11 @@ from .shards import Shards, left_out
 class Rows(Plain):
     """A table of which each row is a sample. Without a caption column, an integer column `label` holds classes.
 
-    features: of `datasets`, the table's columns.
+    Args:
+        features: the table's columns, as `datasets` describes them.
+
+    Raises:
+        InputError: if a column is missing.
     """
 
     def __init__(self, config: DataConfig, seed: int, features: Any) -> None:
@@ -101,8 +105,8 @@ class OpenedTable(Rows):
 class StreamedTable(Rows):
     """Parquet files below a folder or an address such as hf://datasets/OWNER/NAME, read a row group at a time.
 
-    Nothing is unpacked or kept on disk. A file that is damaged, or whose number is left out between its neighbours',
-    has as many unreadable rows as the others have in the median.
+    Nothing is unpacked or kept on disk. A file that is damaged, or whose number is missing between its neighbours',
+    counts as many unreadable rows as the median of the others.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
@@ -208,7 +212,7 @@ def _open_rows(folder: Path, part: str | None) -> Any:
 
 
 def _choose_tables(names: list[str], place: str, part: str | None) -> list[str]:
-    """Table files named after the part, or else in folders of its name; all of them for None."""
+    """Table files whose names begin with the part's, or else in folders of its name; all files for None."""
     if not names:
         raise InputError(f"data.path={place!r}: no .parquet or .arrow files, and not written by save_to_disk")
     if part is not None:

@@ -2,7 +2,7 @@
 
 Sampled masks are Bernoulli(sigmoid(logit)) and sampled routes Categorical(softmax(logits)), independent, so
 the expected share of MACs has a closed form, which L_ratio uses. The deterministic masks are the most probable
-ones, under that same distribution, whose share of MACs is what it should be (docs/method.md, "The budget").
+ones, under that same distribution, whose share of MACs is the wanted one (docs/method.md, "The budget").
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,14 @@ _FREE, _GRAIN = 64, TOLERANCE / 8  # entries decided exactly; unit of their cost
 class Budget:
     """The target p and the share of the total that each site costs, in MACs or in seconds.
 
-    share_L: cost of every site / total cost, float64 [L]; its sum is the prunable share.
-    keep_ratio: p in the unit named by `over`. over: "total" or "prunable".
-    timesteps: those over which the kept share is averaged, int64; None: every training timestep.
+    Attributes:
+        share_L: cost of every site / total cost, float64 [L]; its sum is the prunable share.
+        keep_ratio: p in (0, 1], in the unit named by `over`.
+        over: "total", the whole backbone, or "prunable", its sites.
+        timesteps: those over which the kept share is averaged, int64 [any]; None: every training timestep.
+
+    Raises:
+        InputError: if p is below the share that no mask can remove, plus the cheapest site.
     """
 
     share_L: np.ndarray
@@ -41,7 +46,7 @@ class Budget:
 
     @property
     def scale(self) -> float:
-        """Kept share of the total = fixed + kept share of the sites; divided by this it is in `over`'s unit."""
+        """A share of the total cost divided by this is in `over`'s unit."""
         return 1.0 if self.over == "total" else float(self.share_L.sum())
 
     @property
@@ -51,11 +56,14 @@ class Budget:
 
     @property
     def floor(self) -> float:
-        """The least keep ratio: everything that is fixed, and the cheapest site."""
+        """The least keep ratio: everything that is fixed, plus the cheapest site, in `over`'s unit."""
         return self.fixed + float(self.share_L.min()) / self.scale
 
     def expected(self, logits: Logits) -> Tensor:
-        """E[S] = fixed + mean_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el), differentiable."""
+        """E[S] = fixed + mean_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el): the expected keep ratio.
+
+        Returns: float32 scalar in `over`'s unit, differentiable with respect to both logits.
+        """
         share_L = torch.as_tensor(self.share_L, dtype=torch.float32, device=logits.mask_EL.device)
         cost_E = logits.mask_EL.float().sigmoid() @ share_L / self.scale
         averaged = logits.router_TE if self.timesteps is None else logits.router_TE[self.timesteps]
@@ -63,17 +71,24 @@ class Budget:
         return self.fixed + probability_E @ cost_E
 
     def measured(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
-        """The keep ratio of deterministic masks [E, L], with the expert of each training timestep [T]."""
+        """The keep ratio of deterministic masks, in `over`'s unit.
+
+        Args:
+            mask_EL: bool [E, L]. expert_T: the expert of each training timestep, int64 [T].
+        """
         return self.fixed + float((mask_EL @ self.share_L)[self.averaged(expert_T)].mean()) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-        """Probable masks with this keep ratio, and each timestep's best expert.
+        """Probable masks with this keep ratio, and the most probable expert of each timestep.
 
         Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within TOLERANCE and
         to at least one site in every expert that has a timestep; where the sites are too coarse for the tolerance, as
         near as they come. By a Lagrange multiplier on the cost, then dynamic programming (docs/method.md, "The budget").
 
-        Returns: mask_EL bool [E, L], expert_T int64 [T]; the same for equal logits on every machine and rank.
+        Args:
+            keep_ratio: the wanted share, in `over`'s unit.
+
+        Returns: mask_EL bool [E, L], expert_T int64 [T]; the same for equal logits on every machine and process.
         """
         logits_EL = logits.mask_EL.detach().double().cpu().numpy()
         expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
@@ -83,16 +98,20 @@ class Budget:
         return _most_probable(logits_EL, cost_EL, serving_E, keep_ratio - self.fixed), expert_T
 
     def averaged(self, expert_T: np.ndarray) -> np.ndarray:
-        """The experts of the timesteps over which the kept share is averaged, int64."""
+        """The experts of the timesteps over which the kept share is averaged, int64 [T] or [len(timesteps)]."""
         return expert_T if self.timesteps is None else expert_T[self.timesteps]
 
 
 def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.ndarray, target: float) -> np.ndarray:
-    """Mask bool [E, L] of great Σ logit·m with Σ cost·m near the target and a site in every serving expert.
+    """Mask bool [E, L] of large Σ logit·m with Σ cost·m near the target and a site in every serving expert.
 
     Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then decide the _FREE entries
     again that this decides most narrowly, by dynamic programming. The likeliest site of an expert that would be empty
     is kept in any case.
+
+    Args:
+        logits_EL: log-odds, float64. cost_EL: what keeping an entry adds to the keep ratio, float64.
+        serving_E: bool; experts that need a site. target: of Σ cost·m.
     """
     logits, cost = logits_EL.ravel(), cost_EL.ravel()
     worth = np.divide(logits, cost, out=np.where(logits > 0, np.inf, -np.inf), where=cost > 0)

@@ -17,10 +17,13 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random in one update, on the CPU, for the global batch.
+    """What is random in one update, on the CPU, for the global batch of B samples.
 
-    timesteps: long [B]. noise: float32 [B, C, H, W]. posterior: unit Gaussian float32 [B, C, H, W], the VAE's.
-    dropped: bool [B], samples that lose their conditioning.
+    Attributes:
+        timesteps: training timesteps, int64 [B].
+        noise: float32 [B, C, H, W].
+        posterior: unit Gaussian, float32 [B, C, H, W], with which latents are sampled from the VAE's moments.
+        dropped: bool [B]; samples that lose their conditioning.
     """
 
     timesteps: Tensor
@@ -33,16 +36,20 @@ class Draw:
 
 
 def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The CPU generator of one step; `stream` separates independent uses within the step."""
+    """The CPU generator of one step, a function of (seed, step, stream); `stream` separates uses within the step."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63
     return torch.Generator().manual_seed(mixed)
 
 
 def draw(batch_size: int, latent_shape: tuple[int, ...], num_timesteps: int, dropout: float,
          source: torch.Generator, noise_offset: float = 0.0) -> Draw:
-    """Timesteps uniform in [0, num_timesteps), unit Gaussian noise, conditioning dropped with `dropout`.
+    """Timesteps uniform in [0, num_timesteps), unit Gaussian noise, conditioning dropped.
 
-    noise_offset: standard deviation of a further term that is constant over each channel of `noise`.
+    Args:
+        batch_size: B. latent_shape: of one sample, (C, H, W).
+        dropout: probability in [0, 1] of dropping a sample's conditioning.
+        source: CPU generator.
+        noise_offset: standard deviation of a further term that is constant over each channel of `noise`.
     """
     drawn = Draw(
         torch.randint(num_timesteps, (batch_size,), generator=source),
@@ -55,7 +62,13 @@ def draw(batch_size: int, latent_shape: tuple[int, ...], num_timesteps: int, dro
 
 
 def training_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the backbone should output for `scheduler.config.prediction_type`, one of PREDICTION_TYPES; [B, C, H, W]."""
+    """What the backbone should output for `scheduler.config.prediction_type`, one of PREDICTION_TYPES.
+
+    Args:
+        latents, noise: [B, C, H, W]. timesteps: int64 [B], on their device.
+
+    Returns: [B, C, H, W], the noise, the velocity (Salimans and Ho 2022, arXiv 2202.00512) or the latents.
+    """
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -63,7 +76,13 @@ def training_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
 
 
 def predict(backbone, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """The output of a diffusers backbone, in its own precision; inputs of any."""
+    """The output of a diffusers backbone, in the precision of its weights; inputs may have any.
+
+    Args:
+        noisy_latents: [B, C, H, W]. timesteps: int64 [B]. conditioning: further keyword arguments, [B, ...] each.
+
+    Returns: [B, C or 2C, H, W]; 2C where the backbone learns the variance.
+    """
     dtype = next(backbone.parameters()).dtype  # diffusers' `dtype` property walks over every module
     cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
     return backbone(noisy_latents.to(dtype), timestep=timesteps, **cast).sample
@@ -74,6 +93,9 @@ def min_snr_weight(scheduler, timesteps: Tensor, gamma: float) -> Tensor:
 
     With SNR = ᾱ/(1-ᾱ), min(SNR, γ) in the error of the clean latents is min(SNR, γ)/SNR in that of the noise and
     min(SNR, γ)/(SNR + 1) in that of the velocity. ᾱ = 0 (a zero-terminal schedule) has finite weights.
+
+    Args:
+        timesteps: int64 [B]. gamma: γ > 0.
     """
     alpha = scheduler.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
     clipped = torch.minimum(alpha, gamma * (1 - alpha))  # min(SNR, γ)·(1 - ᾱ)

@@ -14,7 +14,7 @@ _Z_WIDTH = 64
 
 
 class Logits(NamedTuple):
-    """mask_EL: log-odds of keeping a site, offset b included. router_TE: unnormalised log-probabilities."""
+    """mask_EL: log-odds of keeping a site, offset b included. router_TE: unnormalised log-probabilities of experts."""
 
     mask_EL: Tensor
     router_TE: Tensor
@@ -75,7 +75,8 @@ class HyperNetwork(nn.Module):
         features_TD: the backbone's sinusoidal embedding of every training timestep, float32 [T, D].
         router: "learned" or "uniform".
         tau: temperature of both relaxations, > 0.
-        offset: b, added to every mask logit; `offset_L`, float32 [L], may be given others.
+        offset: b, added to every mask logit. It is kept per site as `offset_L`, float32 [L], which
+            `sensitivity.start_near` changes.
     """
 
     offset_L: Tensor
@@ -95,7 +96,10 @@ class HyperNetwork(nn.Module):
         return Logits(self.expert_generator() + self.offset_L, self.temporal_router())
 
     def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Straight-through samples: mask_EL [E, L] of zeros and ones, one-hot router_TE [T, E]."""
+        """Straight-through samples: mask_EL float32 [E, L] of zeros and ones, one-hot router_TE float32 [T, E].
+
+        noise: CPU generator.
+        """
         return (
             gumbel_sigmoid(logits.mask_EL, self.tau, noise),
             gumbel_softmax(logits.router_TE, self.tau, noise),

@@ -1,6 +1,6 @@
-"""The terms of ALTER's objective, as pure functions (METHOD: docs/method.md, "Losses").
+"""The terms of ALTER's objective (arXiv 2505.21817, Sec. 3), as pure functions (docs/method.md).
 
-Reconstruction terms return one value a sample, [B], so that their mean over a batch is the same however the
+Reconstruction terms return one value per sample, [B], so that their mean over a batch is the same however the
 batch is split into micro-batches and processes. All are computed in fp32 or better.
 """
 
@@ -19,8 +19,8 @@ def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], outliers: f
     """L_featKD: the mean over feature points of the MSE between the activations, [B].
 
     Args:
-        student, teacher: one activation [B, ...] a feature point, in the same order.
-        outliers: leave out the positions where the teacher's activation lies more than this many standard
+        student, teacher: one activation [B, ...] per feature point, in the same order.
+        outliers: ignore the positions where the teacher's activation lies more than this many standard
             deviations from its mean over the sample (massive activations; TinyFusion, arXiv 2412.01199,
             Sec. 3.4); None keeps all.
     """
@@ -29,7 +29,11 @@ def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], outliers: f
 
 
 def log_ratio(keep_ratio: Tensor, target: float) -> Tensor:
-    """L_ratio = log(max(S, p) / min(S, p)) = |log S - log p| for S in (0, 1], in fp32 or better."""
+    """L_ratio = log(max(S, p) / min(S, p)) = |log S - log p|, in fp32 or better.
+
+    Args:
+        keep_ratio: S in (0, 1], a scalar. target: p in (0, 1].
+    """
     return (_at_least_fp32(keep_ratio).log() - torch.tensor(target, dtype=torch.float64).log()).abs()
 
 
@@ -37,6 +41,11 @@ def load_balance(logits_TE: Tensor) -> Tensor:
     """L_balance = E · Σ_i F_i·P_i (Switch Transformer, arXiv 2101.03961, eq. 4), over all timesteps.
 
     F_i is the share of timesteps whose most probable expert is i, P_i the mean probability of expert i.
+
+    Args:
+        logits_TE: float [T, E].
+
+    Returns: scalar; 1 if the experts are balanced, E at most.
     """
     probability_TE = logits_TE.softmax(dim=-1)
     experts = logits_TE.shape[-1]

@@ -13,12 +13,15 @@ from .hypernetwork import HyperNetwork, Logits
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A table of layers × bins of timesteps.
+    """A table of L layers × B bins of timesteps.
 
-    sites: names [L]. edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]. samples: of each bin.
-    error_LB: mean squared change of the output when layer l alone is skipped, float64 [L, B].
-    denoise_B: mean squared error of the dense model against the scheduler's target, float64 [B].
-    response_B: squared change of the final samples for a unit of error_LB, float64 [B] (`Probe.response`).
+    Attributes:
+        sites: names of the layers, [L].
+        edges: bin b holds the timesteps from edges[b] up to, not including, edges[b+1], [B+1].
+        samples: samples per bin.
+        error_LB: mean squared change of the output when layer l alone is skipped, float64 [L, B].
+        denoise_B: mean squared error of the dense model against the scheduler's target, float64 [B].
+        response_B: squared change of the final samples per unit of error_LB, float64 [B].
     """
 
     sites: tuple[str, ...]
@@ -30,12 +33,13 @@ class Sensitivity:
 
     @property
     def relative_LB(self) -> np.ndarray:
-        """The change in units of the dense model's own error at these timesteps."""
+        """The change in units of the dense model's error at these timesteps, float64 [L, B]."""
         return self.error_LB / self.denoise_B
 
     @property
     def effect_LB(self) -> np.ndarray:
-        """How far final samples move when layer l is skipped in bin b alone, if they follow the output linearly."""
+        """How far final samples move (squared) when layer l is skipped in bin b alone, if they follow the output
+        linearly, float64 [L, B]."""
         return self.error_LB * self.response_B
 
     @property
@@ -46,25 +50,26 @@ class Sensitivity:
         return float(correlation[np.triu_indices(bins, 1)].mean()) if bins > 1 else 1.0
 
     def gain(self, budget: Budget, experts: int) -> float:
-        """How many times more one mask for all timesteps moves the samples than `experts` masks, if effects added
-        up."""
+        """How many times as far (squared) one mask for all timesteps would move the samples as `experts` masks, if
+        effects added up."""
         one, several = (self.predicted_effect(*allocate(self, budget, count)) for count in (1, experts))
         return one / several if several > 0 else 1.0
 
     def predicted_effect(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
-        """Mean over timesteps of the sum of the effects of the skipped layers."""
+        """Mean over timesteps of the sum of the effects of the skipped layers; mask_EL bool [E, L], expert_T int64
+        [T]."""
         effect_LT = np.repeat(self.effect_LB, np.diff(self.edges), axis=1)
         return float((effect_LT * ~mask_EL[expert_T].T).sum(axis=0).mean())
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The table as plain lists and numbers, for JSON."""
         content = {name: value.tolist() if isinstance(value, np.ndarray) else value
                    for name, value in asdict(self).items()}
         return {"alter_sensitivity": 2, **content}
 
     @classmethod
     def from_plain(cls, content: dict[str, Any]) -> "Sensitivity":
-        """What `to_plain` gave; ValueError, TypeError or LookupError if it is anything else."""
+        """The table that `to_plain` gave; raises ValueError, TypeError or LookupError for anything else."""
         if content["alter_sensitivity"] != 2:
             raise ValueError(f"alter_sensitivity={content['alter_sensitivity']}: another version")
         arrays = (np.array(content[name], dtype=np.float64) for name in ("error_LB", "denoise_B", "response_B"))
@@ -72,11 +77,15 @@ class Sensitivity:
 
 
 def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks bool [E, L] and the expert of each timestep int64 [T] that move the samples little, if effects added up.
+    """Masks bool [E, L] and the expert of each timestep int64 [T] that would move the samples little, if effects
+    added up.
 
     Each expert serves consecutive bins. For each of several prices of a unit of cost, dynamic programming finds the
-    borders that are best at it; the masks come from the budget's integer programme, with the avoided effects as
-    log-odds; the least predicted effect wins.
+    borders that are best at that price, and `Budget.masks` the masks, with the avoided effects as logits; the least
+    predicted effect wins.
+
+    Args:
+        experts: E >= 1, at most; there are no more than bins.
     """
     lengths = np.diff(table.edges)
     weighted_LB = table.effect_LB * lengths
@@ -97,7 +106,8 @@ def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarr
 
 def _segments(weighted_LB: np.ndarray, share_L: np.ndarray, lengths: np.ndarray, experts: int,
               price: float) -> tuple[int, ...]:
-    """The cheapest borders [E + 1] of consecutive bins, a layer costing its error or else its share at the price."""
+    """The cheapest borders [E + 1] of consecutive bins; each layer adds its error, if skipped, or its share times the
+    price, whichever is less."""
     bins = len(lengths)
     error_LB, length_B = (np.concatenate([np.zeros_like(part[..., :1]), part.cumsum(-1)], axis=-1)
                           for part in (weighted_LB, lengths))
@@ -135,7 +145,7 @@ def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
 
 
 def as_text(table: Sensitivity) -> str:
-    """The table in plain text, a line a layer: absolute errors, and in brackets those relative to the dense model's."""
+    """The table in plain text, one line per layer: absolute errors, in brackets those relative to the dense model's."""
     bins, width = [f"t {low}-{high - 1}" for low, high in pairwise(table.edges)], max(map(len, table.sites))
     lines = [" " * width + "".join(f"{name:>20}" for name in bins)]
     for site, absolute_B, relative_B in zip(table.sites, table.error_LB, table.relative_LB, strict=True):
@@ -145,14 +155,17 @@ def as_text(table: Sensitivity) -> str:
 
 
 def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork) -> None:
-    """Let the search of a fresh hypernetwork start near the one mask that `allocate` finds for all timesteps."""
+    """Let the search of a fresh hypernetwork start near the one mask that `allocate` finds for all timesteps.
+
+    Changes `hypernetwork.offset_L` in place: +b for the layers of that mask, -b for the others.
+    """
     (mask_L,), _ = allocate(table, budget, experts=1)
     offset_L = hypernetwork.offset_L
     offset_L.copy_(torch.where(torch.from_numpy(mask_L).to(offset_L.device), offset_L, -offset_L))
 
 
 def _ranks(values_LB: np.ndarray) -> np.ndarray:
-    """Of each value within its column; equal ones share the mean of theirs, float64."""
+    """The rank of each value within its column, float64; equal values share the mean of their ranks."""
     ordered = np.sort(values_LB, axis=0)
     below, not_above = (np.stack([np.searchsorted(column, values, side) for column, values
                                   in zip(ordered.T, values_LB.T, strict=True)], axis=1) for side in ("left", "right"))
