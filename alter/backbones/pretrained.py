@@ -52,6 +52,11 @@ def component_of(folder: Path) -> tuple[type[Backbone], str]:
                      "give a diffusers pipeline folder")
 
 
+def condition_of(folder: Path) -> str:
+    """What a pipeline folder's backbone is conditioned on: "class" or "text"; raises as `component_of`."""
+    return "class" if component_of(folder)[0].__name__ == "DiTTransformer2DModel" else "text"
+
+
 def load_backbone(folder: Path) -> Backbone:
     """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files).
 

@@ -17,6 +17,7 @@ from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
     component_of,
+    condition_of,
     latent_size,
     load_scheduler,
     local_folder,
@@ -106,8 +107,8 @@ def check(config: Config, processes: int, latency: Latency | None = None) -> Non
     """
     check_machine(config, processes)
     undrawn = config.demo.model and config.data.path is not None and not Path(config.data.path).exists()
-    source = None if undrawn else open_data(config)  # a demo draws its data first
     folder = known_folder(config)
+    source = None if undrawn else open_data(config, folder)  # a demo draws its data first
     if folder is not None:
         make_plan(config, folder, source, latency)
 
@@ -135,13 +136,16 @@ def check_machine(config: Config, processes: int) -> None:
         raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
 
 
-def open_data(config: Config) -> Source:
+def open_data(config: Config, folder: Path | None) -> Source:
     """The data set, of which enough is left for training.
+
+    Args:
+        folder: of the backbone, whose condition is taken where the data have several; None: not known yet.
 
     Raises:
         InputError: if there is none, or `data.holdout` takes all of it.
     """
-    source = open_source(config)
+    source = open_source(config, None if folder is None else condition_of(folder))
     split(source, config.data.holdout, config.seed)
     return source
 
@@ -255,8 +259,8 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
         raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
                          "this data does not have")
     if "class_labels" in wanted and (source.num_classes or 0) > null_class(backbone):
-        raise InputError(f"data.path={config.data.path!r}: {source.num_classes} classes, but the backbone knows "
-                         f"{null_class(backbone)}")
+        raise InputError(f"data.path={config.data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
+                         f"backbone knows 0 to {null_class(backbone) - 1}: use data or a backbone of its classes")
     if "encoder_hidden_states" in sample:
         width = backbone.config.cross_attention_dim
         if sample["encoder_hidden_states"].shape[-1] != width:
@@ -284,6 +288,3 @@ def _check_encoding(config: Config, folder: Path, source: Source) -> None:
             raise InputError(f"data.path={data.path!r}: encoded by {encoding.maker} with {name} {value}, but "
                              f"backbone.pretrained={config.backbone.pretrained!r} at data.resolution={data.resolution} "
                              f"has {wanted[name]}: encode again with `alter encode`")
-    if data.flip and not encoding.mirrored:
-        raise InputError(f"data.flip=true: data.path={data.path!r} holds no mirror images: encode again with "
-                         "data.flip=true, or set false")
