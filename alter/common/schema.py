@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .errors import InputError
+from .errors import Faults, InputError
 
 
 def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), within: str = "") -> Any:
@@ -25,8 +25,15 @@ def key(default: Any, doc: str, *, choices: tuple[str, ...] = (), within: str = 
 
 
 def fill(schema: type, values: Mapping[str, Any]) -> Any:
-    """An object of the dataclass `schema` from nested `values`, all checked."""
-    return _fill(schema, values, "", schema)
+    """An object of the dataclass `schema` from nested `values`, all checked.
+
+    Raises:
+        InputError: with a line per fault; what the schema says of several keys together is checked once each is right.
+    """
+    faults = Faults()
+    filled = _fill(schema, values, "", schema, faults)
+    faults.refuse()
+    return filled
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -108,28 +115,37 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _fill(cls: type, values: Mapping[str, Any], prefix: str, schema: type) -> Any:
+def _fill(cls: type, values: Mapping[str, Any], prefix: str, schema: type, faults: Faults) -> Any:
+    """An object, or None where a fault was added to `faults`."""
+    before = len(faults.lines)
     hints = typing.get_type_hints(cls)
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
-    filled = {}
+    filled: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         if name not in known:
-            raise InputError(_unknown(path, [key_path for key_path, _, _ in keys(schema)]))
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{path}: expected a section of keys, found {value!r}")
-            filled[name] = _fill(hints[name], value, f"{path}.", schema)
+            faults.lines.append(_unknown(path, [key_path for key_path, _, _ in keys(schema)]))
+        elif dataclasses.is_dataclass(hints[name]):
+            if isinstance(value, Mapping):
+                filled[name] = _fill(hints[name], value, f"{path}.", schema, faults)
+            else:
+                faults.lines.append(f"{path}: expected a section of keys, found {value!r}")
         else:
-            filled[name] = _check(path, value, hints[name], known[name].metadata)
+            with faults.caught():
+                filled[name] = _check(path, value, hints[name], known[name].metadata)
     for name, hint in hints.items():
         if name not in filled and dataclasses.is_dataclass(hint):
-            filled[name] = _fill(typing.cast(type, hint), {}, f"{prefix}{name}.", schema)
-    return cls(**filled)
+            filled[name] = _fill(typing.cast(type, hint), {}, f"{prefix}{name}.", schema, faults)
+    if len(faults.lines) == before:
+        with faults.caught():
+            return cls(**filled)
+    return None
 
 
 def _check(path: str, value: Any, annotation: Any, metadata: Mapping[str, Any]) -> Any:
     """`value` coerced to the declared type and inside the declared range."""
+    if value is False and "no" in metadata["choices"]:  # so YAML reads the word
+        value = "no"
     value = _coerce(path, value, annotation)
     if value is None:
         return None

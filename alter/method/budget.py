@@ -83,7 +83,8 @@ class Budget:
 
         Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within TOLERANCE and
         to at least one site in every expert that has a timestep; where the sites are too coarse for the tolerance, as
-        near as they come. By a Lagrange multiplier on the cost, then dynamic programming (docs/method.md, "The budget").
+        near as they come. By a Lagrange multiplier on the cost, then dynamic programming (docs/method.md, "The
+        budget").
 
         Args:
             keep_ratio: the wanted share, in `over`'s unit.

@@ -1,5 +1,6 @@
 """A demo's data and dense teacher, made from scratch into ordinary folders, once."""
 
+import dataclasses
 import json
 import shutil
 import string
@@ -22,29 +23,54 @@ from ..backbones.pretrained import export
 from ..backbones.sites import Backbone, null_class, tie_embedders
 from ..backbones.text import TextEncoder
 from ..common.config import CONFIGS, Config
+from ..common.errors import InputError
+from ..common.files import write_text
 from ..data import shapes
 from ..data.batches import GlobalBatches, Order, make_loader, split
 from ..data.open import open_source
 from ..method import losses
 from ..method.diffusion import draw, generator, training_target
 
+_DATA_SETTINGS = ("source", "resolution", "label_dropout", "holdout")  # that the dense model depends on
+
 
 def make_demo(config: Config, device: torch.device) -> None:
     """Draw the data and train the architecture of `demo.model` into `backbone.pretrained`, unless they exist.
 
+    The settings lie beside it; its seed is that of the run which made it.
+
     Call it on one process.
     """
     folder, template = Path(str(config.backbone.pretrained)), CONFIGS / "models" / str(config.demo.model)
+    settings = {"demo": dataclasses.asdict(config.demo),
+                "data": {name: getattr(config.data, name) for name in _DATA_SETTINGS}}
+    record, made = folder.with_name(f"{folder.name}.json"), folder.is_dir()
+    if made:
+        _check_record(record, settings, folder)
     if config.data.path is not None and not Path(config.data.path).exists():
         write = shapes.write_scenes if config.data.source == "latents" else shapes.write_shapes
         write(Path(config.data.path), config.demo.images, config.seed)
-    if folder.is_dir():
+    if made:
         return
     torch.manual_seed(config.seed)
     if (template / "transformer").is_dir():
         _make_dit(config, folder, template, device)
     else:
         _make_stable_diffusion(config, folder, template, device)
+    write_text(record, json.dumps(settings, indent=1) + "\n")
+
+
+def _check_record(record: Path, settings: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Refuse a dense model that other settings have made than those of this run."""
+    try:
+        made_with = json.loads(record.read_text(encoding="utf-8"))
+        changed = [f"{section}.{name}={made_with[section].get(name)!r}, not {value!r}" for section, values in
+                   settings.items() for name, value in values.items() if made_with[section].get(name) != value]
+    except (OSError, ValueError, LookupError, AttributeError):
+        changed = [f"settings that are not written in {record}"]
+    if changed:
+        raise InputError(f"backbone.pretrained={str(folder)!r} was made with {'; '.join(changed)}: remove it to make "
+                         "it again, or set demo.model=null to use it as it is")
 
 
 def _make_dit(config: Config, folder: Path, template: Path, device: torch.device) -> None:

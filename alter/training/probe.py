@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..backbones.gates import HardRows
 from ..backbones.sampling import make_solver
@@ -82,13 +83,16 @@ class Probe:
         bins = [(int(low), int(high)) for low, high in pairwise(edges)]
         steps = [low + quarter * (high - low) // 4 for low, high in reversed(bins) for quarter in (3, 1)]
         moved_B, caused_B = np.zeros(len(bins)), np.zeros(len(bins))
+        bar = tqdm(total=len(bins) * len(self._batches), unit="bin", desc="effect on samples", dynamic_ncols=True)
         for _, _, noise, conditioning in self._batches:
             samples, outputs, _ = self._sample(None, range(0), noise, conditioning, [], steps)
             for b, (low, high) in enumerate(bins):
+                bar.update()
                 for mask_L in masks:
                     changed, _, caused = self._sample(mask_L, range(low, high), noise, conditioning, outputs, steps)
                     moved_B[b] += mse_per_sample(changed, samples).sum().item()
                     caused_B[b] += caused
+        bar.close()
         return np.divide(moved_B, caused_B, out=np.ones(len(bins)), where=caused_B > 0)
 
     def _sample(self, mask_L: np.ndarray | None, where: range, noise: Tensor, conditioning: dict[str, Tensor],

@@ -17,6 +17,7 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
+from tqdm import tqdm
 
 from ..backbones.latency import Latency
 from ..backbones.pretrained import set_tf32
@@ -73,6 +74,8 @@ def train(config: Config) -> FinishedRun:
     if latency is None and by_time(config):
         measured = plan_latency(config, accelerator.device) if accelerator.is_main_process else None
         latency = broadcast_object_list([measured])[0]
+    if accelerator.is_main_process:
+        tqdm.write("loading models and data")
     parts = build(config, accelerator.num_processes, accelerator.device, latency)
     open_run_dir(config, accelerator, run_dir, resume_from)
     if parts.latency is not None and accelerator.is_main_process:
