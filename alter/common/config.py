@@ -97,7 +97,7 @@ class DataConfig:
         ".txt file, anything else that key of the .json file."
     )
     label_column: str = key(
-        "label", "Column with class numbers, for a backbone that is conditioned on them, or where there are no captions."
+        "label", "Column with class numbers, for backbones conditioned on them, or where there are no captions."
     )
     prompt: str | None = key(
         None, "One caption for all images of a folder, in place of their own (DreamBooth's instance prompt)."

@@ -1,7 +1,6 @@
 """Opens a data set of any kind behind one interface, `Source`."""
 
 import dataclasses
-import os
 
 from ..common.config import Config, DataConfig
 from ..common.errors import InputError
@@ -28,8 +27,7 @@ def open_source(config: Config, wanted: str | None = None) -> Source:
     Raises:
         InputError: if its folder is missing, empty or not laid out as expected.
     """
-    data = dataclasses.replace(config.data, path=_at_home(config.data.path),
-                               prior_path=_at_home(config.data.prior_path))
+    data = config.data
     if data.prompt is not None and data.source != "image_folder":
         raise InputError(f"data.prompt={data.prompt!r} is for data.source=image_folder: remove it")
     if data.stream and data.source != "datasets":
@@ -45,11 +43,6 @@ def open_source(config: Config, wanted: str | None = None) -> Source:
     require_folder("prior_path", data.prior_path)
     prior = dataclasses.replace(data, path=data.prior_path, prompt=data.prior_prompt)
     return WithPrior(source, _with_samples("prior_path", data.prior_path, CaptionedFolder(prior, config.seed)))
-
-
-def _at_home(path: str | None) -> str | None:
-    """With a leading ~ as the user's home, which no shell expands inside of a configuration."""
-    return None if path is None else os.path.expanduser(path)
 
 
 def _open(config: DataConfig, seed: int, wanted: str | None) -> Source:
