@@ -27,7 +27,7 @@ SIZED = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_tabl
 QKV = ".attn.qkv."
 POSITION_ERROR = 1e-3  # an EMA of the constant positions rounds its way up to 2e-4 off them
 MOST_NAMED = 5
-WEIGHTS = ("ema", "model", "state_dict")  # keys of a training checkpoint, the first there is
+WEIGHTS = ("ema", "model", "state_dict")  # keys of a training checkpoint; the first that holds any counts
 _AVERAGED = "n_averaged"  # beside the tensors of torch's AveragedModel
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of tensors' names
 
@@ -49,8 +49,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         reason = f"it holds {found[1]}" if found else f"{type(error).__name__}: damaged, or not written by torch.save"
         raise InputError(f"{file}: cannot be read as tensors only ({reason}): save its state dict alone") from None
     if isinstance(content, dict):
-        content = next((content[name] for name in WEIGHTS if content.get(name) is not None), content)
-    if isinstance(content, dict):
+        found = [content[name] for name in WEIGHTS if isinstance(content.get(name), dict) and content[name]]
+        content = found[0] if found else content
         content = {name: value for name, value in content.items() if name != _AVERAGED}
     if not (isinstance(content, dict) and all(isinstance(name, str) and isinstance(value, Tensor)
                                               and value.is_floating_point() for name, value in content.items())):

@@ -106,6 +106,9 @@ class CaptionedFolder(Plain):
         entries = _read_metadata(self.folder / file, config)
         columns = {column for _, entry in entries for column in entry}
         captioned, labelled = config.caption_column in columns, config.label_column in columns
+        if entries and not labelled and config.label_column != DataConfig.label_column and wanted != "text":
+            raise InputError(f"data.label_column={config.label_column!r}: no such column in {self.folder / file}: "
+                             f"choose one of {', '.join(sorted(columns))}")
         if entries and not captioned and (not labelled or wanted == "text"):
             raise InputError(f"data.caption_column={config.caption_column!r}: no such column in {self.folder / file}: "
                              f"choose one of {', '.join(sorted(columns))}")

@@ -1,7 +1,6 @@
 """Text that users write: one reader, whatever the encoding, and one clear line where there is none."""
 
 import gzip
-import json
 import os
 
 import pytest
@@ -144,4 +143,3 @@ def test_a_blank_caption_is_the_empty_prompt(tmp_path, value):
     source = CaptionedFolder(folder_config(tmp_path), 0)
     drawn = {source[epoch, 0]["captions"] for epoch in range(20)}
     assert drawn == ({"", "a"} if isinstance(value, list) else {""})
-    assert json.loads((tmp_path / "metadata.jsonl").read_text())["text"] == value

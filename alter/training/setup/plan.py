@@ -241,12 +241,16 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     if not source.encoded and not (folder / "vae").is_dir():
         raise InputError(f"data.source={config.data.source!r} gives images, and {folder} has no vae: "
                          "use data.source=latents")
+    wanted = example_inputs(backbone, shape[-1])
+    if ("class_labels" in wanted) == (source.num_classes == 0):
+        kind = "class labels" if "class_labels" in wanted else "text"
+        raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
+                         "this data does not have")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
         if reads_captions(source) or (config.validate.every and config.validate.prompts):
             check_text(folder, backbone.config.cross_attention_dim)
     sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
-    wanted = example_inputs(backbone, shape[-1])
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
         if name in sample and tuple(sample[name].shape) != expected:
@@ -254,10 +258,6 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
                 f"data.path={config.data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
                 f"backbone, which takes {expected} at data.resolution={config.data.resolution}"
             )
-    if ("class_labels" in wanted) != ("labels" in sample):
-        kind = "class labels" if "class_labels" in wanted else "text"
-        raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
-                         "this data does not have")
     if "class_labels" in wanted and (source.num_classes or 0) > null_class(backbone):
         raise InputError(f"data.path={config.data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
                          f"backbone knows 0 to {null_class(backbone) - 1}: use data or a backbone of its classes")
