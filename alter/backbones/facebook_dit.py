@@ -49,8 +49,8 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         reason = f"it holds {found[1]}" if found else f"{type(error).__name__}: damaged, or not written by torch.save"
         raise InputError(f"{file}: cannot be read as tensors only ({reason}): save its state dict alone") from None
     if isinstance(content, dict):
-        found = [content[name] for name in WEIGHTS if isinstance(content.get(name), dict) and content[name]]
-        content = found[0] if found else content
+        named = [content[name] for name in WEIGHTS if isinstance(content.get(name), dict) and content[name]]
+        content = named[0] if named else content
         content = {name: value for name, value in content.items() if name != _AVERAGED}
     if not (isinstance(content, dict) and all(isinstance(name, str) and isinstance(value, Tensor)
                                               and value.is_floating_point() for name, value in content.items())):
