@@ -33,7 +33,8 @@ from . import CASES
 from .cases import T, draw_mask
 from .timing import host_reads, interleave, peak_memory, synchronize
 
-CUT: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration of the run; on a CPU: what is cut of the backbone, and the latents' size
+# Configuration of the run; on a CPU: what is cut of the backbone, and the latents' size.
+CUT: dict[str, tuple[str, dict[str, Any], int]] = {
     "dit_xl2": ("configs/dit_xl2.yaml", {"num_layers": 4}, 32),
     "sd21": ("configs/sd21.yaml", {
         "block_out_channels": [320, 640], "attention_head_dim": [5, 10], "layers_per_block": 1,
