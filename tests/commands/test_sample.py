@@ -1,4 +1,4 @@
-"""scripts/sample.py: images that do not depend on processes and batches, and that are drawn once."""
+"""`alter sample`: images that do not depend on processes and batches, and that are drawn once."""
 
 import json
 import os
@@ -14,13 +14,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from test_pipelines import experts_for
 
+from alter.commands import main
 from alter.common.config import CONFIGS
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
-sys.path.insert(0, str(CONFIGS.parent / "scripts"))
-
-import sample  # noqa: E402
-
 PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square"]
 
 
@@ -78,12 +75,10 @@ def test_processes_batches_and_interruptions_do_not_change_the_images(folder):
 
 
 @pytest.fixture
-def draw(folder, monkeypatch, capsys):
-    """The script in this process; returns its exit code and the last line of its errors."""
+def draw(folder, capsys):
+    """The command in this process; returns its exit code and the last line of its errors."""
     def call(out, *arguments):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, "--run", str(folder / "run"), "--out", str(folder / out), "--steps",
-                                          "3", *arguments])
-        code = sample.main()
+        code = main(["sample", "--run", str(folder / "run"), "--out", str(folder / out), "--steps", "3", *arguments])
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
     return call
