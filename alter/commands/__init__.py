@@ -47,7 +47,8 @@ def _main(words: list[str]) -> int:
         if debug or not _expected(error):
             raise
         if isinstance(error, ModuleNotFoundError):
-            print(f'error: alter {name} needs {error.name}: pip install "alter[{extra}]"', file=sys.stderr)
+            package = str(error.name).partition(".")[0]
+            print(f'error: alter {name} needs {package}: pip install "alter[{extra}]"', file=sys.stderr)
             return 2
         # A loader process hands its error over with a traceback in front; the last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("alter.common.errors.InputError: ")
