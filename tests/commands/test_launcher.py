@@ -276,6 +276,16 @@ def test_signal_before_the_trainers_have_registered_ends_the_launch(clone, signu
             os.kill(trainer, 0)
 
 
+def test_the_console_command_in_the_launchers_environment(clone, tmp_path):
+    shutil.copy(ROOT / "scripts" / "alter.sh", clone.root / "scripts")
+    (clone.root / "alter").mkdir()
+    (clone.root / "alter" / "__main__.py").write_text(
+        "import os, sys\nprint(sys.argv[1:], os.environ['PYTHONPATH'], os.getcwd())\nsys.exit(7)\n")
+    process = clone.run("report", "--run", "a  b", script="scripts/alter.sh", cwd=tmp_path)
+    assert process.returncode == 7
+    assert process.stdout == f"{['report', '--run', 'a  b']} {clone.root} {tmp_path}\n"
+
+
 def requirements_met(folder: Path, text: str):
     file = folder / "some requirements.txt"
     file.write_text(text)

@@ -12,9 +12,10 @@ import pytest
 from conftest import save_stable_diffusion
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from test_pipelines import experts_for
 
+from alter.backbones.cost import count_cost
 from alter.commands import main
+from alter.commands.benchmarking.cases import draw_experts
 from alter.common.config import CONFIGS
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
@@ -25,7 +26,8 @@ PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("sample")
     final = save_stable_diffusion(root / "run/final")
-    experts_for(StableDiffusionPipeline.from_pretrained(final).unet, 16).save_pretrained(final)
+    cost = count_cost(StableDiffusionPipeline.from_pretrained(final).unet, 16)
+    draw_experts(cost, 0.6, seed=0, count=3).save_pretrained(final)
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     return root
 
