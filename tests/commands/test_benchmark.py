@@ -1,7 +1,7 @@
 """`alter benchmark`: complete rows, and the update that training is compared with."""
 
 import json
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from conftest import make_dit
 
 from alter.backbones.cost import count_cost
 from alter.commands import main
-from alter.commands.benchmarking import cases, training
+from alter.commands.benchmarking import cases, timing, training
 from alter.commands.benchmarking.timing import host_reads, interleave, ratio
 from alter.common.config import save_config
 
@@ -83,14 +83,22 @@ def test_refusals(tmp_path, capsys):
     assert "--kinds train_*" in capsys.readouterr().err
 
 
-def test_every_way_has_every_place():
-    order = []
-    ways = {name: (lambda name=name: (order.append(name), time.sleep(0.11))) for name in "abc"}
-    interleave(ways, 4, torch.device("cpu"))
+def test_every_way_has_every_place(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def way(name, seconds):
+        def call():
+            clock[0] += seconds
+            order.append(name)
+        return call
+
+    seconds, _ = interleave({name: way(name, 0.25) for name in "abc"}, 4, torch.device("cpu"))
     assert ["".join(order[i : i + 3]) for i in range(6, 18, 3)] == ["abc", "bca", "cab", "cba"]
+    assert seconds["a"].tolist() == [0.25] * 4
     order.clear()
-    interleave({"quick": lambda: (order.append(0), time.sleep(0.01))}, 2, torch.device("cpu"))
-    assert 2 + 2 * 2 <= len(order) <= 2 + 2 * 5  # turns of a twentieth of a second
+    seconds, _ = interleave({"quick": way("quick", 2**-6)}, 2, torch.device("cpu"))
+    assert len(order) == 2 + 2 * 3 and seconds["quick"].tolist() == [2**-6] * 2  # turns of a twentieth of a second
 
 
 def test_a_clock_that_changes_between_two_rounds_or_in_some_leaves_the_ratio():

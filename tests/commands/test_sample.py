@@ -42,7 +42,7 @@ def start(folder, out, *arguments, rank=None, port=0):
 
 
 def finish(*processes):
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     return [process.returncode for process in processes], errors
 
 
