@@ -25,6 +25,7 @@ COMMANDS = {  # module, extra that it needs, what it does
     "benchmark": ("benchmark", "train", "time experts against the dense model, in use and in training"),
     "benchmark-options": ("benchmark_options", "train", "time the trainer with and without its options of speed"),
 }
+HEAVY = ("evaluate", "ablate")  # their options are named after what modules that import torch define
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,11 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     if not words or words[0] not in COMMANDS:
-        _overview().parse_args(words or ["--help"])  # ends the process: the list, the version, or an unknown name
+        overview = _overview()
+        overview.parse_args(words or ["--help"])  # ends the process: the list, the version, or an unknown name
+        overview.error("name the command first")
     name = words[0]
     module, extra, _ = COMMANDS[name]
     debug = "--debug" in words
     try:
+        if name in HEAVY:
+            from .options import announce_loading
+
+            announce_loading()
         command = import_module(f".{module}", __name__)
         return command.run(_parse(name, command, words[1:])) or 0
     except Exception as error:
