@@ -87,6 +87,9 @@ class TemporalExperts:
             lines.append(f"  expert {expert}: {mask_L.sum()} of {len(mask_L)} sites, {served}")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return self.summary()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `experts.json` into `folder`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
