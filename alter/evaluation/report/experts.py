@@ -142,7 +142,7 @@ def frequency_figure(experts: TemporalExperts) -> Figure:
     axis.bar_label(bars, [f"{share:.0%}" if share else "never" for share in kept_L], fontsize=7.5, padding=2)
     name_rows(axis, names)
     axis.set(xlim=(0, 1.18), xticks=[0, 0.5, 1], xticklabels=["0%", "50%", "100%"],
-             title="Share of the timesteps that run each layer")
+             title="How often each layer runs")
     return described(figure, "Share of the timesteps that run each layer: "
                       + ", ".join(f"{name} {share:.0%}" for name, share in zip(names, kept_L, strict=True)) + ".")
 

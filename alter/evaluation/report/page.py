@@ -95,7 +95,7 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
         else absent("summary.json", "measurements"))
     yield "Experts", f"<pre>{escape(experts.summary())}</pre>" + grid(
         drawn(figures.masks_figure(experts), "Layers in order, from the input of the backbone (top) to its output."),
-        drawn(figures.frequency_figure(experts), "Over all training timesteps."),
+        drawn(figures.frequency_figure(experts), "Share of the training timesteps at which the layer runs."),
         drawn(figures.routes_figure(experts), "Denoising goes from right to left."),
         drawn(figures.similarity_figure(experts), "1: the same layers. 0: no layer in common."))
     if (run.final / "scheduler").is_dir():

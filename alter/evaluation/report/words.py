@@ -1,7 +1,7 @@
 """Numbers as text with their units, and what a run achieved as a table of a few groups."""
 
 from collections.abc import Callable
-from math import floor, log10
+from math import floor, isfinite, log10
 from typing import Any
 
 from matplotlib.ticker import EngFormatter
@@ -22,7 +22,7 @@ def number(value: Any) -> str:
     """Three significant digits of a float; all digits of an integer; anything else as it is."""
     if isinstance(value, int):
         return f"{value:,}"
-    if not isinstance(value, float):
+    if not isinstance(value, float) or not isfinite(value):
         return str(value)
     if value and abs(value) < 1e-4:
         return f"{value:.2e}"
