@@ -120,10 +120,10 @@ def test_a_page_of_everything(run):
     page = check(build_page([loaded]))
     text = "".join(page.text)
     assert len(page.all("svg")) == 11 and len(page.all("img")) == 7  # samples.png; two at each of steps 0, 3 and 6
-    assert "Stepclass 1class 2\nstep 000000 dense" in text and "None" not in text
+    assert "Stepclass 1class 2\n0, dense\n" in text and "\n6, experts\n" in text and "None" not in text
     assert [text for level, text in page.headings] == [
-        "Temporal experts", "small", "Samples", "Measurements", "Experts", "Cost", "Search and training", "Sensitivity",
-        "Configuration"]
+        "Temporal experts", "small", "Samples", "Measurements", "Experts", "Cost", "Search and training",
+        "Validation images", "Sensitivity", "Configuration"]
     assert [link["href"] for link in page.all("a")] == [f"#{attributes['id']}" for tag, attributes in page.tags
                                                         if tag in ("h2", "h3")]
     before, _, after = text.partition("small: ")

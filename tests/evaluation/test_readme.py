@@ -33,7 +33,7 @@ def test_the_map_shows_what_runs_at_each_step():
 def test_rows_say_what_they_cost():
     rows = [Row(torch.rand(3, 3, 8, 8) * 2 - 1, "dense, 50 steps"), Row(torch.zeros(3, 3, 8, 8), "experts")]
     figure = rows_figure(rows, ["a circle", "b", "c"])
-    assert [part.get_supxlabel() for part in figure.subfigs] == ["dense, 50 steps", "experts"]
+    assert [part.texts[0].get_text() for part in figure.subfigs] == ["dense, 50 steps", "experts"]
     assert [axis.get_title() for axis in figure.subfigs[0].axes] == ["a circle", "b", "c"]
     assert np.allclose(figure.axes[1].images[0].get_array(), (rows[0].images[1].permute(1, 2, 0) + 1) / 2)
 

@@ -35,7 +35,8 @@ def test_a_summary_in_groups():
                    "MACs per step": "12.5 MMACs; dense: 19.1 MMACs",
                    "MACs of the prunable layers": "99.7% of the dense model's"},
         "Experts": {"number": "4, unused: expert 2"},
-        "Quality of 1,000 samples, guidance scale 1.5": {
+        "Quality": {
+            "samples": "1,000, guidance scale 1.5",
             "dense, 50 steps": "Fréchet distance 5.96, accuracy 99.1%",
             "experts, 20 steps": "Fréchet distance 485, accuracy 90%"},
         "Mean squared error on held-out data": {"against the dense model's output": "0.00643"},

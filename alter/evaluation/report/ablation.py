@@ -11,7 +11,7 @@ from .drawing import EXPERTS, INK, WIDTH, styled
 
 @styled
 def quality_figure(rows: list[dict[str, Any]]) -> Figure:
-    """A column a keep ratio; a point a variant, with the standard deviation over its seeds."""
+    """A column per keep ratio and a point per variant, with the standard deviation over its seeds."""
     experts = [row for row in rows if row["variant"] != "dense"]
     variants, keeps = sorted({row["variant"] for row in experts}), sorted({row["keep_ratio_target"] for row in experts})
     figure = Figure((2 * WIDTH, 6), layout="constrained")

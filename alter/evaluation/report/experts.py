@@ -34,7 +34,7 @@ def kept_frequency(mask_EL: np.ndarray, expert_T: np.ndarray) -> np.ndarray:
 
 
 def similarity(experts: TemporalExperts) -> np.ndarray:
-    """MACs of the layers that both experts keep over those of the layers that either keeps, float64 [E, E]."""
+    """MACs of the layers that both experts keep, divided by those of the layers that either keeps, float64 [E, E]."""
     kept, macs = experts.mask_EL, np.array(experts.macs, dtype=np.float64)
     both = (kept * macs) @ kept.T
     either = (kept @ macs)[:, None] + kept @ macs - both

@@ -37,12 +37,13 @@ p, figcaption { max-width: 46rem }
 svg { display: block; width: 100%; height: auto }
 svg * { stroke-linejoin: round; stroke-linecap: butt }
 img { display: block; background: #fff }
-img.samples { width: 100%; min-width: 44rem }
+img.samples { width: 100%; min-width: 56rem }
 img.shot { width: 8rem; image-rendering: pixelated }
 table { border-collapse: collapse; overflow-wrap: normal; font-size: .95rem }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line) }
 th { font-weight: 500 }
 thead th, th[colspan] { font-weight: 700 }
+thead th { max-width: 11rem }
 th[colspan] { padding-top: .9rem }
 pre { background: var(--soft); padding: .8rem; white-space: pre-wrap; font-size: .85rem }
 summary { cursor: pointer; padding: .3rem 0 }

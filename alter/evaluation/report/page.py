@@ -88,7 +88,8 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
     def grid(*parts: str) -> str:
         return "\n".join(['<div class="figures">', *parts, "</div>"])
 
-    yield "Samples", _samples(run) or absent("samples.png", "images")
+    samples = run.folder / "samples.png"
+    yield "Samples", _samples(samples) if samples.is_file() else absent("samples.png", "images")
     everything = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in run.summary.items())
     yield "Measurements", _measurements([run], ["Value"]) + (
         html_details("Everything in summary.json", everything) if run.summary
@@ -100,7 +101,8 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
         drawn(figures.similarity_figure(experts), "1: the same layers. 0: no layer in common."))
     if (run.final / "scheduler").is_dir():
         visited = run.visited(SAMPLER, config.evaluate.sampling_steps if config else 20)
-        steps = drawn(figures.steps_figure(experts, visited), f"The steps of {SAMPLER}.")
+        steps = drawn(figures.steps_figure(experts, visited),
+                      f"{SAMPLER}, one run of the backbone per step (guidance needs two).")
     else:
         steps = absent("scheduler/", "denoising steps")
     yield "Cost", grid(drawn(figures.macs_figure(experts), f"One run of the backbone. {_UNITS}"), steps)
@@ -112,6 +114,8 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
           if run.history else [absent(HISTORY, "history of the masks")]),
         drawn(figures.losses_figure(run.losses), "Each point is one mini-batch.") if run.losses
         else absent("metrics.jsonl", "losses"))
+    if strips := sorted((run.folder / "samples").glob("*.png")):
+        yield "Validation images", _validation(strips[:1] + strips[1:][-5:])  # the first, and the last five
     kind = "" if run.table else ' class="absent"'
     yield "Sensitivity", f"<p{kind}>{escape(run.verdict)}</p>" + (
         drawn(figures.sensitivity_figure(run.table), "Bright: skipping the layer changes the output strongly.")
@@ -119,22 +123,21 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
     yield "Configuration", _configuration(config) if config else absent("config.yaml", "configuration")
 
 
-def _samples(run: Run) -> str:
-    """samples.png, and the validation images of the first and the last five steps with their captions."""
-    parts, strips = [], sorted((run.folder / "samples").glob("*.png"))
-    if (samples := run.folder / "samples.png").is_file():
-        caption = f"Columns share their seed. Quality is that of all samples, not of the few shown. {_UNITS}"
-        parts.append(html_figure(html_image(samples, "samples", "Samples of the dense model and of the experts, a row "
-                                            "each."), caption))
+def _samples(file: Path) -> str:
+    picture = html_image(file, "samples", "Samples of the dense model and of the experts, a row each.")
+    return html_figure(picture, "Each column has one seed. Quality is that of all samples, not only of those shown. "
+                       + _UNITS)
+
+
+def _validation(strips: list[Path]) -> str:
+    """The images of each strip in a row, the captions above them."""
     rows, captions = list[list[str]](), list[str]()
-    for file in strips[:1] + strips[1:][-5:]:
+    for file in strips:
         images, captions = read_strip(file)
-        rows.append([escape(file.stem.replace("-", " ")), *(
-            html_image(image, "shot", f"Validation image of {caption}, {file.stem}")
-            for image, caption in zip(images, captions, strict=True))])
-    if rows:
-        parts += ["<p>Validation images during training:</p>", html_table(["Step", *map(escape, captions)], {"": rows})]
-    return "\n".join(parts)
+        step = re.sub(r"step-0*(\d+)-", r"\1, ", file.stem)
+        rows.append([escape(step), *(html_image(image, "shot", f"Validation image of {caption}, step {step}")
+                                     for image, caption in zip(images, captions, strict=True))])
+    return html_table(["Step", *map(escape, captions)], {"": rows})
 
 
 def _measurements(runs: list[Run], names: list[str]) -> str:
@@ -145,7 +148,7 @@ def _measurements(runs: list[Run], names: list[str]) -> str:
         columns.append({**summary_groups(run.measured), **({"metrics.json": metrics} if metrics else {})})
     settings = [_settings(run.config) if run.config else {} for run in runs]
     differing = [key for key in dict.fromkeys(itertools.chain(*settings))
-                 if len({values.get(key) for values in settings}) > 1]
+                 if len({values.get(key) for values in settings if values}) > 1]
     if differing:
         for column, values in zip(columns, settings, strict=True):
             column["Configuration"] = {key: values[key] for key in differing if key in values}

@@ -100,18 +100,21 @@ class _Model:
 @styled
 def rows_figure(rows: list[Row], titles: list[str]) -> Figure:
     """The images of each row side by side, the row's line below them."""
-    side, wide = 0.95 * _WIDTH / len(titles), max(map(len, titles)) > 4
+    side = _WIDTH / len(titles)
     titles = [textwrap.fill(title, int(13 * side)) for title in titles]
-    above = 0.17 * max(title.count("\n") + 1 for title in titles)
-    figure = Figure((_WIDTH, above + len(rows) * (side + 0.3)), layout="constrained")
-    parts = figure.subfigures(len(rows), 1, height_ratios=[side + 0.3 + above, *[side + 0.3] * (len(rows) - 1)])
-    for i, (part, row) in enumerate(zip(np.atleast_1d(parts), rows, strict=True)):
-        for axis, image, title in zip(part.subplots(1, len(titles)), row.images, titles, strict=True):
+    above, below = 0.16 * max(title.count("\n") + 1 for title in titles) + 0.06, 0.3
+    heights = [above + side + below, *[side + below] * (len(rows) - 1)]
+    figure = Figure((_WIDTH, sum(heights)))
+    parts: Any = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)
+    for part, row, height in zip(parts[:, 0], rows, heights, strict=True):
+        axes = part.subplots(1, len(titles), gridspec_kw={
+            "left": 0, "right": 1, "wspace": 0.06, "bottom": below / height, "top": (side + below) / height})
+        for axis, image, title in zip(np.atleast_1d(axes), row.images, titles, strict=True):
             show(axis, image)
-            axis.spines[:].set_visible(False)
-            if i == 0:
-                axis.set_title(title, fontsize=8.5 if wide else 10, loc="center")
-        part.supxlabel(row.text, x=0.005, ha="left", fontsize=10)
+            axis.spines[:].set(edgecolor="#808080", linewidth=0.4)
+            if row is rows[0]:
+                axis.set_title(title, fontsize=8.5, loc="center", pad=3)
+        part.text(0.002, (below - 0.02) / height, row.text, va="top", fontsize=10)
     return described(figure, f"Images of {', '.join(titles)}. Rows: {'; '.join(row.text for row in rows)}.")
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run: its search, its losses, and what each layer is worth."""
+"""Figures of a run: its search, its losses, and the effect of skipping each layer."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from .drawing import INK, ORANGE, ROW, WIDTH, add_colorbar, described, draw_rows
 from .experts import kept_frequency
 
 LOSSES = {"perf": "weighted sum (L_perf)", "denoise": "denoising error", "output_kd": "error of the teacher's output",
-          "feature_kd": "error of its activations", "ratio": "distance to the budget", "balance": "router's balance"}
+          "feature_kd": "error of the activations", "ratio": "distance to the budget", "balance": "router's balance"}
 
 
 @styled
@@ -39,7 +39,7 @@ def evolution_figure(history: list[dict[str, Any]], experts: TemporalExperts) ->
 
 @styled
 def mask_history_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> Figure:
-    """Which layers each expert kept in the course of the search: a strip an expert, a row a layer."""
+    """Which layers each expert kept during the search: a strip per expert, a row per layer."""
     (order, _), (steps, edges) = layers(experts.sites), _steps(history)
     mask_ELR = np.stack([record["mask_EL"] for record in history], axis=2)[:, order]
     number, depth = mask_ELR.shape[:2]
@@ -50,14 +50,14 @@ def mask_history_figure(history: list[dict[str, Any]], experts: TemporalExperts)
         changed = int((mask_LR[:, 1:] != mask_LR[:, :-1]).sum())
         axis.set(ylim=(depth, 0), yticks=[0, depth], title=f"Layers of expert {e} ({mask_LR[:, -1].sum()} at the end)")
         texts.append(f"Expert {e} keeps {mask_LR[:, 0].sum()} layers at step {steps[0]}, {mask_LR[:, -1].sum()} at "
-                     f"{steps[-1]}, with {changed} changes of a layer between.")
+                     f"{steps[-1]}, with {changed} changes between.")
     strips[-1, 0].set_xlabel("step")
     return described(figure, *texts)
 
 
 @styled
 def routing_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> Figure:
-    """Which timesteps each expert served in the course of the search: a strip an expert, in a hundred bins."""
+    """Which timesteps each expert served during the search: a strip per expert, in a hundred bins."""
     number, timesteps = len(experts.mask_EL), len(experts.expert_T)
     (steps, edges), expert_TR = _steps(history), np.stack([record["expert_T"] for record in history], axis=1)
     figure, strips = make_figure(0.6 + 0.8 * number, number, sharex=True, squeeze=False)
@@ -75,7 +75,7 @@ def routing_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> F
 
 @styled
 def losses_figure(lines: list[dict[str, Any]]) -> Figure:
-    """Losses of both updates over the run, from lines of metrics.jsonl, which have some; the search is shaded."""
+    """Losses of both updates over the run, from lines of metrics.jsonl that hold losses; the search is shaded."""
     names = [name for name in LOSSES if any({f"search/{name}", f"train/{name}"} & line.keys() for line in lines)]
     figure, axes = make_figure(0.7 + 1.25 * len(names), len(names), sharex=True, squeeze=False)
     searched = [line["step"] for line in lines if any(key.startswith("search/") for key in line)]
@@ -105,7 +105,7 @@ def losses_figure(lines: list[dict[str, Any]]) -> Figure:
 
 @styled
 def sensitivity_figure(table: Sensitivity) -> Figure:
-    """What skipping each layer alone costs at each timestep."""
+    """How much the output changes when one layer is skipped, at each timestep."""
     relative_LB, bins = table.relative_LB, [f"{low}-{high - 1}" for low, high in pairwise(table.edges)]
     figure, axis = make_figure(1.9 + ROW * len(relative_LB), width=max(WIDTH, 1.5 + 0.2 * len(bins)))
     high = max(relative_LB.max(), 1e-9)
@@ -113,7 +113,7 @@ def sensitivity_figure(table: Sensitivity) -> Figure:
     mesh = draw_rows(axis, table.sites, relative_LB.clip(low), norm=LogNorm(low, high), rasterized=True)
     axis.set_xticks(np.arange(len(bins)) + 0.5, bins, rotation=90, fontsize=7.5)
     axis.set(xlabel="timesteps", title="Effect of skipping one layer")
-    figure.colorbar(mesh, location="bottom", label="in units of the dense model's error there", aspect=30,
+    figure.colorbar(mesh, location="bottom", label="in units of the dense model's error", aspect=30,
                     pad=0.02, ticks=np.geomspace(low, high, 4), format="{x:.2g}").minorticks_off()
     names = dict(zip(*layers(table.sites), strict=True))
     worst, where = np.unravel_index(relative_LB.argmax(), relative_LB.shape)

@@ -90,7 +90,6 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
     steps, dense = number(found.get("sampling_steps")), macs(found.get("macs_dense"))
     budget = ("time" if "time_ratio" in found else "MACs") + (
         " of the prunable layers" if found.get("budget_over") == "prunable" else "")
-    drawn = f"{number(found.get('samples'))} samples, guidance scale {found.get('guidance_scale')}"
     unused = used(found.get("experts_unused", []))
     groups = {
         "Budget": rows(
@@ -101,7 +100,8 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
             ("macs_experts", "MACs per step", lambda value: f"{macs(value)}; dense: {dense}"),
             ("prunable_share", "MACs of the prunable layers", lambda share: f"{percent(share)} of the dense model's")),
         "Experts": rows(("experts_count", "number", lambda count: f"{count}, {unused}")),
-        f"Quality of {drawn}": rows(
+        "Quality": rows(
+            ("samples", "samples", lambda count: f"{number(count)}, guidance scale {found.get('guidance_scale')}"),
             *((f"fd_{model}", name.format(steps), lambda _, model=model: quality(found, model))
               for model, name in _QUALITY.items())),
         "Mean squared error on held-out data": rows(
