@@ -40,7 +40,7 @@ def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: in
     parts.backbone.eval()
     if config.lora.rank is not None:
         merge_adapters(parts.backbone)
-    export(final, parts.folder, parts.backbone, ("README.md", EXPERTS, ADAPTERS))  # its own, where it is a run's final/
+    export(final, parts.folder, parts.backbone, ("README.md", EXPERTS, ADAPTERS))  # not those of an earlier run
     experts.save_pretrained(final)
     if config.lora.rank is not None:
         save_adapters(parts.backbone, component, final)

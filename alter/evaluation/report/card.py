@@ -25,7 +25,7 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
     metadata: dict[str, Any] = {"library_name": "diffusers", "tags": ["diffusers", "alter", "temporal-experts"]}
     if licence is not None:
         metadata["license"] = licence
-    origin = known.get("base_model") if Path(base).is_dir() else base  # a finished run names its own
+    origin = known.get("base_model") if Path(base).is_dir() else base  # a finished run names its base model
     if origin is not None:
         metadata["base_model"] = origin
     opening = f"`{base}`, tuned under the" if config.experts.pretrained else f"`{base}`, turned into"

@@ -1,7 +1,7 @@
 """What all figures share: style, colours, names and order of the layers, rows and colour bars.
 
 Figures are made without pyplot and without changing rcParams. A figure's label (`get_label()`) says in words what it
-shows. Text and lines have the colour INK, which the page replaces by its own.
+shows. Text and lines have the colour INK, which the page replaces by its text colour.
 """
 
 import re

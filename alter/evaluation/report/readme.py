@@ -1,9 +1,9 @@
 """README's pictures: samples with their cost, and the map from timestep to expert to layers, on light and on dark."""
 
-import dataclasses
 import statistics
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ _WIDTH = 8.4  # inches: README's column
 _INKS = {"light": "#1f2328", "dark": "#e6edf3"}  # GitHub's text colours
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Row:
-    """A model's images [N, C, S, S] in [-1, 1], and the line under them."""
+    """Images [N, C, S, S] in [-1, 1] of one model, and the line under them."""
 
     images: Tensor
     text: str
@@ -38,7 +38,7 @@ class Row:
 def sample_rows(run: Run, conditions: list[Any]) -> list[Row]:
     """Images of these prompts or classes: dense in 50 steps, dense and experts in the run's number of steps.
 
-    Each image is drawn and timed by itself, on this machine; the models take turns, and the median counts.
+    Each image is drawn and timed alone, on this machine, with the models in turn; the seconds are medians.
     """
     if run.config is None:
         raise InputError(f"--run {run.folder}: has no config.yaml: name a finished run")
