@@ -21,10 +21,11 @@ from test_measure import table_of
 from test_report import NASTY, experts_of, write_history
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.backbones.latency import Latency
 from alter.evaluation.report import figures as report
 from alter.evaluation.report.page import build_page, read_run
 from alter.evaluation.report.records import write_sensitivity
-from alter.evaluation.report.words import number
+from alter.evaluation.report.words import number, percent
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -145,6 +146,15 @@ def test_a_page_of_everything(run):
     assert build_page([read_run(run)]) == build_page([loaded])  # nothing random, no date
 
 
+def test_a_measured_time_is_in_the_headline_and_the_table(run):
+    loaded = read_run(run)
+    latency = Latency(loaded.experts.sites, (1.0,) * 4, 5.0, "some GPU", "fp16", 1, 8)
+    experts = dataclasses.replace(loaded.experts, latency=latency)
+    text = "".join(check(build_page([dataclasses.replace(loaded, experts=experts)])).text)
+    assert f"MACs per step, {percent(experts.time_ratio)} of its time (target: 65%)" in text
+    assert f"time kept{percent(experts.time_ratio)} of the dense model's, measured on {latency.place}\n" in text
+
+
 @pytest.mark.parametrize("missing", [FULL, FULL[::2], FULL[1::2]])
 def test_a_page_says_what_a_run_lacks(copied, missing):
     for name in missing:
@@ -160,10 +170,9 @@ def test_a_saved_folder_alone(run, tmp_path):
     experts.save_pretrained(tmp_path / "saved")
     page = check(build_page([read_run(tmp_path / "saved")]))
     assert (2, "saved") in page.headings and "the run has no scheduler/." in "".join(page.text)
-    with_latency = tmp_path / "runs"
-    with_latency.mkdir()
-    (with_latency / "latest").symlink_to(run)
-    assert read_run(with_latency).name == read_run(run / "final").name == "small"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/latest").symlink_to(run)
+    assert read_run(tmp_path / "runs").name == read_run(run / "final").name == "small"
 
 
 def test_several_runs_are_compared(run, copied):

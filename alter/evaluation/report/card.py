@@ -47,7 +47,7 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
 {experts.keep_ratio:.1%} of the dense model's multiply-accumulate operations (MACs) per step
 ({round(experts.macs_mean):,} of {experts.macs_total:,}), averaged over {averaged}.
 
-Licence: {licence or f"that of {base}; its model card was not found or names no licence"}.
+Licence: {licence or f"that of {base}; its card was not found or names none"}.
 
 ## Use
 
