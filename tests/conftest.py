@@ -29,11 +29,14 @@ def brief_classifier():
 
 def make_dit(layers=4, size=8, channels=1, learned_sigma=False) -> DiTTransformer2DModel:
     torch.manual_seed(0)
-    return DiTTransformer2DModel(
+    model = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=channels,
         out_channels=channels * (2 if learned_sigma else 1), num_layers=layers, sample_size=size, patch_size=2,
         num_embeds_ada_norm=10, attention_bias=True,
     )
+    for block in model.transformer_blocks:  # equal copies, as in every trained DiT
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
 
 
 def make_unet(size=16) -> UNet2DConditionModel:

@@ -18,6 +18,22 @@ TOLERANCE = 0.004
 _FREE, _GRAIN = 64, TOLERANCE / 8  # entries decided exactly; unit of their costs
 
 
+def timestep_weights(num_timesteps: int, visited: np.ndarray | None) -> np.ndarray:
+    """Weight of every training timestep, float64 [T], of sum 1; of budget, loss and report alike.
+
+    Each of the N visited timesteps has 1/N, spread evenly over the training timesteps that are nearest to it (those
+    halfway between two belong to the lower).
+
+    Args:
+        num_timesteps: T. visited: int64 [N] in [0, T), repeated ones count again; None: all weigh the same.
+    """
+    if visited is None:
+        return np.full(num_timesteps, 1 / num_timesteps)
+    distinct, counts = np.unique(visited, return_counts=True)
+    nearest_T = np.abs(np.arange(num_timesteps)[:, None] - distinct).argmin(axis=1)
+    return (counts / counts.sum() / np.bincount(nearest_T))[nearest_T]
+
+
 @dataclass(frozen=True)
 class Budget:
     """The target p and the share of the total that each site costs, in MACs or in seconds.
@@ -26,7 +42,8 @@ class Budget:
         share_L: cost of every site / total cost, float64 [L]; its sum is the prunable share.
         keep_ratio: p in (0, 1], in the unit named by `over`.
         over: "total", the whole backbone, or "prunable", its sites.
-        timesteps: those over which the kept share is averaged, int64 [any]; None: every training timestep.
+        timesteps: those that a sampler visits, int64 [any], which weigh the training timesteps (`timestep_weights`);
+            None: all weigh the same.
 
     Raises:
         InputError: if p is below the share that no mask can remove, plus the cheapest site.
@@ -60,15 +77,16 @@ class Budget:
         return self.fixed + float(self.share_L.min()) / self.scale
 
     def expected(self, logits: Logits) -> Tensor:
-        """E[S] = fixed + mean_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el): the expected keep ratio.
+        """E[S] = fixed + Σ_t w_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el): the expected keep ratio.
 
         Returns: float32 scalar in `over`'s unit, differentiable with respect to both logits.
         """
         share_L = torch.as_tensor(self.share_L, dtype=torch.float32, device=logits.mask_EL.device)
         cost_E = logits.mask_EL.float().sigmoid() @ share_L / self.scale
-        averaged = logits.router_TE if self.timesteps is None else logits.router_TE[self.timesteps]
-        probability_E = averaged.float().softmax(dim=-1).mean(0)
-        return self.fixed + probability_E @ cost_E
+        probability_TE, weight_T = logits.router_TE.float().softmax(dim=-1), self.weight_T(len(logits.router_TE))
+        if weight_T is None:
+            return self.fixed + probability_TE.mean(0) @ cost_E
+        return self.fixed + torch.from_numpy(weight_T).to(probability_TE) @ probability_TE @ cost_E
 
     def measured(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
         """The keep ratio of deterministic masks, in `over`'s unit.
@@ -76,7 +94,8 @@ class Budget:
         Args:
             mask_EL: bool [E, L]. expert_T: the expert of each training timestep, int64 [T].
         """
-        return self.fixed + float((mask_EL @ self.share_L)[self.averaged(expert_T)].mean()) / self.scale
+        kept_T = (mask_EL @ self.share_L)[expert_T]
+        return self.fixed + float(np.average(kept_T, weights=self.weight_T(len(expert_T)))) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
         """Probable masks with this keep ratio, and the most probable expert of each timestep.
@@ -93,14 +112,14 @@ class Budget:
         """
         logits_EL = logits.mask_EL.detach().double().cpu().numpy()
         expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
-        timesteps_E = np.bincount(self.averaged(expert_T), minlength=len(logits_EL))
-        cost_EL = timesteps_E[:, None] / timesteps_E.sum() * self.share_L / self.scale
+        served_E = np.bincount(expert_T, self.weight_T(len(expert_T)), minlength=len(logits_EL))
+        cost_EL = served_E[:, None] / served_E.sum() * self.share_L / self.scale
         serving_E = np.isin(np.arange(len(logits_EL)), expert_T)
         return _most_probable(logits_EL, cost_EL, serving_E, keep_ratio - self.fixed), expert_T
 
-    def averaged(self, expert_T: np.ndarray) -> np.ndarray:
-        """The experts of the timesteps over which the kept share is averaged, int64 [T] or [len(timesteps)]."""
-        return expert_T if self.timesteps is None else expert_T[self.timesteps]
+    def weight_T(self, num_timesteps: int) -> np.ndarray | None:
+        """`timestep_weights` of the sampler's timesteps; None where all weigh the same."""
+        return None if self.timesteps is None else timestep_weights(num_timesteps, self.timesteps)
 
 
 def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.ndarray, target: float) -> np.ndarray:

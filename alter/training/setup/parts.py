@@ -175,7 +175,7 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
         if _shape_of(teacher) != _shape_of(backbone):
             raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the "
                              "backbone's: name a pipeline of the same one")
-        tie_embedders(teacher)
+        tie_embedders(teacher, "teacher.pretrained")
     elif not (folder / EXPERTS).is_file() and config.experts.pretrained != config.backbone.pretrained:
         teacher = copy.deepcopy(backbone)
     elif config.loss.distils:  # weights that were tuned under experts make no dense model
