@@ -40,11 +40,11 @@ def main() -> int:
 
 def _run(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.check:
-        from alter.training.setup.parts import check
+        from alter.training.setup.plan import check
 
         check(config, int(os.environ.get("ALTER_PROCESSES", "1")))
     elif arguments.dry_run:
-        from alter.training.setup.dry_run import describe_run
+        from alter.training.setup.describe import describe_run
 
         print(describe_run(config))
     else:

@@ -302,38 +302,6 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, t
     assert steps == list(range(1, step + 4))
 
 
-def test_two_processes_through_the_launcher(small_config, tmp_path):
-    """accelerate launch, a run with everything that processes share: masks, adapters, their average, validation images
-    of one process, counts of unreadable images; and the refusal of a batch they cannot share."""
-    changes = {"lora": {"rank": 2}, "train": {"ema_decay": 0.5}, "validate": {"every": 3, "prompts": ["a red circle"]},
-               "data": {"max_unreadable": 1.0}}
-    save_config(small_config("sd", **changes), tmp_path / "small.yaml")
-    for i in range(6):
-        (tmp_path / f"shapes/0000{i}.png").write_bytes(b"")
-    venv = Path(sys.executable).parent.parent
-    command = ["bash", str(ROOT / "train_sd21.sh"), "--config", "small.yaml"]
-    environment = {**os.environ, "VIRTUAL_ENV": str(venv), "ALTER_PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "",
-                   "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "train.batch_size=7"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and "cannot be shared by 2 processes" in result.stderr
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
-    alone = train(small_config("sd", output_dir=str(tmp_path / "alone"), **changes))
-    runs = tmp_path / "run", alone
-    pair, single = [TemporalExperts.from_pretrained(run / "final") for run in runs]
-    assert np.array_equal(pair.mask_EL, single.mask_EL) and np.array_equal(pair.expert_T, single.expert_T)
-    weights = [load_file(run / "final/pytorch_lora_weights.safetensors") for run in runs]
-    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-4
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    assert summaries[0]["skipped_samples"] == summaries[1]["skipped_samples"] > 0
-    named = [sorted((run / "unreadable.jsonl").read_text().splitlines()) for run in runs]
-    assert named[0] == named[1]
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
-    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
-        "step-000000-dense.png", "step-000003-experts.png", "step-000006-experts.png"]
-
-
 def test_help_documents_the_keys(tmp_path):
     result = script("--help", cwd=tmp_path)
     assert result.returncode == 0 and "budget.keep_ratio=0.65" in result.stdout
