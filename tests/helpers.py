@@ -23,12 +23,20 @@ from PIL import Image
 from alter import TemporalExperts
 from alter.backbones.cost import count_cost
 from alter.backbones.latency import Latency
+from alter.common.config import BackboneConfig, Config, DataConfig
 from alter.method.sensitivity import Sensitivity
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build
 from alter.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+# Overrides of a demo's configuration, so that it takes seconds, and what its summary tells.
+SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
+         "evaluate.samples=100", "evaluate.sampling_steps=2", "checkpoint.every=5", "log.every=2", "data.holdout=32"]
+KEYS = {
+    "keep_ratio_target", "keep_ratio", "macs_dense", "macs_experts", "experts_count", "experts_used", "sampling_steps",
+    "fd_dense", "fd_experts", "fd_dense_50", "accuracy_dense", "accuracy_experts", "output_error", "seconds_total",
+}
 HANGING = 900  # seconds after which a process is taken to hang, however busy the machine is
 
 
@@ -130,6 +138,22 @@ def shade(sample) -> int:
     """The value of a `grey` picture, from a sample of a data set."""
     assert sample["images"].unique().numel() == 1
     return round((sample["images"].mean().item() + 1) * 127.5)
+
+
+def save_greys(folder, count, first=0):
+    """Pictures `first`, `first` + 1, ... of one colour each, named from 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        grey(first + i).save(folder / f"{i}.png")
+    return folder
+
+
+def folder_config(path, **changes) -> DataConfig:
+    return DataConfig(**{"path": str(path), "resolution": 4, **changes})
+
+
+def run_config(path, **changes) -> Config:
+    return Config(backbone=BackboneConfig(pretrained="unused"), data=folder_config(path, **changes))
 
 
 def save_noise(folder, count=12, size=24, seed=0, shift=0):

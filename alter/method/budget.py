@@ -15,7 +15,7 @@ from ..common.errors import InputError
 from .hypernetwork import Logits
 
 TOLERANCE = 0.004
-_CORE = 10  # entries of which all combinations are tried
+_CORES = (10, 16)  # entries of which all combinations are tried; more of them where the first miss the tolerance
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Budget:
 def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.ndarray, target: float) -> np.ndarray:
     """Mask bool [E, L] of great Σ logit·m with Σ cost·m near the target and a site in every serving expert.
 
-    Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then try all 2^CORE changes of
-    the entries that this decides most narrowly, and again while that helps.
+    Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then try all changes of the
+    entries that this decides most narrowly, and of the next ones while the target is missed.
     """
     logits, cost = logits_EL.ravel(), cost_EL.ravel()
     mask = (cost == 0) & (logits > 0)  # of experts that no counted timestep visits
@@ -106,11 +106,12 @@ def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.nda
     mask_EL[empty, logits_EL[empty].argmax(axis=1)] = True
     multiplier = worth[order[max(kept - 1, 0)]]
     narrow = np.argsort(np.abs(logits - multiplier * cost), kind="stable")
-    for first in range(0, len(narrow), _CORE // 2):
-        core = narrow[first : first + _CORE]
-        _choose(mask_EL, core, logits, cost, serving_E, target)
-        if abs(cost @ mask_EL.ravel() - target) <= TOLERANCE:
-            break
+    narrow = narrow[cost[narrow] > 0]  # what costs nothing cannot mend anything
+    for size in _CORES:
+        for first in range(0, len(narrow), size // 2):
+            _choose(mask_EL, narrow[first : first + size], logits, cost, serving_E, target)
+            if abs(cost @ mask_EL.ravel() - target) <= TOLERANCE:
+                return mask_EL
     return mask_EL
 
 
@@ -119,7 +120,7 @@ def _choose(mask_EL: np.ndarray, core: np.ndarray, logits: np.ndarray, cost: np.
     """Set the entries `core` of the mask, in place: the nearest to the target (up to TOLERANCE), then the likeliest."""
     mask, sites = mask_EL.ravel(), mask_EL.shape[1]
     mask[core] = False
-    tried = (np.arange(2 ** len(core))[:, None] >> np.arange(len(core))) & 1  # [2^CORE, CORE]
+    tried = (np.arange(2 ** len(core))[:, None] >> np.arange(len(core))) & 1  # [2^core, core]
     kept_E = mask_EL.sum(axis=1) + tried @ (core[:, None] // sites == np.arange(len(mask_EL)))
     allowed = (kept_E[:, serving_E] > 0).all(axis=1)
     missed = np.maximum(np.abs(cost @ mask + tried @ cost[core] - target) - TOLERANCE, 0.0)

@@ -20,10 +20,10 @@ from PIL import Image
 from test_measure import table_of
 from test_report import NASTY, experts_of, write_history
 
-from alter.evaluation.report.records import write_sensitivity
 from alter import InputError, TemporalExperts, load_config, train
 from alter.evaluation.report import figures as report
 from alter.evaluation.report.page import build_page, read_run
+from alter.evaluation.report.records import write_sensitivity
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
