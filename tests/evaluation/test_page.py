@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import yaml
 from conftest import SMALL, make_dit, merge, save_pipeline
+from helpers import table_of
 from PIL import Image
-from test_measure import table_of
 from test_report import NASTY, experts_of, write_history
 
 from alter import InputError, TemporalExperts, load_config, train

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_model, make_unet
+from helpers import table_of
 from matplotlib.collections import QuadMesh
 from PIL import Image
-from test_measure import table_of
 
 from alter import TemporalExperts, train
 from alter.backbones.cost import count_cost
