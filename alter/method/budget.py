@@ -126,8 +126,8 @@ def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.nda
     """Mask bool [E, L] of large Σ logit·m with Σ cost·m near the target and a site in every serving expert.
 
     Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then decide the _FREE entries
-    again that this decides most narrowly, by dynamic programming. The likeliest site of an expert that would be empty
-    is kept in any case.
+    again that this decides most narrowly, by dynamic programming, or all entries where those miss the target. The
+    likeliest site of an expert that would be empty is kept in any case.
 
     Args:
         logits_EL: log-odds, float64. cost_EL: what keeping an entry adds to the keep ratio, float64.
@@ -139,19 +139,22 @@ def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.nda
     kept = int(np.abs(np.concatenate([[0.0], cost[order].cumsum()]) - target).argmin())
     multiplier = worth[order[max(kept - 1, 0)]]
     narrow = np.argsort(np.abs(logits - (multiplier if np.isfinite(multiplier) else 0.0) * cost), kind="stable")
-    forced = np.zeros(len(cost), dtype=bool)
+    forced, count = np.zeros(len(cost), dtype=bool), _FREE
     while True:
         mask = np.zeros(len(cost), dtype=bool)
         mask[order[:kept]] = True
         mask |= forced
-        free = narrow[~forced[narrow]][:_FREE]
+        free = narrow[~forced[narrow]][:count]
         mask[free] = False
         mask[free] = _knapsack(logits[free], cost[free], target - float(cost @ mask))
         mask_EL = mask.reshape(cost_EL.shape)
         empty = np.flatnonzero(serving_E & ~mask_EL.any(axis=1))
-        if not len(empty):
+        if len(empty):
+            forced.reshape(cost_EL.shape)[empty, logits_EL[empty].argmax(axis=1)] = True
+        elif abs(float(cost @ mask) - target) > TOLERANCE and count < len(cost):
+            count = len(cost)
+        else:
             return mask_EL
-        forced.reshape(cost_EL.shape)[empty, logits_EL[empty].argmax(axis=1)] = True
 
 
 def _knapsack(values: np.ndarray, costs: np.ndarray, target: float) -> np.ndarray:

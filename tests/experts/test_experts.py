@@ -43,7 +43,7 @@ def test_keep_ratio_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])
-@pytest.mark.parametrize("timestep", [399, 400, 400.4, 399.6, -3.0, 2000])
+@pytest.mark.parametrize("timestep", [399, 400, 400.4, 399.6, -0.3, 999.7])
 def test_apply_uses_the_expert_of_the_nearest_training_timestep(kind, timestep):
     experts, model, gated = make_experts(kind), make_model(kind), make_model(kind)
     (sample, _), conditioning = make_inputs(kind)
@@ -91,9 +91,6 @@ def test_gates_of_applied_experts_may_be_used_otherwise(kind):
             assert torch.equal(copied(sample, timesteps[0], **conditioning).sample, expected[0])
             assert torch.equal(model(sample, timesteps[1], **conditioning).sample, expected[1])
         assert torch.equal(model(sample, timesteps[0], **conditioning).sample, expected[0])  # with gradients
-        model._alter_applied.hook.remove()
-        with model._alter_applied.simulator.use(None):
-            assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
     assert not any(hasattr(layer, "_alter_gate") for layer in model.modules())
     assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
 
@@ -160,7 +157,7 @@ def test_wrong_models_are_refused():
     with pytest.raises(InputError, match="no unet or transformer"):
         experts.apply(object())
     model = make_dit()
-    experts.apply(model)
+    Simulator(model)
     with pytest.raises(InputError, match="already has gates"):
         experts.apply(model)
 

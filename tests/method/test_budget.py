@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from alter.common.errors import InputError
-from alter.method.budget import Budget
+from alter.method.budget import Budget, timestep_weights
 from alter.method.hypernetwork import HyperNetwork, Logits
 from alter.method.losses import log_ratio
 
@@ -71,8 +71,8 @@ def by_integer_programme(logits, budget, keep_ratio, tolerance):
     values = logits.mask_EL.double().numpy()
     experts, sites = values.shape
     expert_T = logits.router_TE.argmax(-1).numpy()
-    counted_E = np.bincount(budget.averaged(expert_T), minlength=experts)
-    cost = (counted_E[:, None] / counted_E.sum() * budget.share_L / budget.scale).ravel()
+    weight_E = np.bincount(expert_T, timestep_weights(1000, budget.timesteps), minlength=experts)
+    cost = (weight_E[:, None] * budget.share_L / budget.scale).ravel()
     serving = np.unique(expert_T)
     rows = np.kron(np.eye(experts), np.ones(sites))[serving]
     found = milp(-values.ravel(), integrality=np.ones(cost.size), bounds=Bounds(0, 1), constraints=[
