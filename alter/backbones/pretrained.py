@@ -43,7 +43,7 @@ def local_folder(pretrained: str, revision: str | None = None, field: str = "bac
                          f"({reason}): give a diffusers folder or a hub id") from None
 
 
-def component_of(folder: Path) -> tuple[type[Backbone], str]:
+def component_of(folder: Path, field: str = "backbone.pretrained") -> tuple[type[Backbone], str]:
     """The class and the sub-folder of a pipeline folder's backbone; reads JSON only.
 
     Raises:
@@ -52,23 +52,23 @@ def component_of(folder: Path) -> tuple[type[Backbone], str]:
     known = [cls.__name__ for cls in PIPELINE_COMPONENT]
     for cls, component in PIPELINE_COMPONENT.items():
         if (folder / component / "config.json").is_file():
-            config = read_config(folder / component / "config.json")
+            config = read_config(folder / component / "config.json", field)
             found = config.get("_class_name", cls.__name__)
             if found == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":  # DiT's former name
                 found = DiTTransformer2DModel.__name__
             if found != cls.__name__:
-                raise InputError(f"backbone.pretrained={str(folder)!r}: a {found} has no sites known to alter, "
+                raise InputError(f"{field}={str(folder)!r}: a {found} has no sites known to alter, "
                                  f"which prunes {' and '.join(known)}")
-            check_supported(found, config)
+            check_supported(found, config, field)
             return cls, component
-    if (folder / "config.json").is_file() and read_config(folder / "config.json").get("_class_name") in known:
-        raise InputError(f"backbone.pretrained={str(folder)!r} is the backbone alone: give the pipeline's folder, "
+    if (folder / "config.json").is_file() and read_config(folder / "config.json", field).get("_class_name") in known:
+        raise InputError(f"{field}={str(folder)!r} is the backbone alone: give the pipeline's folder, "
                          "which is the one above in most cases")
-    raise InputError(f"backbone.pretrained={str(folder)!r} has neither unet/ nor transformer/: "
+    raise InputError(f"{field}={str(folder)!r} has neither unet/ nor transformer/: "
                      "give a diffusers pipeline folder")
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path, field: str = "backbone.pretrained") -> dict[str, Any]:
     """A JSON object of a pretrained folder.
 
     Raises:
@@ -77,38 +77,38 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"backbone.pretrained: {file} cannot be read ({type(error).__name__}): "
+        raise InputError(f"{field}: {file} cannot be read ({type(error).__name__}): "
                          "fetch it again") from None
     if not isinstance(content, dict):
-        raise InputError(f"backbone.pretrained: {file}: expected a JSON object")
+        raise InputError(f"{field}: {file}: expected a JSON object")
     return content
 
 
-def meta_backbone(folder: Path) -> Backbone:
+def meta_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
     """The pipeline's UNet or DiT on the meta device, from its configuration alone.
 
     Raises:
         InputError: if there is none, or diffusers cannot make it.
     """
-    cls, component = component_of(folder)
+    cls, component = component_of(folder, field)
     try:
         with torch.device("meta"):
             backbone = cls.from_config(cls.load_config(folder / component))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"backbone.pretrained: {folder / component / 'config.json'}: diffusers cannot make this "
+        raise InputError(f"{field}: {folder / component / 'config.json'}: diffusers cannot make this "
                          f"{cls.__name__} ({' '.join(str(error).split())[:200]}): fetch it again") from None
     tie_embedders(backbone)
     return backbone
 
 
-def load_backbone(folder: Path) -> Backbone:
+def load_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
     """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files).
 
     Raises:
         InputError: if it cannot be loaded, or weights are missing.
     """
-    cls, component = component_of(folder)
-    return _load(cls, folder / component, torch.float32)
+    cls, component = component_of(folder, field)
+    return _load(cls, folder / component, torch.float32, field)
 
 
 def load_scheduler(folder: Path) -> DDPMScheduler:
@@ -199,16 +199,16 @@ def variant_of(folder: Path) -> str | None:
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+def _load(cls: Any, folder: Path, dtype: torch.dtype, field: str = "backbone.pretrained") -> Any:
     """A diffusers model, with all of its weights; diffusers would fill missing ones at random."""
     try:
         model, info = cls.from_pretrained(folder, torch_dtype=dtype, variant=variant_of(folder),
                                           output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"backbone.pretrained: {folder} cannot be loaded "
+        raise InputError(f"{field}: {folder} cannot be loaded "
                          f"({' '.join(str(error).split())[:300]})") from None
     if info["missing_keys"]:
-        raise InputError(f"backbone.pretrained: {folder} lacks {len(info['missing_keys'])} weights, such as "
+        raise InputError(f"{field}: {folder} lacks {len(info['missing_keys'])} weights, such as "
                          f"{sorted(info['missing_keys'])[0]}: fetch or convert it again")
     return model
 

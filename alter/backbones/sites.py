@@ -84,29 +84,30 @@ def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def check_supported(name: str, config: Mapping[str, Any]) -> None:
+def check_supported(name: str, config: Mapping[str, Any], field: str = "backbone.pretrained") -> None:
     """Refuse a backbone that needs more than alter gives it; reads its configuration alone.
 
     Args:
         name: of its class. config: as diffusers saves it; what is missing has diffusers' default.
 
     Raises:
-        InputError: about backbone.pretrained, naming what is not supported.
+        InputError: about `field`, naming what is not supported.
     """
-    channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
+    channels = config.get("in_channels", 4)
+    out = config.get("out_channels", 4 if name == UNet2DConditionModel.__name__ else channels) or channels
     if name == UNet2DConditionModel.__name__:
         needs = [f"{key}={config[key]!r} ({meaning})" for key, meaning in _MORE_THAN_TEXT.items() if config.get(key)]
         if needs:
-            raise InputError(f"backbone.pretrained: a UNet with {', '.join(needs)} is not supported yet: use one that "
+            raise InputError(f"{field}: a UNet with {', '.join(needs)} is not supported yet: use one that "
                              "is conditioned on text alone, such as Stable Diffusion 1.5 or 2.1")
         width = config.get("cross_attention_dim", 1280)
         if not isinstance(width, int):
-            raise InputError(f"backbone.pretrained: a UNet with cross_attention_dim={width!r} is not supported yet: "
+            raise InputError(f"{field}: a UNet with cross_attention_dim={width!r} is not supported yet: "
                              "use one with the same width in all blocks")
-        if out not in (channels, 2 * channels):
-            raise InputError(f"backbone.pretrained: a UNet with in_channels={channels} and out_channels={out} "
-                             "(inpainting, editing, upscaling) is not supported yet: use one that takes the latents "
-                             "alone, such as Stable Diffusion 1.5 or 2.1")
+    if out not in (channels, 2 * channels):  # 2: a learned variance
+        raise InputError(f"{field}: a {name} with in_channels={channels} and out_channels={out} (inpainting, editing, "
+                         "upscaling) is not supported yet: use one that takes the latents alone, such as that of "
+                         "Stable Diffusion 1.5 or 2.1")
 
 
 def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts") -> tuple[Site, ...]:

@@ -128,6 +128,8 @@ class TemporalExperts:
         Raises:
             InputError: naming the field that is missing or wrong.
         """
+        if Path(source).is_file():
+            raise InputError(f"experts: {source} is a file: name the folder that holds {FILE_NAME}")
         if Path(source).is_dir():
             file = Path(source) / FILE_NAME
             if not file.is_file():

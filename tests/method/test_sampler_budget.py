@@ -6,8 +6,12 @@ import torch
 
 from alter import TemporalExperts
 from alter.backbones.cost import CostTable
+from alter.method import losses
 from alter.method.budget import Budget, timestep_weights
 from alter.method.hypernetwork import Logits
+from alter.training.run import make_accelerator
+from alter.training.setup.parts import build
+from alter.training.trainer import Trainer
 
 VISITED = np.array([9, 5, 2])
 
@@ -27,7 +31,8 @@ def test_each_timestep_weighs_as_the_visited_one_nearest_to_it(count, visited):
 
 
 def test_ties_repetitions_and_no_sampler():
-    assert timestep_weights(5, np.array([4, 0])) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4])
+    halfway = timestep_weights(5, np.array([4, 0]))  # 2 belongs to 0
+    assert halfway == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4])
     assert timestep_weights(4, np.array([3, 3, 0])) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
     assert timestep_weights(4, None) == pytest.approx([1 / 4] * 4)
 
@@ -60,11 +65,6 @@ def test_one_share_is_found_measured_and_reported():
 
 
 def test_the_loss_has_the_weights_of_the_budget(small_config, tmp_path):
-    from alter.method import losses
-    from alter.training.run import make_accelerator
-    from alter.training.setup.parts import build
-    from alter.training.trainer import Trainer
-
     plain = small_config("unet", loss={"output_kd": 0.0, "feature_kd": 0.0})
     sampled = small_config("unet", loss={"output_kd": 0.0, "feature_kd": 0.0},
                            budget={"sampler": "DPMSolverMultistepScheduler", "sampling_steps": 4})

@@ -1,7 +1,7 @@
 """Several faults of one configuration are told at once, each in its line."""
 
 import pytest
-from conftest import make_dit, save_latents, save_pipeline
+from conftest import make_dit, make_vae, save_latents, save_pipeline
 
 from alter import InputError
 from alter.data.shapes import write_shapes
@@ -41,8 +41,6 @@ def test_one_fault_is_one_line(small_config):
 
 def test_captions_for_a_dit(small_config, tmp_path):
     write_shapes(tmp_path / "shapes", 24, 0)
-    from conftest import make_vae
-
     save_pipeline(tmp_path / "dit-pretrained", make_dit(channels=4))
     make_vae().save_pretrained(tmp_path / "dit-pretrained/vae")
     config = small_config("dit", data={"source": "image_folder", "path": str(tmp_path / "shapes"), "resolution": 16})

@@ -17,7 +17,6 @@ from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
     check_latents,
-    component_of,
     latent_size,
     load_scheduler,
     local_folder,
@@ -89,6 +88,9 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
         scheduler = load_scheduler(folder)
     with faults.caught():
         check_latents(folder, backbone, config.data.resolution)
+    with faults.caught():
+        if config.teacher.pretrained is not None and Path(config.teacher.pretrained).exists():
+            check_teacher(config, local_folder(config.teacher.pretrained, field="teacher.pretrained"), backbone)
     with faults.caught():
         if by_time(config) and latency is None and config.budget.latency_file is not None:
             latency = Latency.load(Path(config.budget.latency_file))
@@ -197,10 +199,11 @@ def measure(config: Config, device: torch.device | str) -> Latency:
     The hub is asked for the configuration of a backbone that is not known here.
     """
     folder = known_folder(config) or local_folder(str(config.backbone.pretrained), config.backbone.revision)
-    cls, component = component_of(folder)
+    backbone: Any = meta_backbone(folder)
+    check_latents(folder, backbone, config.data.resolution)
     set_tf32(config.train.tf32)
     with torch.device(device):
-        backbone: Any = cls.from_config(cls.load_config(folder / component))
+        backbone = type(backbone).from_config(backbone.config)
     for embedder in embedders(backbone):  # equal copies, as in every trained DiT
         embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[config.train.mixed_precision])
@@ -245,6 +248,19 @@ def _plan_budget(config: Config, backbone: Backbone, cost: CostTable, size: int,
                          f"the run's are of {size}: measure them with `alter latency`")
     share_L = latency.share_L if latency else cost.share_L
     return Budget(share_L, budget.keep_ratio, budget.over, timesteps), None
+
+
+def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:
+    """Refuse a teacher in `folder` of another architecture than the backbone's.
+
+    Raises:
+        InputError: about teacher.pretrained.
+    """
+    shapes = [{name: value for name, value in model.config.items() if not name.startswith("_")}
+              for model in (meta_backbone(folder, "teacher.pretrained"), backbone)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the backbone's: "
+                         "name a pipeline of the same one")
 
 
 def _check_validation(config: Config, backbone: Backbone) -> None:
