@@ -27,16 +27,20 @@ SIZED = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_tabl
 QKV = ".attn.qkv."
 POSITION_ERROR = 1e-3  # an EMA of the constant positions rounds its way up to 2e-4 off them
 MOST_NAMED = 5
+WEIGHTS = ("ema", "model", "state_dict")  # keys of a training checkpoint; the first that holds any counts
+_AVERAGED = "n_averaged"  # beside the tensors of torch's AveragedModel
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts of tensors' names
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """The weights in a .pt file; of those in a training checkpoint the averaged ones, `ema`. No code of the file runs.
+    """The weights in a .pt file; of those in a training checkpoint the averaged ones, `ema`, if there are any, under
+    the names that they have without WRAPPERS. No code of the file runs.
 
     Raises:
         InputError: if it cannot be read, or holds anything but tensors and the training script's arguments.
     """
     if not file.is_file():
-        raise InputError(f"{file}: no such file")
+        raise InputError(f"{file}: {'is a folder: name the .pt file' if file.is_dir() else 'no such file'}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # fast-DiT's `args`: plain attributes
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -45,12 +49,23 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         reason = f"it holds {found[1]}" if found else f"{type(error).__name__}: damaged, or not written by torch.save"
         raise InputError(f"{file}: cannot be read as tensors only ({reason}): save its state dict alone") from None
     if isinstance(content, dict):
-        content = content.get("ema", content.get("model", content))
+        weights = [content[name] for name in WEIGHTS if isinstance(content.get(name), dict) and content[name]]
+        content = weights[0] if weights else content
+        content = {name: value for name, value in content.items() if name != _AVERAGED}
     if not (isinstance(content, dict) and all(isinstance(name, str) and isinstance(value, Tensor)
                                               and value.is_floating_point() for name, value in content.items())):
-        raise InputError(f"{file}: holds no state dict of floating-point tensors, nor does its 'ema' or 'model': save "
-                         "the state dict alone")
-    return {name: tensor.detach() for name, tensor in content.items()}
+        raise InputError(f"{file}: holds no state dict of floating-point tensors, nor does its "
+                         f"{', '.join(map(repr, WEIGHTS))}: save the state dict alone")
+    assert isinstance(content, dict)
+    state = {_unwrapped(name): tensor.detach() for name, tensor in content.items()}
+    if len(state) < len(content):
+        raise InputError(f"{file}: holds weights twice, with and without {' or '.join(sorted(WRAPPERS))} in their "
+                         "names: save one state dict alone")
+    return state
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def to_diffusers(state: Mapping[str, Tensor], heads: int | None, where: str) -> DiTTransformer2DModel:

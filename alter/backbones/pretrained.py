@@ -68,6 +68,11 @@ def component_of(folder: Path, field: str = "backbone.pretrained") -> tuple[type
                      "give a diffusers pipeline folder")
 
 
+def condition_of(folder: Path) -> str:
+    """What a pipeline folder's backbone is conditioned on: "class" or "text"; raises as `component_of`."""
+    return "class" if component_of(folder)[0].__name__ == "DiTTransformer2DModel" else "text"
+
+
 def read_config(file: Path, field: str = "backbone.pretrained") -> dict[str, Any]:
     """A JSON object of a pretrained folder.
 

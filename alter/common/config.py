@@ -75,9 +75,10 @@ class TeacherConfig:
 class DataConfig:
     source: str = key(
         "image_folder",
-        "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl (`file_name` and captions), "
-        "or one sub-folder of images per class. datasets: a Hugging Face data set, parquet or arrow. webdataset: tar "
-        "files as img2dataset writes them. latents: written by `alter encode`, or in the layout of fast-DiT or REPA.",
+        "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl or metadata.csv (`file_name` "
+        "and captions), or .txt files beside them, or one sub-folder of images per class. datasets: a Hugging Face "
+        "data set, parquet or arrow. webdataset: tar files as img2dataset writes them. latents: written by "
+        "`alter encode`, or in the layout of fast-DiT or REPA.",
         choices=("digits", "image_folder", "datasets", "webdataset", "latents"),
     )
     path: str | None = key(None, "Folder of the data set (not used by digits).")
@@ -95,8 +96,11 @@ class DataConfig:
         "text", "Column with a caption, or a list of them, of which one is drawn each time. webdataset: text is the "
         ".txt file, anything else that key of the .json file."
     )
+    label_column: str = key(
+        "label", "Column with class numbers, for backbones conditioned on them, or where there are no captions."
+    )
     prompt: str | None = key(
-        None, "One caption for all images of a folder, in place of metadata.jsonl (DreamBooth's instance prompt)."
+        None, "One caption for all images of a folder, in place of their own (DreamBooth's instance prompt)."
     )
     prior_path: str | None = key(
         None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior)."
@@ -112,8 +116,9 @@ class DataConfig:
     label_dropout: float = key(
         0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]"
     )
-    holdout: int = key(
-        256, "Samples kept out of training, on which `output_error` is measured.", within="[0, inf)"
+    holdout: int | None = key(
+        None, "Samples kept out of training, on which `output_error` is measured; null: 5% of them, at most 256.",
+        within="[0, inf)",
     )
     workers: int = key(4, "Loader processes per training process.", within="[0, inf)")
 

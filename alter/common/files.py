@@ -1,9 +1,72 @@
-"""Writing so that a kill, a full disk or a power cut leaves a file or folder as it was, or complete."""
+"""Reading a user's text, and writing so that a kill, a full disk or a power cut leaves what was there, or all."""
 
+import codecs
 import contextlib
 import errno
+import gzip
 import os
+import re
+import zlib
 from pathlib import Path
+
+from .errors import InputError
+
+
+def decode_text(content: bytes) -> str:
+    """Text in UTF-8, with or without a byte order mark, or in UTF-16 with one; the mark is taken off.
+
+    Raises:
+        ValueError: naming the first byte that is no such text, and its line.
+    """
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        text = content.decode(encoding)
+        if "\0" not in text:
+            return text.removeprefix("\ufeff")
+        place = len(text[: text.index("\0")].encode(encoding))
+    except UnicodeDecodeError as error:
+        place = error.start
+    line = content[:place].count(b"\n") + 1
+    raise ValueError(f"line {line}: byte {place} (0x{content[place]:02x}) is no {encoding.upper()} text")
+
+
+def read_text(file: Path, field: str) -> str:
+    """The text of a file that a user wrote; that of a .gz file unpacked.
+
+    Args:
+        field: what named the file, for the message: a key or an option.
+
+    Raises:
+        InputError: if it cannot be read, or is neither UTF-8 nor UTF-16 with a byte order mark.
+    """
+    try:
+        content = file.read_bytes()
+        return decode_text(gzip.decompress(content) if file.suffix == ".gz" else content)
+    except FileNotFoundError:
+        raise InputError(f"{field}: {file}: no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{field}: {file}: cannot be read ({reason})") from None
+    except ValueError as error:
+        raise InputError(f"{field}: {file} {error}: save the file as UTF-8") from None
+
+
+def read_lines(file: Path, field: str) -> list[str]:
+    """The lines of `read_text`, which \\n and \\r alone end, stripped; blank ones are left out."""
+    return [line.strip() for line in re.split(r"[\r\n]", read_text(file, field)) if line.strip()]
+
+
+def folder_fault(path: str | Path) -> str | None:
+    """Why a path is no folder that can be listed, in a few words; None: it is one."""
+    try:
+        os.scandir(path).close()
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.exists(path):
+            return "is a file, not a folder"
+        return f"is a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "no such folder"
+    except (OSError, ValueError) as error:
+        return f"cannot be listed ({getattr(error, 'strerror', None) or error})"
+    return None
 
 
 def write_text(file: Path, text: str) -> None:

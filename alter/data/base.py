@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -11,9 +12,12 @@ from torch import Tensor
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
+from ..common.files import folder_fault
 from .images import Unreadable, load_pixels
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # folders that systems make
+LABELS = range(2**31)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Source(Protocol):
     """
 
     num_classes: int | None  # 0 where the condition is text; None where only all labels together would tell
+    classes: dict[str, int]  # name → label, where the data name their classes
     encoded: bool  # True: samples are latents; False: images for the VAE
     empty_text: Tensor | None  # where the condition is encoded text: that of a dropped prompt
     encoding: Encoding | None  # where samples are encoded
@@ -60,6 +65,7 @@ class Plain:
     """Defaults that most kinds share: images with text, each stored on its own."""
 
     num_classes: int | None = 0
+    classes: dict[str, int] = {}
     encoded = False
     empty_text: Tensor | None = None
     encoding: Encoding | None = None
@@ -95,7 +101,8 @@ def draw_caption(count: int, seed: int, epoch: int, index: int) -> int:
 
 
 def read_captions(value: Any, where: str) -> list[str]:
-    """A sample's captions. `value` is what the data hold, `where` names its place for the message.
+    """A sample's captions; a blank one is the empty prompt. `value` is what the data hold, `where` names its place for
+    the message.
 
     Raises:
         Unreadable: unless it is a caption or a list of them.
@@ -103,17 +110,59 @@ def read_captions(value: Any, where: str) -> list[str]:
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions or not all(map(_is_caption, captions)):
         raise Unreadable(f"{where}: expected a caption or a list of them, found {value!r:.60}")
-    return captions
+    return [caption if caption.strip() else "" for caption in captions]
 
 
 def _is_caption(text: Any) -> bool:
-    """Whether it is text that a tokenizer accepts: not blank, and without halves of surrogate pairs."""
-    return isinstance(text, str) and bool(text.strip()) and not re.search(r"[\ud800-\udfff]", text)
+    """Whether it is text that a tokenizer accepts: without halves of surrogate pairs."""
+    return isinstance(text, str) and not re.search(r"[\ud800-\udfff]", text)
+
+
+def read_label(value: Any, where: str) -> int:
+    """A sample's class, from a whole number or its digits; arguments as for `read_captions`.
+
+    Raises:
+        Unreadable: unless it is one of LABELS.
+    """
+    try:
+        label = int(value)
+        if label in LABELS and (label == value or isinstance(value, (str, bytes))):
+            return label
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise Unreadable(f"{where}: expected a class number, found {value!r:.40}")
+
+
+def number_classes(names: Iterable[str], path: str | None) -> dict[str, int]:
+    """The labels of class folders: the numbers that are their names, or else their places in the names' order.
+
+    Raises:
+        InputError: if a number is no label, or is given twice.
+    """
+    ordered = sorted(set(names))
+    if not all(re.fullmatch(r"-?[0-9]+", name) for name in ordered):
+        return {name: label for label, name in enumerate(ordered)}
+    folder_of: dict[int, str] = {}
+    for name in ordered:
+        label = int(name)
+        if label not in LABELS:
+            raise InputError(f"data.path={path!r}: the class folder {name} is no label: number them from 0")
+        if label in folder_of:
+            raise InputError(f"data.path={path!r}: the class folders {folder_of[label]} and {name} are both label "
+                             f"{label}: rename one")
+        folder_of[label] = name
+    return {name: label for label, name in sorted(folder_of.items())}
 
 
 def require_folder(key: str, path: str) -> Path:
-    if not Path(path).is_dir():
-        raise InputError(f"data.{key}={path!r}: no such folder: set it to your data set")
+    """A folder that can be listed.
+
+    Raises:
+        InputError: saying what the path is instead.
+    """
+    fault = folder_fault(path)
+    if fault is not None:
+        raise InputError(f"data.{key}={path!r}: {fault}: set it to the folder of your data set")
     return Path(path)
 
 
@@ -123,16 +172,28 @@ def is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def list_files(folder: Path) -> list[str]:
-    """The paths, relative to the folder, of all files below it; links to folders are followed, once each."""
+def list_files(folder: Path, field: str = "data.path") -> list[str]:
+    """The paths, relative to the folder, of all files below it; links to folders are followed, once each.
+
+    Args:
+        field: what named the folder, for the message.
+
+    Raises:
+        InputError: if a folder below it that is not hidden cannot be listed.
+    """
+    def refuse(error: OSError) -> None:
+        if not os.path.basename(error.filename).startswith("."):
+            raise InputError(f"{field}: {error.filename} cannot be listed ({error.strerror}): allow it, or take it "
+                             "out") from None
+
     names, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(set(folders) - NO_DATA)
         place = os.path.relpath(root, folder)
         names += files if place == "." else [f"{place}/{file}" for file in files]
     return sorted(names)
@@ -144,5 +205,6 @@ def visible(names: list[str], suffixes: set[str]) -> list[str]:
             and not any(part.startswith(".") for part in name.split("/"))]
 
 
-def list_images(folder: Path) -> list[str]:
-    return visible(list_files(folder), IMAGE_SUFFIXES)
+def list_images(folder: Path, field: str = "data.path") -> list[str]:
+    """Of the files that `list_files` finds, the images that are not hidden."""
+    return visible(list_files(folder, field), IMAGE_SUFFIXES)

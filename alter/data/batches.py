@@ -21,6 +21,7 @@ from .images import Unreadable
 from .open import Source, WithPrior
 
 SPARE_DRAWS = 100  # samples tried in place of an unreadable one
+MOST_HELD_OUT = 256  # samples, unless told
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ class Tolerant:
                          f"was {reasons[index]}")
 
 
-def split(source: Source, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(source: Source, holdout: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices for training, and `holdout` held-out ones, drawn with `seed`; a prior's pairs stay together.
+
+    Args:
+        holdout: None: 5% of the samples, at most MOST_HELD_OUT.
 
     Returns: two ascending int64 arrays.
 
@@ -94,6 +98,8 @@ def split(source: Source, holdout: int, seed: int) -> tuple[np.ndarray, np.ndarr
         InputError: if no sample would be left for training, or a prior's pair would be split.
     """
     group = 2 if isinstance(source, WithPrior) else 1
+    if holdout is None:
+        holdout = min(MOST_HELD_OUT, len(source) // 20) // group * group
     if holdout >= len(source):
         raise InputError(f"data.holdout={holdout}: the data set has only {len(source)} samples: hold out fewer")
     if holdout % group:

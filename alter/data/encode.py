@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..backbones.pretrained import DTYPES, load_vae, local_folder, set_tf32
+from ..backbones.pretrained import DTYPES, condition_of, load_vae, local_folder, set_tf32
 from ..backbones.text import TextEncoder
 from ..common.config import Config
 from ..common.errors import InputError
@@ -25,7 +25,8 @@ from .images import Unreadable
 from .open import INDEX, Source, open_source, shard_name, weights_hash
 
 _PLAN = "encoding.json"  # until the index is there
-_DATA = ("source", "path", "split", "stream", "image_column", "caption_column", "prompt", "prior_path", "prior_prompt")
+_DATA = ("source", "path", "split", "stream", "image_column", "caption_column", "label_column", "prompt", "prior_path",
+         "prior_prompt")
 
 
 def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: PartialState) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
         InputError: if there is nothing to encode, `out` was begun with other settings, or too many samples are
             unusable.
     """
-    source, folder = _images(config), local_folder(str(config.backbone.pretrained), config.backbone.revision)
+    folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
+    source = _images(config, folder)
     dtype = DTYPES[config.train.mixed_precision]
     set_tf32(config.train.tf32)
     vae = load_vae(folder, state.device, dtype)
@@ -81,7 +83,7 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     unreadable = _unreadable(out, range(-(-len(source) // shard_size)))
     if unreadable:
         _bound(len(unreadable), config, len(source), list(unreadable.values())[-1])
-    index = {**plan, "unreadable": unreadable}
+    index = {**plan, "classes": source.classes, "unreadable": unreadable}
     if state.is_main_process:
         write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
         (out / _PLAN).unlink(missing_ok=True)
@@ -95,12 +97,12 @@ def _bound(unusable: int, config: Config, count: int, example: str) -> None:
                          f"cannot be encoded, one is {example}: mend the data and choose another folder, or allow more")
 
 
-def _images(config: Config) -> Source:
-    """The configured data set, without mirroring."""
+def _images(config: Config, folder: Path) -> Source:
+    """The configured data set, without mirroring, with the condition of the backbone in `folder`."""
     data = config.data
     if data.crop == "random":
         raise InputError("data.crop='random': one crop of each image is stored: set data.crop=center")
-    source = open_source(dataclasses.replace(config, data=dataclasses.replace(data, flip=False)))
+    source = open_source(dataclasses.replace(config, data=dataclasses.replace(data, flip=False)), condition_of(folder))
     if source.encoded:
         raise InputError(f"data.source={data.source!r} gives latents already: name images")
     return source

@@ -3,15 +3,23 @@
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 Image.preinit()
 Image.init()
 FORMATS = [name for name in Image.OPEN if name != "EPS"]  # a program, which Pillow hands to Ghostscript to run
+
+_ORIENTATION = 0x0112  # EXIF's tag
+_UPRIGHT: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Unreadable(Exception):
@@ -55,23 +63,32 @@ def decode(content: Path | bytes) -> tuple[Image.Image, str]:
     Raises:
         Unreadable: whatever Pillow raises: its decoders raise exceptions of every kind for broken files.
     """
-    if isinstance(content, Path) and not content.is_file():
-        raise Unreadable("no such file")
     try:
+        if isinstance(content, Path) and not content.is_file():
+            raise Unreadable("no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS) as image:
                 pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
                 if limit is not None and pixels > limit:
                     raise Unreadable(f"{pixels} pixels, more than the limit of {limit}")
-                ImageOps.exif_transpose(image, in_place=True)
-                return _rgb(image), image.mode
+                image.load()
+                return _rgb(_upright(image)), image.mode
     except Unreadable:
         raise
     except UnidentifiedImageError:
         raise Unreadable("not an image") from None
     except Exception as error:
         raise Unreadable(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, if that can be read: whole pixels with a broken one are used as they are."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # of the many kinds that broken EXIF raises
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

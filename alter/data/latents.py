@@ -1,5 +1,6 @@
 """Latents that were encoded before, by `alter encode`, or in the layouts of fast-DiT and REPA."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from .base import Encoding, Plain, coin, draw_caption, is_inside
+from .base import Encoding, Plain, coin, draw_caption, is_inside, read_label
 from .images import Unreadable
 
 INDEX = "index.json"
@@ -43,6 +44,7 @@ class EncodedShards(Plain):
             self.encoding = Encoding(
                 "scripts/encode_latents.py", float(index["scaling_factor"]), float(index["shift_factor"]), index["vae"],
                 index["text_encoder"], int(index["resolution"]), bool(index["mirrored"]))
+            self.classes = {str(name): int(label) for name, label in index.get("classes", {}).items()}
             if self.size < 1 or self.count < 0:
                 raise ValueError(f"shard_size={self.size}, count={self.count}")
             if self.num_classes == 0:
@@ -50,6 +52,8 @@ class EncodedShards(Plain):
         except (LookupError, TypeError, ValueError, AttributeError, Unreadable) as error:
             raise InputError(f"data.path: {self.folder / INDEX}: {type(error).__name__}: {error}: "
                              "encode again") from None
+        if config.flip and not self.encoding.mirrored:
+            raise _no_mirror_images(config, "encode again with data.flip=true, or set false")
 
     def __len__(self) -> int:
         return self.count
@@ -95,7 +99,7 @@ class FastDiT(Plain):
     """Latents in fast-DiT's layout: <path>/*_features/N.npy, <path>/*_labels/N.npy.
 
     Features are [1, C, h, w] or [variants, C, h, w], already multiplied by the VAE's scaling factor; with
-    several variants (the image and its mirror) `flip` draws one, else the first is used. For a model
+    several variants (the image and its mirror) `flip` draws one of the first two, else the first is used. For a model
     conditioned on text, <path>/*_text/N.npy holds the text encoder's states [tokens, D] in place of labels,
     and <path>/empty_text.npy those of the empty prompt, which dropped prompts become.
     """
@@ -120,24 +124,25 @@ class FastDiT(Plain):
                 self.empty_text = _load_npy(folder / "empty_text.npy").float()
             except Unreadable as error:
                 raise InputError(f"data.path: {folder / 'empty_text.npy'} {error}: dropped prompts need it") from None
+        with contextlib.suppress(Unreadable):
+            if self.flip and len(_variants(self.files[0])) < 2:
+                raise _no_mirror_images(config, "set false")
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         file = self.files[key[1]]
-        variants = _load_npy(file).float()
-        if variants.dim() == 3:
-            variants = variants[None]
-        if variants.dim() != 4 or not len(variants):
-            raise Unreadable(f"latents of shape {tuple(variants.shape)}: expected [C, h, w] or [variants, C, h, w]")
-        second = self.flip and len(variants) > 1 and coin(self.seed, *key)
+        variants = _variants(file)
+        if self.flip and len(variants) < 2:
+            raise Unreadable("no mirror image, which data.flip=true needs")
+        latents = variants[int(self.flip and coin(self.seed, *key))]
         condition = _load_npy(self.conditions / file.name)
         if self.empty_text is not None:
-            return {"latents": variants[int(second)], "encoder_hidden_states": condition.float()}
-        if condition.numel() != 1 or condition.item() != int(condition.nan_to_num().item()):
+            return {"latents": latents, "encoder_hidden_states": condition.float()}
+        if condition.numel() != 1:
             raise Unreadable(f"label of shape {tuple(condition.shape)}: expected one whole number")
-        return {"latents": variants[int(second)], "labels": int(condition.item())}
+        return {"latents": latents, "labels": read_label(condition.item(), self.conditions.name)}
 
     def describe(self, index: int) -> str:
         return str(self.files[index])
@@ -154,12 +159,14 @@ class Repa(Plain):
         self.folder = repa_folder(Path(str(config.path)))
         labels: Any = _read_json(self.folder / "dataset.json").get("labels")
         try:
-            self.samples = [(str(file), int(label)) for file, label in labels]
+            self.samples = [(str(file), read_label(label, str(file))) for file, label in labels]
             if not all(is_inside(file) for file, _ in self.samples):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, Unreadable):
             raise InputError(f"data.path: {self.folder / 'dataset.json'}: expected \"labels\", a list of "
                              "[file in the folder, class]") from None
+        if config.flip:
+            raise _no_mirror_images(config, "set false")
         self.num_classes = 1 + max((label for _, label in self.samples), default=-1)
 
     def __len__(self) -> int:
@@ -187,6 +194,20 @@ def weights_hash(folder: Path) -> str | None:
             while block := content.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest() if files else None
+
+
+def _no_mirror_images(config: DataConfig, remedy: str) -> InputError:
+    return InputError(f"data.flip=true: data.path={config.path!r} holds no mirror images: {remedy}")
+
+
+def _variants(file: Path) -> Tensor:
+    """float32 [variants, C, h, w] of a file of fast-DiT's features."""
+    variants = _load_npy(file).float()
+    if variants.dim() == 3:
+        variants = variants[None]
+    if variants.dim() != 4 or not len(variants):
+        raise Unreadable(f"latents of shape {tuple(variants.shape)}: expected [C, h, w] or [variants, C, h, w]")
+    return variants
 
 
 def _read_json(file: Path) -> dict:

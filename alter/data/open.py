@@ -6,7 +6,7 @@ from ..common.config import Config, DataConfig
 from ..common.errors import InputError
 from .base import Encoding, Source, require_folder
 from .digits import Digits
-from .folders import METADATA, CaptionedFolder, ImageFolder
+from .folders import CaptionedFolder, ImageFolder, TextsBeside, open_folder
 from .latents import INDEX, EncodedShards, FastDiT, Repa, repa_folder, shard_name, weights_hash
 from .prior import WithPrior
 from .shards import TarShards
@@ -14,12 +14,15 @@ from .tables import OpenedTable, StreamedTable
 
 __all__ = [
     "INDEX", "CaptionedFolder", "Digits", "EncodedShards", "Encoding", "FastDiT", "ImageFolder", "OpenedTable", "Repa",
-    "Source", "StreamedTable", "TarShards", "WithPrior", "open_source", "shard_name", "weights_hash",
+    "Source", "StreamedTable", "TarShards", "TextsBeside", "WithPrior", "open_source", "shard_name", "weights_hash",
 ]
 
 
-def open_source(config: Config) -> Source:
+def open_source(config: Config, wanted: str | None = None) -> Source:
     """The data set that the configuration names.
+
+    Args:
+        wanted: "class" or "text", the condition to take where the data have both; None: as the data's kind says.
 
     Raises:
         InputError: if its folder is missing, empty or not laid out as expected.
@@ -29,7 +32,7 @@ def open_source(config: Config) -> Source:
         raise InputError(f"data.prompt={data.prompt!r} is for data.source=image_folder: remove it")
     if data.stream and data.source != "datasets":
         raise InputError("data.stream=true is for data.source=datasets: remove it")
-    source = _open(data, config.seed)
+    source = _open(data, config.seed, wanted)
     if data.prior_path is None:
         return source
     if data.prior_prompt is None:
@@ -42,24 +45,24 @@ def open_source(config: Config) -> Source:
     return WithPrior(source, _with_samples("prior_path", data.prior_path, CaptionedFolder(prior, config.seed)))
 
 
-def _open(config: DataConfig, seed: int) -> Source:
+def _open(config: DataConfig, seed: int, wanted: str | None) -> Source:
     if config.source == "digits":
+        if config.flip:
+            raise InputError("data.flip=true: the digits have no mirror images: set false")
         return Digits()
     source: Source
     if config.source == "datasets" and config.stream:
-        source = StreamedTable(config, seed)
+        source = StreamedTable(config, seed, wanted)
     else:
-        folder = require_folder("path", str(config.path))
+        require_folder("path", str(config.path))
         if config.source == "datasets":
-            source = OpenedTable(config, seed)
+            source = OpenedTable(config, seed, wanted)
         elif config.source == "webdataset":
-            source = TarShards(config, seed)
+            source = TarShards(config, seed, wanted)
         elif config.source == "latents":
             source = _open_latents(config, seed)
-        elif config.prompt is not None or (folder / METADATA).is_file():
-            source = CaptionedFolder(config, seed)
         else:
-            source = ImageFolder(config, seed)
+            source = open_folder(config, seed, wanted)
     return _with_samples("path", config.path, source)
 
 

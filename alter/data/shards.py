@@ -14,11 +14,22 @@ from typing import Any, Generic, TypeVar
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from .base import IMAGE_SUFFIXES, Framing, Plain, draw_caption, list_files, read_captions, require_folder, visible
+from ..common.files import decode_text
+from .base import (
+    IMAGE_SUFFIXES,
+    Framing,
+    Plain,
+    draw_caption,
+    list_files,
+    read_captions,
+    read_label,
+    require_folder,
+    visible,
+)
 from .images import Unreadable
 
 Content = TypeVar("Content")
-Members = dict[str, tuple[int, int]]  # of one sample: kind of file → (offset, size) of its content in the tar
+Members = dict[str, tuple[int, int]]  # of one sample: file's ending, lower case → (offset, size) of its content
 _TEXT = "text"  # the default of data.caption_column: the .txt file
 
 
@@ -57,14 +68,16 @@ class TarShards(Plain):
     """Tar files below a folder, in which the files of a sample have one name up to its first dot.
 
     The condition is `.cls`, a class, or else a caption: `.txt`, or the key `data.caption_column` of `.json` where that
-    is not "text". Three kinds of shards count as many unreadable samples as they should have had samples: those that
-    cannot be read, those whose number is missing between its neighbours', and those with img2dataset's `_stats.json`
-    but no tar.
+    is not "text"; where the first sample with an image has both, the one that is `wanted`. Endings may be upper case.
+    A file that belongs to no image is an unreadable sample. Three kinds of shards count as many unreadable samples as
+    they should have had samples: those that cannot be read, those whose number is missing between its neighbours', and
+    those with img2dataset's `_stats.json` but no tar.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, wanted: str | None = None) -> None:
         self.folder, self.seed, self.framing = require_folder("path", str(config.path)), seed, Framing(config, seed)
-        self.image, self.column = config.image_column, config.caption_column
+        self.image, self.column = config.image_column.lower(), config.caption_column
+        self.text = "txt" if self.column == _TEXT else "json"
         files = list_files(self.folder)
         tars = visible(files, {".tar"})
         if not tars:
@@ -75,8 +88,9 @@ class TarShards(Plain):
         lengths = [self._length(name) for name in self.names]
         self.stored = Shards(lengths, self._open, most=2 * config.shuffle_shards)
         self.shards = self.stored.lengths
-        first = next((samples[0] for name in tars if (samples := list_samples(self.folder / name))), {})
-        self.num_classes = None if "cls" in first else 0
+        first: Members = next((members for name in tars for members in list_samples(self.folder / name)
+                               if self._image(members) in members), {})
+        self.num_classes = None if "cls" in first and not (wanted == "text" and self.text in first) else 0
 
     def __len__(self) -> int:
         return self.stored.ends[-1]
@@ -85,13 +99,11 @@ class TarShards(Plain):
         path, members = self._sample(key[1])
         condition: dict[str, Any]
         if self.num_classes is None:
-            condition = {"labels": _label(_read(path, members, "cls"))}
+            condition = {"labels": read_label(_read(path, members, "cls"), ".cls")}
         else:
             captions = self._captions(path, members)
             condition = {"captions": captions[draw_caption(len(captions), self.seed, *key)]}
-        image = self.image if self.image in members else next(
-            (kind for kind in members if f".{kind.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES), self.image)
-        return {"images": self.framing(_read(path, members, image), *key), **condition}
+        return {"images": self.framing(_read(path, members, self._image(members)), *key), **condition}
 
     def captions(self, index: int) -> list[str]:
         return self._captions(*self._sample(index))
@@ -99,6 +111,11 @@ class TarShards(Plain):
     def describe(self, index: int) -> str:
         shard, position = self.stored.locate(index)
         return f"{self.folder / self.names[shard]} sample {position}"
+
+    def _image(self, members: Members) -> str:
+        """The ending of the sample's image; `data.image_column` if it has none."""
+        return self.image if self.image in members else next(
+            (kind for kind in members if f".{kind.rpartition('.')[2]}" in IMAGE_SUFFIXES), self.image)
 
     def _open(self, shard: int) -> list[Members]:
         return list_samples(self.folder / self.names[shard])
@@ -115,14 +132,13 @@ class TarShards(Plain):
         return path, members[position]
 
     def _captions(self, path: Path, members: Members) -> list[str]:
-        kind = "txt" if self.column == _TEXT else "json"
         try:
-            value = _read(path, members, kind).decode()
-            if kind == "json":
+            value = decode_text(_read(path, members, self.text))
+            if self.text == "json":
                 value = json.loads(value)[self.column]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise Unreadable(f".{kind}: no caption ({type(error).__name__}: {error})") from None
-        return read_captions(value, f".{kind}")
+            raise Unreadable(f".{self.text}: no caption ({type(error).__name__}: {error})") from None
+        return read_captions(value, f".{self.text}")
 
     def _length(self, name: str) -> int | None:
         """The number of the shard's samples, by img2dataset's statistics or else by its headers; None if neither tells
@@ -150,7 +166,8 @@ def list_samples(path: Path) -> list[Members]:
                     raise EOFError
                 name, dot, kind = member.name.rpartition("/")[2].partition(".")
                 if member.isreg() and name and dot:
-                    samples.setdefault(member.name.removesuffix(kind), {})[kind] = member.offset_data, member.size
+                    members = samples.setdefault(member.name.removesuffix(kind), {})
+                    members[kind.lower()] = member.offset_data, member.size
             with open(path, "rb") as file:
                 file.seek(archive.offset)
                 if file.read(512) != bytes(512):  # with which an archive ends; at a broken header tarfile just stops
@@ -190,13 +207,3 @@ def _read(path: Path, members: Members, kind: str) -> bytes:
             return file.read(size)
     except OSError as error:
         raise Unreadable(f"cannot be read ({error.strerror})") from None
-
-
-def _label(content: bytes) -> int:
-    try:
-        label = int(content)
-    except ValueError:
-        raise Unreadable(f".cls: expected a class number, found {content!r:.40}") from None
-    if label < 0:
-        raise Unreadable(f".cls: expected a class number, found {label}")
-    return label

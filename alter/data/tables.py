@@ -7,33 +7,42 @@ from typing import Any
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from .base import Framing, Plain, draw_caption, list_files, read_captions, visible
+from .base import Framing, Plain, draw_caption, list_files, read_captions, read_label, visible
 from .images import Unreadable
 from .shards import Shards, left_out
 
 
 class Rows(Plain):
-    """A table of which each row is a sample. Without a caption column, an integer column `label` holds classes.
+    """A table of which each row is a sample. Its condition is `data.caption_column`, or the classes in
+    `data.label_column` where there are no captions, or where both are there and "class" is wanted.
 
     Args:
         features: the table's columns, as `datasets` describes them.
+        wanted: as for `open_source`.
 
     Raises:
-        InputError: if a column is missing.
+        InputError: if a column is missing, or holds something else.
     """
 
-    def __init__(self, config: DataConfig, seed: int, features: Any) -> None:
+    def __init__(self, config: DataConfig, seed: int, features: Any, wanted: str | None) -> None:
         self.path, self.image_column = str(config.path), config.image_column
         self.seed, self.framing = seed, Framing(config, seed)
         columns = ", ".join(features)
         if self.image_column not in features:
             raise InputError(f"data.image_column={self.image_column!r}: no such column: choose one of {columns}")
-        captioned = config.caption_column in features
-        if not captioned and not _is_integer(features.get("label")):
-            raise InputError(f"data.caption_column={config.caption_column!r}: no such column: choose one of "
-                             f"{columns}")
-        self.condition = config.caption_column if captioned else "label"
-        self.num_classes = 0 if captioned else getattr(features["label"], "num_classes", None)
+        captions, labels = config.caption_column, config.label_column
+        captioned, labelled = _is_text(features.get(captions)), _is_integer(features.get(labels))
+        if not labelled and labels != DataConfig.label_column and wanted != "text":
+            raise InputError(f"data.label_column={labels!r}: {_holds(labels, features, 'whole numbers')}: choose one "
+                             f"of {columns}")
+        if not captioned and (not labelled or wanted == "text"):
+            raise InputError(f"data.caption_column={captions!r}: {_holds(captions, features, 'text')}: choose one of "
+                             f"{columns}; for classes set data.label_column")
+        by_class = labelled and (wanted == "class" or not captioned)
+        self.condition = labels if by_class else captions
+        if by_class:
+            self.num_classes = getattr(features[labels], "num_classes", None)
+            self.classes = {name: i for i, name in enumerate(getattr(features[labels], "names", None) or ())}
 
     def row(self, index: int) -> dict[str, Any]:
         """The row's columns.
@@ -50,10 +59,8 @@ class Rows(Plain):
         if self.num_classes == 0:
             captions = read_captions(value, f"column {self.condition!r}")
             condition = {"captions": captions[draw_caption(len(captions), self.seed, *key)]}
-        elif value is None or value < 0:
-            raise Unreadable(f"column {self.condition!r}: expected a label, found {value}")
         else:
-            condition = {"labels": value}
+            condition = {"labels": read_label(value, f"column {self.condition!r}")}
         return {"images": self.framing(self._content(row[self.image_column]), *key), **condition}
 
     def captions(self, index: int) -> list[str]:
@@ -79,18 +86,18 @@ class OpenedTable(Rows):
     the folder runs.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, wanted: str | None = None) -> None:
         from datasets import Image
 
         rows = _open_rows(Path(str(config.path)), config.split)
-        super().__init__(config, seed, rows.features)
+        super().__init__(config, seed, rows.features, wanted)
         try:
             self.rows = (rows.with_format(None).select_columns([self.image_column, self.condition])
                          .cast_column(self.image_column, Image(decode=False)))
         except (TypeError, ValueError, NotImplementedError):
             raise _no_images(self.image_column, rows.features) from None
         if self.num_classes is None:
-            self.num_classes = 1 + max((label for label in rows.unique("label") if label is not None), default=0)
+            self.num_classes = 1 + max((label for label in rows.unique(self.condition) if label is not None), default=0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -109,7 +116,7 @@ class StreamedTable(Rows):
     counts as many unreadable rows as the median of the others.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, wanted: str | None = None) -> None:
         import fsspec
         from datasets import Features
 
@@ -130,7 +137,7 @@ class StreamedTable(Rows):
             raise InputError(f"data.path={address!r}: none of its {len(names)} parquet files can be read "
                              f"({footers[0]})")
         features = Features.from_arrow_schema(readable[0][1])
-        super().__init__(config, seed, features)
+        super().__init__(config, seed, features, wanted)
         if not _holds_images(features[self.image_column]):
             raise _no_images(self.image_column, features)
         usual = round(statistics.median(sum(counts) for counts, _ in readable))
@@ -238,6 +245,20 @@ def _holds_images(feature: Any) -> bool:
 
     return (isinstance(feature, Image) or isinstance(feature, Value) and "binary" in feature.dtype
             or isinstance(feature, dict) and "bytes" in feature)
+
+
+def _is_text(feature: Any) -> bool:
+    """Whether it is a column of captions, or of lists of them."""
+    from datasets import Value
+
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return isinstance(inner, Value) and "string" in inner.dtype
+
+
+def _holds(column: str, features: Any, wanted: str) -> str:
+    if column not in features:
+        return "no such column"
+    return f"holds no {wanted} but {getattr(features[column], 'dtype', type(features[column]).__name__)}"
 
 
 def _is_integer(feature: Any) -> bool:

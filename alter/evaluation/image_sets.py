@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ..common.errors import InputError
+from ..common.files import folder_fault
+from ..data.base import IMAGE_SUFFIXES, list_images
 from ..data.images import decode, square
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 class ImageSet:
@@ -34,14 +34,13 @@ class ImageSet:
                 raise InputError(f"{source}: holds no images (arr_0, uint8 [N, H, W, 3]): use a metric that its "
                                  "statistics allow, or a folder of images")
             self.names = [f"arr_0[{i}]" for i in range(len(self.array))]
-        elif self.source.is_dir():
-            files = [file for file in self.source.rglob("*") if file.suffix.lower() in ENDINGS
-                     and not any(part.startswith(".") for part in file.relative_to(self.source).parts)]
-            self.names = sorted((file.relative_to(self.source).as_posix() for file in files), key=_by_number)
         else:
-            raise InputError(f"{source}: no such folder or .npz file")
+            fault = folder_fault(self.source)
+            if fault is not None:
+                raise InputError(f"{source}: {fault}: name a folder of images or an .npz file")
+            self.names = sorted(list_images(self.source, str(source)), key=_by_number)
         if not self.names:
-            raise InputError(f"{source}: holds no images ({', '.join(ENDINGS)})")
+            raise InputError(f"{source}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -66,7 +65,14 @@ class ImageSet:
         """SHA-256 of every file, or image of the array."""
         if self.array is not None:
             return [hashlib.sha256(image.tobytes() + str(image.shape).encode()).hexdigest() for image in self.array]
-        return [hashlib.sha256((self.source / name).read_bytes()).hexdigest() for name in self.names]
+        return [hashlib.sha256(self._content(name)).hexdigest() for name in self.names]
+
+    def _content(self, name: str) -> bytes:
+        try:
+            return (self.source / name).read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.source / name}: cannot be read ({error.strerror}): mend it or take it out of the "
+                             "set") from None
 
     @cached_property
     def digest(self) -> str:

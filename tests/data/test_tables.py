@@ -124,7 +124,7 @@ def test_labels_of_a_table(offline, tmp_path, feature):
     source = open_source(run_config(tmp_path, source="datasets"))
     assert source.num_classes == (5 if feature == "class" else 3)
     assert [source[0, i]["labels"] for i in (0, 1)] == [0, 2] and "captions" not in source[0, 0]
-    with pytest.raises(Unreadable, match="column 'label': expected a label"):
+    with pytest.raises(Unreadable, match="column 'label': expected a class number"):
         source[0, 2]
 
 

@@ -141,8 +141,8 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         InputError: for whatever does not exist or does not fit.
     """
     check_machine(config, processes)
-    source = open_data(config)
     folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
+    source = open_data(config, folder)
     if by_time(config):
         latency = latency or plan_latency(config, device)
     plan = make_plan(config, folder, source, latency)

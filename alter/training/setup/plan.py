@@ -17,6 +17,7 @@ from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
     check_latents,
+    condition_of,
     latent_size,
     load_scheduler,
     local_folder,
@@ -118,14 +119,15 @@ def check(config: Config, processes: int, latency: Latency | None = None) -> Non
     Raises:
         InputError: as `build` would, with all faults that do not depend on one another.
     """
-    faults, source = Faults(), None
+    faults, source, folder = Faults(), None, None
     with faults.caught():
         check_machine(config, processes)
     with faults.caught():
-        if not (config.demo.model and config.data.path is not None and not Path(config.data.path).exists()):
-            source = open_data(config)  # else a demo draws its data first
-    with faults.caught():
         folder = known_folder(config)
+    with faults.caught():
+        if not (config.demo.model and config.data.path is not None and not Path(config.data.path).exists()):
+            source = open_data(config, folder)  # else a demo draws its data first
+    with faults.caught():
         if folder is not None:
             make_plan(config, folder, source, latency)
     faults.refuse()
@@ -157,13 +159,16 @@ def check_machine(config: Config, processes: int) -> None:
     faults.refuse()
 
 
-def open_data(config: Config) -> Source:
+def open_data(config: Config, folder: Path | None) -> Source:
     """The data set, of which enough is left for training.
+
+    Args:
+        folder: of the backbone, whose condition is taken where the data have several; None: not known yet.
 
     Raises:
         InputError: if there is none, or `data.holdout` takes all of it.
     """
-    source = open_source(config)
+    source = open_source(config, None if folder is None else condition_of(folder))
     split(source, config.data.holdout, config.seed)
     return source
 
@@ -284,9 +289,10 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
         raise InputError(f"data.source={data.source!r} gives images, and {folder} has no vae: "
                          "use data.source=latents")
     by_class = "class_labels" in example_inputs(backbone, shape[-1])
-    if by_class and reads_captions(source):
-        raise InputError(f"data.source={data.source!r}: data.path={data.path!r} has captions, and the backbone is "
-                         "conditioned on class labels: give images in one folder per class, or latents with labels")
+    if by_class == (source.num_classes == 0):
+        kind = "class labels" if by_class else "text"
+        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which "
+                         f"data.path={data.path!r} does not have")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
@@ -299,13 +305,9 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
                 f"data.path={data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
                 f"backbone, which takes {expected} at data.resolution={data.resolution}"
             )
-    if by_class != ("labels" in sample):
-        kind = "class labels" if by_class else "text"
-        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which "
-                         "this data does not have")
     if by_class and (source.num_classes or 0) > null_class(backbone):
-        raise InputError(f"data.path={data.path!r}: {source.num_classes} classes, but the backbone knows "
-                         f"{null_class(backbone)}")
+        raise InputError(f"data.path={data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
+                         f"backbone knows 0 to {null_class(backbone) - 1}: use data or a backbone of its classes")
     if "encoder_hidden_states" in sample:
         width = backbone.config.cross_attention_dim
         if sample["encoder_hidden_states"].shape[-1] != width:
@@ -333,6 +335,3 @@ def _check_encoding(config: Config, folder: Path, source: Source) -> None:
             raise InputError(f"data.path={data.path!r}: encoded by {encoding.maker} with {name} {value}, but "
                              f"backbone.pretrained={config.backbone.pretrained!r} at data.resolution={data.resolution} "
                              f"has {wanted[name]}: encode again with `alter encode`")
-    if data.flip and not encoding.mirrored:
-        raise InputError(f"data.flip=true: data.path={data.path!r} holds no mirror images: encode again with "
-                         "data.flip=true, or set false")
