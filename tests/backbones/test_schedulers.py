@@ -23,7 +23,8 @@ def written(folder, config):
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
-                                  "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"])
+                                  "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler",
+                                  "UniPCMultistepScheduler"])
 @pytest.mark.parametrize("changes", [{}, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
                                      {"trained_betas": [0.01, 0.02, 0.03], "num_train_timesteps": 3}], ids=str)
 def test_the_betas_are_those_of_the_pipelines_scheduler(tmp_path, name, changes):
@@ -48,7 +49,8 @@ def test_prediction_types_are_kept_and_unknown_ones_refused(tmp_path):
 
 
 @pytest.mark.parametrize("config", [
-    {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}, {"_class_name": "EDMDPMSolverMultistepScheduler"},
+    {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"},
+    {"_class_name": "EDMDPMSolverMultistepScheduler"},
     {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, {"_class_name": "FlowMatchHeunDiscreteScheduler"},
     {"_class_name": "SCMScheduler"}, {"_class_name": "IPNDMScheduler"}, {"_class_name": "SomebodysScheduler"},
     {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction",
@@ -66,12 +68,14 @@ def test_schedulers_without_betas_are_refused_by_name(small_config, tmp_path, co
 
 def test_an_unknown_class_that_names_its_betas_is_taken(tmp_path):
     wanted = DDPMScheduler(beta_start=0.001, beta_end=0.01, beta_schedule="linear", prediction_type="v_prediction")
-    found = load_scheduler(written(tmp_path, {"_class_name": "SomebodysScheduler", "beta_start": 0.001, "beta_end": 0.01,
+    found = load_scheduler(written(tmp_path, {"_class_name": "SomebodysScheduler", "beta_start": 0.001,
+                                              "beta_end": 0.01,
                                               "beta_schedule": "linear", "prediction_type": "v_prediction"}))
     assert torch.equal(found.betas, wanted.betas) and found.config.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "SchedulerMixin", "NoSuch", "UNet2DModel"])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "SchedulerMixin", "NoSuch",
+                                  "UNet2DModel"])
 def test_samplers_of_other_noise_are_refused(small_config, name):
     with pytest.raises(InputError, match="made for another noising|no such scheduler"):
         scheduler_class(name, "--scheduler ")

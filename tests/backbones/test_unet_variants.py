@@ -21,7 +21,8 @@ from alter.training.setup.parts import build
 from alter.training.setup.plan import check
 
 BASE = dict(sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4)
 
 
@@ -47,7 +48,8 @@ def test_a_unet_that_needs_more_than_text_is_refused(small_config, tmp_path, cha
     config = small_config("sd")
     shutil.rmtree(tmp_path / "sd-pretrained/unet")
     UNet2DConditionModel(**{**BASE, **changes}).save_pretrained(tmp_path / "sd-pretrained/unet")
-    for function, arguments in ((check, (config, 1)), (describe_run, (config,)), (build, (config,)), (train, (config,))):
+    for function, arguments in ((check, (config, 1)), (describe_run, (config,)), (build, (config,)),
+                                (train, (config,))):
         assert message in refused(function, *arguments)
     assert not (tmp_path / "run").exists()
 

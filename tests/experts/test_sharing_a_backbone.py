@@ -1,4 +1,4 @@
-"""Experts on a backbone that others use too: threads, direct calls, other libraries' patches, copies in other places."""
+"""Experts on a backbone that others use too: threads, direct calls, other libraries' patches, copies elsewhere."""
 
 import io
 import pickle

@@ -27,7 +27,8 @@ def test_each_timestep_weighs_as_the_visited_one_nearest_to_it(count, visited):
 
 
 def test_ties_repetitions_and_no_sampler():
-    assert timestep_weights(5, np.array([4, 0])) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4])  # 2: to the lower
+    # 2: to the lower
+    assert timestep_weights(5, np.array([4, 0])) == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4])
     assert timestep_weights(4, np.array([3, 3, 0])) == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
     assert timestep_weights(4, None) == pytest.approx([1 / 4] * 4)
 
