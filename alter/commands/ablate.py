@@ -79,7 +79,8 @@ def _train(arguments: argparse.Namespace, variant: str, name: str, keep: float, 
     settings = [*PAPER, *arguments.overrides, f"seed={seed}", f"budget.keep_ratio={keep}", f"output_dir={run}",
                 f"evaluate.dense={'true' if variant == 'dense' else 'false'}"]
     config, device = load_config(arguments.config, settings), _device()
-    make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
+    if config.demo.model:
+        make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
     if variant in GIVEN or variant == "dense":
         chosen = "dense_tuned" if variant == "dense" else variant
         given_experts(chosen, config, build(config, device=device), seed).save_pretrained(folder / "experts")

@@ -21,6 +21,7 @@ from alter.backbones.pretrained import load_scheduler
 from alter.backbones.sampling import sample_latents
 from alter.common.config import CONFIGS, save_config
 from alter.data.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
+from alter.evaluation.report.figures import summary_table
 from alter.training.demo import make_tokenizer
 from alter.training.demo_images import demo_reference
 from alter.training.setup.parts import build
@@ -125,7 +126,7 @@ def test_the_model_card_is_written_from_the_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert card.startswith("---\nlibrary_name: diffusers\n") and "StableDiffusionPipeline.from_pretrained" in card
     assert f"{summary['keep_ratio']:.1%}" in card and f"{summary['macs_experts']:,}" in card
-    assert "output_error" in card and "names none" in card
+    assert "against the dense model's output" in card and summary_table(summary) in card and "names none" in card
 
 
 def test_the_card_takes_the_licence_of_the_base_model(small_config):

@@ -6,7 +6,7 @@ from ...common.errors import Faults, InputError
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from .parts import choose_trained
-from .plan import Plan, check_machine, known_folder, make_plan
+from .plan import Plan, check_shares, known_folder, make_plan
 
 _GIB = 2**30
 
@@ -15,7 +15,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
     """The text of `alter train --dry-run`; needs no weights, no data and no network."""
     faults = Faults()
     with faults.caught():
-        check_machine(config, processes)
+        check_shares(config, processes)  # and not this machine: the run may be for another
     with faults.caught():
         plan = _plan(config)
     faults.refuse()

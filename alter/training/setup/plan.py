@@ -133,17 +133,27 @@ def check(config: Config, processes: int, latency: Latency | None = None) -> Non
     faults.refuse()
 
 
+def check_shares(config: Config, processes: int) -> None:
+    """Refuse a batch that so many processes cannot share.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    train, parts = config.train, processes * config.train.gradient_accumulation
+    if train.batch_size % parts:
+        raise InputError(f"train.batch_size={train.batch_size} cannot be shared by {processes} processes with "
+                         f"train.gradient_accumulation={train.gradient_accumulation}: choose a multiple of {parts}")
+
+
 def check_machine(config: Config, processes: int) -> None:
     """Refuse what this machine, with so many processes, cannot do.
 
     Raises:
         InputError: naming the keys.
     """
-    train, parts, faults = config.train, processes * config.train.gradient_accumulation, Faults()
-    if train.batch_size % parts:
-        faults.lines.append(
-            f"train.batch_size={train.batch_size} cannot be shared by {processes} processes with "
-            f"train.gradient_accumulation={train.gradient_accumulation}: choose a multiple of {parts}")
+    faults = Faults()
+    with faults.caught():
+        check_shares(config, processes)
     optional = [
         ("wandb", f"log.tracker={config.log.tracker}", config.log.tracker == "wandb"),
         ("bitsandbytes", f"optim.optimizer={config.optim.optimizer}", config.optim.optimizer == "adamw_8bit"),
@@ -154,7 +164,7 @@ def check_machine(config: Config, processes: int) -> None:
             faults.lines.append(f"{option}: the package {package} is not installed: pip install {package}, or "
                                 "change it")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
+    if config.train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
         faults.lines.append("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
     faults.refuse()
 
