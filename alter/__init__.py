@@ -8,13 +8,16 @@ if TYPE_CHECKING:
     from .common.errors import InputError as InputError
     from .experts.artefact import TemporalExperts as TemporalExperts
     from .experts.load import load_pipeline as load_pipeline
+    from .experts.pipeline import ClassConditionalPipeline as ClassConditionalPipeline
     from .training.run import train as train
 
 from .common.version import __version__
 
-__all__ = ["InputError", "TemporalExperts", "__version__", "load_config", "load_pipeline", "train"]
-_HOME = {"InputError": ".common.errors", "TemporalExperts": ".experts.artefact", "load_config": ".common.config",
-         "load_pipeline": ".experts.load", "train": ".training.run"}
+__all__ = ["ClassConditionalPipeline", "InputError", "TemporalExperts", "__version__", "load_config", "load_pipeline",
+           "train"]
+_HOME = {"ClassConditionalPipeline": ".experts.pipeline", "InputError": ".common.errors",
+         "TemporalExperts": ".experts.artefact", "load_config": ".common.config", "load_pipeline": ".experts.load",
+         "train": ".training.run"}
 
 
 def __getattr__(name: str) -> Any:

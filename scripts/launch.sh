@@ -26,7 +26,7 @@ case $processes in
   ;;
 esac
 [ "$processes" -ge 1 ] || processes=1
-export ALTER_PROCESSES=$processes # --check judges the configuration for this many
+export ALTER_PROCESSES=$processes # --check asks whether the configuration suits this many
 for argument in "$@"; do
   case $argument in --help | -h | --dry-run | --check) processes=1 ;; esac
 done

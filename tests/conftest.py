@@ -7,33 +7,55 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import alter.training.journal
 import alter.training.summary
-from alter.common.config import CONFIGS
+from alter.common.config import CONFIGS, load_config
 from alter.data.shapes import write_shapes
 from alter.evaluation.classifier import train_classifier
+from alter.evaluation.report.figures import plot_experts, plot_samples
 from alter.training.demo import make_tokenizer
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
 
+_PICTURES = (
+    (alter.training.journal, "plot_experts", plot_experts), (alter.training.summary, "plot_experts", plot_experts),
+    (alter.training.summary, "plot_samples", plot_samples),
+)
+
+
 @pytest.fixture(autouse=True, scope="session")
-def brief_classifier():
-    """Whole runs measure their samples; here that they do is enough."""
+def brief_endings():
+    """Whole runs measure their samples and draw pictures; in most tests that they do is enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alter.training.summary, "train_classifier", functools.partial(train_classifier, steps=20))
+        for module, name, _ in _PICTURES:
+            patch.setattr(module, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))
         yield
+
+
+@pytest.fixture
+def real_pictures(monkeypatch):
+    """Runs draw their pictures in full, for a test that looks at them."""
+    for module, name, function in _PICTURES:
+        monkeypatch.setattr(module, name, function)
 
 
 def make_dit(layers=4, size=8, channels=1, learned_sigma=False) -> DiTTransformer2DModel:
     torch.manual_seed(0)
-    return DiTTransformer2DModel(
+    model = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=channels,
         out_channels=channels * (2 if learned_sigma else 1), num_layers=layers, sample_size=size, patch_size=2,
         num_embeds_ada_norm=10, attention_bias=True,
     )
+    for block in model.transformer_blocks:  # equal copies, as in every trained DiT
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
 
 
 def make_unet(size=16) -> UNet2DConditionModel:
@@ -117,7 +139,7 @@ SMALL = {
     "optim": {"warmup_steps": 0, "backbone_lr": 1e-3, "hypernetwork_lr": 1e-2},
     "checkpoint": {"every": 100},
     "log": {"every": 1, "tracker": "none"},
-    "evaluate": {"sampling_steps": 2, "samples": 100},
+    "evaluate": {"sampling_steps": 2, "samples": 100, "dense": False},
 }
 
 
@@ -132,10 +154,6 @@ def merge(base: dict, changes: dict) -> dict:
 def small_config(tmp_path):
     """A factory: a small run on a tiny DiT with digits ("dit"), a tiny UNet with text states ("unet") or a tiny
     Stable Diffusion with captioned images ("sd")."""
-    import yaml
-
-    from alter import load_config
-
     def make(kind="dit", **changes):
         folder = tmp_path / f"{kind}-pretrained"
         if not folder.exists() and kind == "sd":

@@ -49,13 +49,14 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
         reason = f"it holds {found[1]}" if found else f"{type(error).__name__}: damaged, or not written by torch.save"
         raise InputError(f"{file}: cannot be read as tensors only ({reason}): save its state dict alone") from None
     if isinstance(content, dict):
-        named = [content[name] for name in WEIGHTS if isinstance(content.get(name), dict) and content[name]]
-        content = named[0] if named else content
+        weights = [content[name] for name in WEIGHTS if isinstance(content.get(name), dict) and content[name]]
+        content = weights[0] if weights else content
         content = {name: value for name, value in content.items() if name != _AVERAGED}
     if not (isinstance(content, dict) and all(isinstance(name, str) and isinstance(value, Tensor)
                                               and value.is_floating_point() for name, value in content.items())):
         raise InputError(f"{file}: holds no state dict of floating-point tensors, nor does its "
                          f"{', '.join(map(repr, WEIGHTS))}: save the state dict alone")
+    assert isinstance(content, dict)
     state = {_unwrapped(name): tensor.detach() for name, tensor in content.items()}
     if len(state) < len(content):
         raise InputError(f"{file}: holds weights twice, with and without {' or '.join(sorted(WRAPPERS))} in their "

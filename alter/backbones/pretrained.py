@@ -1,18 +1,21 @@
 """Pretrained diffusers folders: their backbone, VAE and training schedule, read and written."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..common.errors import InputError
 from ..common.files import publish
 from ..method.diffusion import PREDICTION_TYPES
 from .lora import plain_state
-from .sites import PIPELINE_COMPONENT, Backbone
+from .sampling import noise_defaults
+from .sites import PIPELINE_COMPONENT, Backbone, check_supported, tie_embedders
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -25,30 +28,43 @@ def local_folder(pretrained: str, revision: str | None = None, field: str = "bac
     """
     if Path(pretrained).is_dir():
         return Path(pretrained)
+    if Path(pretrained).exists():
+        raise InputError(f"{field}={pretrained!r} is a file: convert a single-file checkpoint with diffusers, "
+                         f"StableDiffusionPipeline.from_single_file({pretrained!r}).save_pretrained('FOLDER'), and "
+                         "give that folder")
     try:
-        return Path(DiffusionPipeline.download(pretrained, revision=revision))
-    except (OSError, ValueError) as error:
+        folder = Path(DiffusionPipeline.download(pretrained, revision=revision))
+        if not [*folder.glob("*/*.safetensors"), *folder.glob("*/*.bin")]:  # diffusers takes fp16 files if asked alone
+            folder = Path(DiffusionPipeline.download(pretrained, revision=revision, variant="fp16"))
+        return folder
+    except (AttributeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{field}={pretrained!r}: no such folder, and the hub gave nothing "
                          f"({reason}): give a diffusers folder or a hub id") from None
 
 
-def component_of(folder: Path) -> tuple[type[Backbone], str]:
+def component_of(folder: Path, field: str = "backbone.pretrained") -> tuple[type[Backbone], str]:
     """The class and the sub-folder of a pipeline folder's backbone; reads JSON only.
 
     Raises:
-        InputError: if there is none, or it is of another class.
+        InputError: if there is none, it is of another class, or it needs what alter does not give it.
     """
+    known = [cls.__name__ for cls in PIPELINE_COMPONENT]
     for cls, component in PIPELINE_COMPONENT.items():
-        file = folder / component / "config.json"
-        if file.is_file():
-            found = cls.load_config(folder / component).get("_class_name", cls.__name__)
-            if found == cls.__name__:
-                return cls, component
-            known = " and ".join(known.__name__ for known in PIPELINE_COMPONENT)
-            raise InputError(f"backbone.pretrained={str(folder)!r}: a {found} has no sites known to alter, "
-                             f"which prunes {known}")
-    raise InputError(f"backbone.pretrained={str(folder)!r} has neither unet/ nor transformer/: "
+        if (folder / component / "config.json").is_file():
+            config = read_config(folder / component / "config.json", field)
+            found = config.get("_class_name", cls.__name__)
+            if found == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":  # DiT's former name
+                found = DiTTransformer2DModel.__name__
+            if found != cls.__name__:
+                raise InputError(f"{field}={str(folder)!r}: a {found} has no sites known to alter, "
+                                 f"which prunes {' and '.join(known)}")
+            check_supported(found, config, field)
+            return cls, component
+    if (folder / "config.json").is_file() and read_config(folder / "config.json", field).get("_class_name") in known:
+        raise InputError(f"{field}={str(folder)!r} is the backbone alone: give the pipeline's folder, "
+                         "which is the one above in most cases")
+    raise InputError(f"{field}={str(folder)!r} has neither unet/ nor transformer/: "
                      "give a diffusers pipeline folder")
 
 
@@ -57,29 +73,75 @@ def condition_of(folder: Path) -> str:
     return "class" if component_of(folder)[0].__name__ == "DiTTransformer2DModel" else "text"
 
 
-def load_backbone(folder: Path) -> Backbone:
+def read_config(file: Path, field: str = "backbone.pretrained") -> dict[str, Any]:
+    """A JSON object of a pretrained folder.
+
+    Raises:
+        InputError: if it is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{field}: {file} cannot be read ({type(error).__name__}): "
+                         "fetch it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{field}: {file}: expected a JSON object")
+    return content
+
+
+def meta_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
+    """The pipeline's UNet or DiT on the meta device, from its configuration alone.
+
+    Raises:
+        InputError: if there is none, or diffusers cannot make it.
+    """
+    cls, component = component_of(folder, field)
+    try:
+        with torch.device("meta"):
+            backbone = cls.from_config(cls.load_config(folder / component))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{field}: {folder / component / 'config.json'}: diffusers cannot make this "
+                         f"{cls.__name__} ({' '.join(str(error).split())[:200]}): fetch it again") from None
+    tie_embedders(backbone)
+    return backbone
+
+
+def load_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
     """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files).
 
     Raises:
         InputError: if it cannot be loaded, or weights are missing.
     """
-    cls, component = component_of(folder)
-    return _load(cls, folder / component, torch.float32)
+    cls, component = component_of(folder, field)
+    return _load(cls, folder / component, torch.float32, field)
 
 
 def load_scheduler(folder: Path) -> DDPMScheduler:
     """The training schedule, with the betas and the prediction type of the pipeline's scheduler.
 
     Raises:
-        InputError: if there is no scheduler, or one of another prediction type.
+        InputError: if there is no scheduler, one without betas (flow matching, EDM), or one of another prediction type.
     """
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
         raise InputError(f"backbone.pretrained={str(folder)!r} has no scheduler/scheduler_config.json")
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    kind = scheduler.config.prediction_type
+    config = read_config(file)
+    name = config.get("_class_name", DDPMScheduler.__name__)
+    defaults = noise_defaults(name)
+    written = config.get("trained_betas") or {"beta_start", "beta_end", "beta_schedule"} <= config.keys()
+    flows = bool(config.get("use_flow_sigmas")) or config.get("timestep_type") == "continuous"
+    if flows or not (written or defaults):
+        raise InputError(f"{file}: a {name} noises otherwise than by the betas of DDPM, by which alone alter trains "
+                         "for now: give a pipeline with a scheduler such as DDPMScheduler")
+    config = {**defaults, **config}
+    kind = config.get("prediction_type")
     if kind not in PREDICTION_TYPES:
         raise InputError(f"{folder / 'scheduler'}: prediction_type={kind!r}: use one of {', '.join(PREDICTION_TYPES)}")
-    return scheduler
+    try:
+        return DDPMScheduler.from_config(config)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: no schedule of betas ({' '.join(str(error).split())[:200]}): "
+                         "fetch it again") from None
 
 
 def load_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
@@ -101,24 +163,57 @@ def latent_size(folder: Path, resolution: int) -> int:
     Raises:
         InputError: if the factor does not divide `resolution`.
     """
-    if not (folder / "vae" / "config.json").is_file():
-        return resolution
-    levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
-    factor = 2 ** (levels - 1)
+    factor = vae_factor(folder)
     if resolution % factor:
         raise InputError(f"data.resolution={resolution}: choose a multiple of the VAE's {factor}")
     return resolution // factor
 
 
-def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+def vae_factor(folder: Path) -> int:
+    """Pixels a side of one latent pixel; 1 without a VAE."""
+    file = folder / "vae" / "config.json"
+    return 2 ** (len(read_config(file).get("block_out_channels", [64])) - 1) if file.is_file() else 1
+
+
+def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
+    """Refuse a VAE or a resolution that a backbone was not made for.
+
+    Raises:
+        InputError: naming both values.
+    """
+    file, channels = folder / "vae" / "config.json", backbone.config.in_channels
+    if file.is_file():
+        vae = read_config(file)
+        if vae.get("_class_name", AutoencoderKL.__name__) != AutoencoderKL.__name__:
+            raise InputError(f"{file}: a {vae['_class_name']} is not supported yet: use a pipeline with an "
+                             "AutoencoderKL")
+        if vae.get("latent_channels", 4) != channels:
+            raise InputError(f"{file}: latent_channels={vae.get('latent_channels', 4)} do not fit the backbone's "
+                             f"in_channels={channels}: use the VAE that it was trained with")
+    if isinstance(backbone, DiTTransformer2DModel):  # its position embedding has one size
+        made_for, size = backbone.config.sample_size, latent_size(folder, resolution)
+        if size != made_for:
+            raise InputError(f"data.resolution={resolution}: gives latents of {size}x{size}, and this DiT was made for "
+                             f"{made_for}x{made_for}: use data.resolution={made_for * vae_factor(folder)}, or a DiT of "
+                             "another size")
+
+
+def variant_of(folder: Path) -> str | None:
+    """"fp16" for a model folder whose only weights are of this variant, else None."""
+    names = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
+    return "fp16" if names and all(".fp16" in name for name in names) else None
+
+
+def _load(cls: Any, folder: Path, dtype: torch.dtype, field: str = "backbone.pretrained") -> Any:
     """A diffusers model, with all of its weights; diffusers would fill missing ones at random."""
     try:
-        model, info = cls.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+        model, info = cls.from_pretrained(folder, torch_dtype=dtype, variant=variant_of(folder),
+                                          output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"backbone.pretrained: {folder} cannot be loaded "
+        raise InputError(f"{field}: {folder} cannot be loaded "
                          f"({' '.join(str(error).split())[:300]})") from None
     if info["missing_keys"]:
-        raise InputError(f"backbone.pretrained: {folder} lacks {len(info['missing_keys'])} weights, such as "
+        raise InputError(f"{field}: {folder} lacks {len(info['missing_keys'])} weights, such as "
                          f"{sorted(info['missing_keys'])[0]}: fetch or convert it again")
     return model
 
@@ -135,11 +230,27 @@ def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[s
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(pretrained, partial, ignore=lambda _, names: {component, *left_out}.intersection(names))
+    for part in partial.iterdir():
+        if part.is_dir() and variant_of(part):
+            _whole_precision(part)
     plain = type(backbone).from_config(backbone.config)
     plain.load_state_dict(plain_state(backbone))
     plain.save_pretrained(partial / component)
     shutil.rmtree(folder, ignore_errors=True)
     publish(partial, folder)
+
+
+def _whole_precision(folder: Path) -> None:
+    """Write a model's fp16 safetensors as fp32 under their usual names, where pipelines look for them."""
+    for file in folder.glob("*.fp16*"):
+        plain = file.with_name(file.name.replace(".fp16", "", 1))
+        if file.suffix == ".safetensors":
+            save_file({name: value.float() if value.is_floating_point() else value
+                       for name, value in load_file(file).items()}, plain, metadata={"format": "pt"})
+            file.unlink()
+        elif file.suffix == ".json":  # the index of shards
+            plain.write_text(file.read_text(encoding="utf-8").replace(".fp16", ""), encoding="utf-8")
+            file.unlink()
 
 
 def trained_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:

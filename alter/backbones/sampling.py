@@ -1,5 +1,6 @@
 """Plain sampling from a backbone, batched; users sample through diffusers' pipelines."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,26 @@ def scheduler_class(name: str, field: str) -> Any:
     """The diffusers scheduler class of that name; `field` stands before the name in the error.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or it does not count noise in training timesteps (flow matching, EDM).
     """
     found = getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
         raise InputError(f"{field}{name!r}: diffusers has no such scheduler: use for example "
                          "DPMSolverMultistepScheduler")
+    if not noise_defaults(name):
+        raise InputError(f"{field}{name!r}: it is made for another noising than by betas (flow matching, EDM): use "
+                         "for example DPMSolverMultistepScheduler")
     return found
+
+
+def noise_defaults(name: str) -> dict[str, Any]:
+    """What a diffusers scheduler noises by where its configuration is silent; nothing if it does not go by betas."""
+    found = getattr(diffusers, name, None)
+    parameters = inspect.signature(found).parameters if isinstance(found, type) else {}
+    if "beta_start" not in parameters:
+        return {}
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    return {"prediction_type": "epsilon", **{key: parameters[key].default for key in keys if key in parameters}}
 
 
 def make_solver(scheduler: Any) -> DPMSolverMultistepScheduler:

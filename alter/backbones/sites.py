@@ -6,7 +6,7 @@ concatenation of the hidden state and a skip feature, hidden state first, so its
 input and skipping it drops the skip feature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +20,14 @@ from ..common.errors import InputError
 
 Backbone: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
 PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "transformer"}
+
+# Keys of a UNet's configuration that stand for further inputs.
+_MORE_THAN_TEXT = {
+    "addition_embed_type": "as in SDXL", "class_embed_type": "class labels", "num_class_embeds": "class labels",
+    "encoder_hid_dim_type": "image or projected text states", "encoder_hid_dim": "projected text states",
+    "time_cond_proj_dim": "a guidance embedding, as in latent consistency models",
+    "dual_cross_attention": "two texts",
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,32 @@ def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def check_supported(name: str, config: Mapping[str, Any], field: str = "backbone.pretrained") -> None:
+    """Refuse a backbone that needs more than alter gives it; reads its configuration alone.
+
+    Args:
+        name: of its class. config: as diffusers saves it; what is missing has diffusers' default.
+
+    Raises:
+        InputError: about `field`, naming what is not supported.
+    """
+    channels = config.get("in_channels", 4)
+    out = config.get("out_channels", 4 if name == UNet2DConditionModel.__name__ else channels) or channels
+    if name == UNet2DConditionModel.__name__:
+        needs = [f"{key}={config[key]!r} ({meaning})" for key, meaning in _MORE_THAN_TEXT.items() if config.get(key)]
+        if needs:
+            raise InputError(f"{field}: a UNet with {', '.join(needs)} is not supported yet: use one that "
+                             "is conditioned on text alone, such as Stable Diffusion 1.5 or 2.1")
+        width = config.get("cross_attention_dim", 1280)
+        if not isinstance(width, int):
+            raise InputError(f"{field}: a UNet with cross_attention_dim={width!r} is not supported yet: "
+                             "use one with the same width in all blocks")
+    if out not in (channels, 2 * channels):  # 2: a learned variance
+        raise InputError(f"{field}: a {name} with in_channels={channels} and out_channels={out} (inpainting, editing, "
+                         "upscaling) is not supported yet: use one that takes the latents alone, such as that of "
+                         "Stable Diffusion 1.5 or 2.1")
+
+
 def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts") -> tuple[Site, ...]:
     """The sites of `backbone`, which must have these names.
 
@@ -107,7 +141,7 @@ def feature_points(backbone: Backbone) -> tuple[str, ...]:
         return (f"transformer_blocks.{len(backbone.transformer_blocks) // 2}",)
     down = [f"down_blocks.{i}" for i in range(len(backbone.down_blocks))]
     up = [f"up_blocks.{i}" for i in range(len(backbone.up_blocks))]
-    return (*down, "mid_block", *up)
+    return (*down, *(["mid_block"] if backbone.mid_block is not None else []), *up)
 
 
 def timestep_features(backbone: Backbone, num_timesteps: int) -> Tensor:
@@ -146,18 +180,34 @@ def embedders(backbone: nn.Module) -> list[Any]:
     return list({id(embedder): embedder for embedder in found}.values())
 
 
-def tie_embedders(backbone: Backbone) -> None:
+def tie_embedders(backbone: Backbone, field: str = "backbone.pretrained", new: bool = False) -> None:
     """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is not changed.
 
     diffusers gives every DiT block its own copy of what is one module in the original model. One shared
     module keeps the copies equal while training and costs one optimizer state. Its built-in label dropout,
     which would draw separately in every block, is switched off: labels are dropped once, in the trainer.
+
+    Args:
+        field: where the weights come from. new: they are random, so that unequal copies mean nothing.
+
+    Raises:
+        InputError: about `field`, if the copies are not equal, as after training them in plain diffusers.
     """
     if isinstance(backbone, DiTTransformer2DModel):
         shared = backbone.transformer_blocks[0].norm1.emb
+        for index, block in enumerate(backbone.transformer_blocks):
+            if not (new or backbone.device.type == "meta") and not _equal(shared, block.norm1.emb):
+                raise InputError(f"{field}: its blocks 0 and {index} have unequal timestep or label embedders "
+                                 "(transformer_blocks.*.norm1.emb), of which alter keeps one: give weights in which "
+                                 "they are equal, such as those from before a fine-tuning by diffusers")
         shared.class_embedder.dropout_prob = 0.0
         for block in backbone.transformer_blocks:
             block.norm1.emb = shared
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return one is other or all(torch.equal(a, b) for a, b in pairs)
 
 
 def _hidden_channels(unet: UNet2DConditionModel) -> dict[str, int]:
@@ -166,7 +216,7 @@ def _hidden_channels(unet: UNet2DConditionModel) -> dict[str, int]:
     for name, module in unet.named_modules():
         if isinstance(module, ResnetBlock2D) and not name.startswith("up_blocks."):
             hidden[name] = module.in_channels
-    channels = unet.mid_block.resnets[-1].out_channels
+    channels = unet.config.block_out_channels[-1]
     for i, block in enumerate(unet.up_blocks):
         for j, resnet in enumerate(block.resnets):
             hidden[f"up_blocks.{i}.resnets.{j}"] = channels

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..common.errors import InputError
+from .pretrained import variant_of
 
 
 class TextEncoder:
@@ -21,7 +22,8 @@ class TextEncoder:
     def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype) -> None:
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-            self.model = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype)
+            self.model = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype,
+                                                       variant=variant_of(folder / "text_encoder"))
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise InputError(f"backbone.pretrained: tokenizer/ or text_encoder/ of {folder} cannot be loaded "
                              f"({' '.join(str(error).split())[:200]})") from None

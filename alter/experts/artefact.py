@@ -14,6 +14,7 @@ from ..backbones.gates import Simulator
 from ..backbones.latency import Latency
 from ..common.errors import InputError
 from ..common.files import write_text
+from ..method.budget import timestep_weights
 from .apply import Applied, backbone_of, check_fit, check_same, remove, serving
 from .trim import trim_layers
 
@@ -31,7 +32,8 @@ class TemporalExperts:
         expert_T: int64 [T], the expert of each training timestep.
         macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
         keep_ratio_target: what was asked for, as a share of `budget_over` ("total" or "prunable").
-        timesteps: training timesteps over which the keep ratio is averaged; None: all of them.
+        timesteps: those that the budget's sampler visits; each training timestep has the weight of the nearest of them
+            (method/budget.py). None: all weigh the same.
         latency: the measured times that `keep_ratio_target` is a share of; None: it is one of MACs.
     """
 
@@ -53,23 +55,24 @@ class TemporalExperts:
 
     @property
     def macs_mean(self) -> float:
-        """MACs of one forward, averaged over `timesteps`."""
+        """MACs of one forward, the weighted mean over the training timesteps."""
         return self._mean(self.macs_T)
 
     @property
     def keep_ratio(self) -> float:
-        """Share of the *total* MACs kept, averaged over `timesteps`."""
+        """Share of the *total* MACs kept, the weighted mean over the training timesteps."""
         return self.macs_mean / self.macs_total
 
     @property
     def time_ratio(self) -> float | None:
-        """Share of the dense forward's measured time that is left, averaged over `timesteps`; None if not measured."""
+        """Share of the dense forward's measured time that is left, the same mean; None if not measured."""
         if self.latency is None:
             return None
         return self._mean((1 - ~self.mask_EL @ self.latency.share_L)[self.expert_T])
 
     def _mean(self, value_T: np.ndarray) -> float:
-        return float((value_T if self.timesteps is None else value_T[list(self.timesteps)]).mean())
+        visited = None if self.timesteps is None else np.array(self.timesteps)
+        return float(np.average(value_T, weights=None if visited is None else timestep_weights(len(value_T), visited)))
 
     @property
     def used(self) -> list[int]:
@@ -86,6 +89,9 @@ class TemporalExperts:
             served = f"{len(timesteps)} timesteps in [{timesteps[0]}, {timesteps[-1]}]" if len(timesteps) else "unused"
             lines.append(f"  expert {expert}: {mask_L.sum()} of {len(mask_L)} sites, {served}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `experts.json` into `folder`."""
@@ -122,6 +128,8 @@ class TemporalExperts:
         Raises:
             InputError: naming the field that is missing or wrong.
         """
+        if Path(source).is_file():
+            raise InputError(f"experts: {source} is a file: name the folder that holds {FILE_NAME}")
         if Path(source).is_dir():
             file = Path(source) / FILE_NAME
             if not file.is_file():

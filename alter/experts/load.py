@@ -3,22 +3,57 @@
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
+from ..common.errors import InputError
 from .artefact import TemporalExperts
+from .pipeline import ClassConditionalPipeline
+
+_FROM_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_DIT = "DiTPipeline"  # diffusers'
+_IMAGENET = 1000  # its null class
 
 
-def load_pipeline(source: str | Path, **kwargs: Any) -> DiffusionPipeline:
+def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
     """A pipeline with an `experts.json`, with its experts applied.
 
     Args:
         source: a folder or a hub id.
-        kwargs: passed to `DiffusionPipeline.from_pretrained`, for example `torch_dtype`.
+        kwargs: passed to diffusers' `from_pretrained`, for example `torch_dtype`.
 
     Raises:
         InputError: if there is no `experts.json`, or it does not fit the backbone.
     """
-    experts = TemporalExperts.from_pretrained(source)
-    pipe = DiffusionPipeline.from_pretrained(str(source), **kwargs)
+    experts = TemporalExperts.from_pretrained(source, kwargs.get("revision"))
+    pipe = load_dense(source, **kwargs)
     experts.apply(pipe)
     return pipe
+
+
+def load_dense(source: str | Path, **kwargs: Any) -> Any:
+    """A pipeline as `load_pipeline` makes it, without experts.
+
+    It is of the class that its model_index.json names; a `ClassConditionalPipeline` for a DiT without a VAE or of
+    another number of classes than 1000, which diffusers' DiTPipeline cannot draw with.
+
+    Raises:
+        InputError: if there is no pipeline.
+    """
+    hub = {name: kwargs[name] for name in _FROM_THE_HUB if name in kwargs}
+    try:
+        index = DiffusionPipeline.load_config(str(source), **hub)
+        cls: Any = DiffusionPipeline
+        if index.get("_class_name") == ClassConditionalPipeline.__name__ or (
+                index.get("_class_name") == _DIT and not _for_dit_pipeline(str(source), index, hub)):
+            cls = ClassConditionalPipeline
+        return cls.from_pretrained(str(source), **kwargs)
+    except (AttributeError, OSError, ValueError) as error:
+        raise InputError(f"{source}: no pipeline can be loaded ({' '.join(str(error).split())[:200]}): give a finished "
+                         "run's final/, or a diffusers pipeline") from None
+
+
+def _for_dit_pipeline(source: str, index: dict[str, Any], hub: dict[str, Any]) -> bool:
+    if index.get("vae", [None])[0] is None:
+        return False
+    config: Any = DiTTransformer2DModel.load_config(source, subfolder="transformer", **hub)
+    return config.get("num_embeds_ada_norm", _IMAGENET) == _IMAGENET

@@ -18,6 +18,22 @@ TOLERANCE = 0.004
 _FREE, _GRAIN = 64, TOLERANCE / 8  # entries decided exactly; unit of their costs
 
 
+def timestep_weights(num_timesteps: int, visited: np.ndarray | None) -> np.ndarray:
+    """Weight of every training timestep, float64 [T], of sum 1; of budget, loss and report alike.
+
+    Each of the N visited timesteps has 1/N, spread evenly over the training timesteps that are nearest to it (those
+    halfway between two belong to the lower).
+
+    Args:
+        num_timesteps: T. visited: int64 [N] in [0, T), repeated ones count again; None: all weigh the same.
+    """
+    if visited is None:
+        return np.full(num_timesteps, 1 / num_timesteps)
+    distinct, counts = np.unique(visited, return_counts=True)
+    nearest_T = np.abs(np.arange(num_timesteps)[:, None] - distinct).argmin(axis=1)
+    return (counts / counts.sum() / np.bincount(nearest_T))[nearest_T]
+
+
 @dataclass(frozen=True)
 class Budget:
     """The target p and the share of the total that each site costs, in MACs or in seconds.
@@ -26,7 +42,8 @@ class Budget:
         share_L: cost of every site / total cost, float64 [L]; its sum is the prunable share.
         keep_ratio: p in (0, 1], in the unit named by `over`.
         over: "total", the whole backbone, or "prunable", its sites.
-        timesteps: those over which the kept share is averaged, int64 [any]; None: every training timestep.
+        timesteps: those that a sampler visits, int64 [any], which weigh the training timesteps (`timestep_weights`);
+            None: all weigh the same.
 
     Raises:
         InputError: if p is below the share that no mask can remove, plus the cheapest site.
@@ -60,15 +77,16 @@ class Budget:
         return self.fixed + float(self.share_L.min()) / self.scale
 
     def expected(self, logits: Logits) -> Tensor:
-        """E[S] = fixed + mean_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el): the expected keep ratio.
+        """E[S] = fixed + Σ_t w_t Σ_e softmax(router)_te · Σ_l share_l · sigmoid(mask_el): the expected keep ratio.
 
         Returns: float32 scalar in `over`'s unit, differentiable with respect to both logits.
         """
         share_L = torch.as_tensor(self.share_L, dtype=torch.float32, device=logits.mask_EL.device)
         cost_E = logits.mask_EL.float().sigmoid() @ share_L / self.scale
-        averaged = logits.router_TE if self.timesteps is None else logits.router_TE[self.timesteps]
-        probability_E = averaged.float().softmax(dim=-1).mean(0)
-        return self.fixed + probability_E @ cost_E
+        probability_TE, weight_T = logits.router_TE.float().softmax(dim=-1), self.weight_T(len(logits.router_TE))
+        if weight_T is None:
+            return self.fixed + probability_TE.mean(0) @ cost_E
+        return self.fixed + torch.from_numpy(weight_T).to(probability_TE) @ probability_TE @ cost_E
 
     def measured(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
         """The keep ratio of deterministic masks, in `over`'s unit.
@@ -76,7 +94,8 @@ class Budget:
         Args:
             mask_EL: bool [E, L]. expert_T: the expert of each training timestep, int64 [T].
         """
-        return self.fixed + float((mask_EL @ self.share_L)[self.averaged(expert_T)].mean()) / self.scale
+        kept_T = (mask_EL @ self.share_L)[expert_T]
+        return self.fixed + float(np.average(kept_T, weights=self.weight_T(len(expert_T)))) / self.scale
 
     def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
         """Probable masks with this keep ratio, and the most probable expert of each timestep.
@@ -93,22 +112,22 @@ class Budget:
         """
         logits_EL = logits.mask_EL.detach().double().cpu().numpy()
         expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
-        timesteps_E = np.bincount(self.averaged(expert_T), minlength=len(logits_EL))
-        cost_EL = timesteps_E[:, None] / timesteps_E.sum() * self.share_L / self.scale
+        served_E = np.bincount(expert_T, self.weight_T(len(expert_T)), minlength=len(logits_EL))
+        cost_EL = served_E[:, None] / served_E.sum() * self.share_L / self.scale
         serving_E = np.isin(np.arange(len(logits_EL)), expert_T)
         return _most_probable(logits_EL, cost_EL, serving_E, keep_ratio - self.fixed), expert_T
 
-    def averaged(self, expert_T: np.ndarray) -> np.ndarray:
-        """The experts of the timesteps over which the kept share is averaged, int64 [T] or [len(timesteps)]."""
-        return expert_T if self.timesteps is None else expert_T[self.timesteps]
+    def weight_T(self, num_timesteps: int) -> np.ndarray | None:
+        """`timestep_weights` of the sampler's timesteps; None where all weigh the same."""
+        return None if self.timesteps is None else timestep_weights(num_timesteps, self.timesteps)
 
 
 def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.ndarray, target: float) -> np.ndarray:
     """Mask bool [E, L] of large Σ logit·m with Σ cost·m near the target and a site in every serving expert.
 
     Keep where logit > λ·cost, with the multiplier λ that comes nearest to the target; then decide the _FREE entries
-    again that this decides most narrowly, by dynamic programming. The likeliest site of an expert that would be empty
-    is kept in any case.
+    again that this decides most narrowly, by dynamic programming, or all entries where those miss the target. The
+    likeliest site of an expert that would be empty is kept in any case.
 
     Args:
         logits_EL: log-odds, float64. cost_EL: what keeping an entry adds to the keep ratio, float64.
@@ -120,19 +139,22 @@ def _most_probable(logits_EL: np.ndarray, cost_EL: np.ndarray, serving_E: np.nda
     kept = int(np.abs(np.concatenate([[0.0], cost[order].cumsum()]) - target).argmin())
     multiplier = worth[order[max(kept - 1, 0)]]
     narrow = np.argsort(np.abs(logits - (multiplier if np.isfinite(multiplier) else 0.0) * cost), kind="stable")
-    forced = np.zeros(len(cost), dtype=bool)
+    forced, count = np.zeros(len(cost), dtype=bool), _FREE
     while True:
         mask = np.zeros(len(cost), dtype=bool)
         mask[order[:kept]] = True
         mask |= forced
-        free = narrow[~forced[narrow]][:_FREE]
+        free = narrow[~forced[narrow]][:count]
         mask[free] = False
         mask[free] = _knapsack(logits[free], cost[free], target - float(cost @ mask))
         mask_EL = mask.reshape(cost_EL.shape)
         empty = np.flatnonzero(serving_E & ~mask_EL.any(axis=1))
-        if not len(empty):
+        if len(empty):
+            forced.reshape(cost_EL.shape)[empty, logits_EL[empty].argmax(axis=1)] = True
+        elif abs(float(cost @ mask) - target) > TOLERANCE and count < len(cost):
+            count = len(cost)
+        else:
             return mask_EL
-        forced.reshape(cost_EL.shape)[empty, logits_EL[empty].argmax(axis=1)] = True
 
 
 def _knapsack(values: np.ndarray, costs: np.ndarray, target: float) -> np.ndarray:

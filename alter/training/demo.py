@@ -75,7 +75,7 @@ def _check_record(record: Path, settings: dict[str, dict[str, Any]], folder: Pat
 
 def _make_dit(config: Config, folder: Path, template: Path, device: torch.device) -> None:
     model = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(template / "transformer"))
-    tie_embedders(model)
+    tie_embedders(model, new=True)
     for block in model.transformer_blocks:  # adaLN-Zero (DiT, arXiv 2212.09748, Sec. 3.2)
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)

@@ -1,4 +1,4 @@
-"""The end of a run: final/, and what it achieved, in summary.json, samples.png, experts.png and a model card."""
+"""The end of a run: final/ with its model card, summary.json, samples.png and experts.png."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import merge_adapters, save_adapters
 from ..backbones.pretrained import export
-from ..backbones.sampling import sample_latents
+from ..backbones.sampling import make_solver, sample_latents
 from ..backbones.sites import PIPELINE_COMPONENT
 from ..common.config import Config
 from ..common.files import write_text
@@ -22,12 +22,14 @@ from ..evaluation.classifier import accuracy, errors_by_timestep, train_classifi
 from ..evaluation.distances import frechet_distance
 from ..evaluation.report.card import model_card
 from ..evaluation.report.figures import plot_experts, plot_samples
+from ..evaluation.report.runs import visited_timesteps
+from ..evaluation.report.words import achieved, row_label
 from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
 from .demo_images import DemoReference, demo_reference
 from .setup.parts import Parts
 
-_SHOWN = 12  # images a row of samples.png
+_SHOWN = 12  # images per row of samples.png, at most
 
 
 def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: int, counts: dict[str, int],
@@ -38,25 +40,17 @@ def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: in
     parts.backbone.eval()
     if config.lora.rank is not None:
         merge_adapters(parts.backbone)
-    export(final, parts.folder, parts.backbone, ("README.md", EXPERTS, ADAPTERS))  # its own, where it is a run's final/
+    export(final, parts.folder, parts.backbone, ("README.md", EXPERTS, ADAPTERS))  # not those of an earlier run
     experts.save_pretrained(final)
     if config.lora.rank is not None:
         save_adapters(parts.backbone, component, final)
 
-    summary: dict[str, Any] = {
-        "keep_ratio_target": experts.keep_ratio_target, "budget_over": experts.budget_over,
-        "keep_ratio": experts.keep_ratio, "prunable_share": parts.cost.prunable_share,
-        "macs_dense": experts.macs_total, "macs_experts": round(experts.macs_mean),
-        "experts_count": len(experts.mask_EL), "experts_used": len(experts.used),
-        "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used], **counts,
-    }
-    if experts.latency is not None:
-        summary |= {"time_ratio": experts.time_ratio, "time_measured_on": experts.latency.place}
+    summary = {**achieved(experts), "prunable_share": parts.cost.prunable_share, **counts}
     experts.apply(parts.backbone)
     summary |= _held_out_errors(config, parts, config.train.micro_batch(processes))
     reference = demo_reference(config, parts.source)
     if reference is not None:
-        summary |= _sample_quality(config, parts, reference, run_dir)
+        summary |= _sample_quality(config, parts, experts, reference, run_dir)
     summary["seconds_total"] = time.perf_counter() - started
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot_experts(experts, run_dir / "experts.png")
@@ -89,7 +83,8 @@ def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 
             "output_error_by_timestep": output, "denoise_error_by_timestep": denoise}
 
 
-def _sample_quality(config: Config, parts: Parts, demo: DemoReference, run_dir: Path) -> dict[str, Any]:
+def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo: DemoReference,
+                    run_dir: Path) -> dict[str, Any]:
     """Fréchet distances and accuracies, dense and experts, from the same seeds and conditions."""
     evaluate, device = config.evaluate, parts.backbone.device
     classifier = train_classifier(demo.images, demo.targets, 0)  # the same for runs of every seed
@@ -102,8 +97,8 @@ def _sample_quality(config: Config, parts: Parts, demo: DemoReference, run_dir: 
         "sampling_steps": steps, "guidance_scale": evaluate.guidance_scale, "samples": evaluate.samples,
     }
     pictures = {}
-    for name, model, count in (("dense", parts.teacher, steps), ("experts", parts.backbone, steps),
-                               ("dense_50", parts.teacher, 50)):
+    for name, model, count in (("dense_50", parts.teacher, 50), ("dense", parts.teacher, steps),
+                               ("experts", parts.backbone, steps)):
         if model is None or not evaluate.dense and model is parts.teacher:
             continue
         images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
@@ -112,7 +107,10 @@ def _sample_quality(config: Config, parts: Parts, demo: DemoReference, run_dir: 
         summary[f"fd_{name}"] = frechet_distance(features, real)
         summary[f"fd_halves_{name}"] = [frechet_distance(half, real) for half in np.array_split(features, 2)]
         summary[f"accuracy_{name}"] = accuracy(classifier, images, demo.asked)
-        pictures[f"{name.removesuffix('_50')}, {count} steps"] = images[:_SHOWN]
+        visited = visited_timesteps(make_solver(parts.scheduler), count, len(experts.expert_T))
+        per_step = experts.macs_T[visited] if model is parts.backbone else np.full(count, experts.macs_total)
+        spent = float(per_step.sum()) * (1 if evaluate.guidance_scale == 1 else 2)  # guidance runs the backbone twice
+        pictures[row_label(name, count, spent, summary)] = images[:_SHOWN]
     parts.release_teacher()
     plot_samples(pictures, demo.titles[:_SHOWN], run_dir / "samples.png")
     return summary

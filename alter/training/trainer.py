@@ -79,6 +79,10 @@ class Trainer:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
+        weight_T = parts.budget.weight_T(parts.scheduler.config.num_train_timesteps)
+        # Of each timestep's losses, of mean 1; None: all weigh the same.
+        self.weight_T = None if weight_T is None else torch.tensor(
+            weight_T * len(weight_T), dtype=torch.float32, device=accelerator.device)
         self.inputs = fingerprint(parts)
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
@@ -334,11 +338,12 @@ class Trainer:
         denoise = losses.mse_per_sample(pred[:, : batch.target.shape[1]], batch.target)
         if loss.min_snr_gamma is not None:
             denoise = denoise * min_snr_weight(self.parts.scheduler, timesteps, loss.min_snr_gamma)
-        terms = {"denoise": denoise.mean()}
+        terms = {"denoise": denoise}
         if batch.teacher_pred is not None:
-            terms["output_kd"] = losses.mse_per_sample(pred, batch.teacher_pred).mean()
-            terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers).mean()
-        return terms
+            terms["output_kd"] = losses.mse_per_sample(pred, batch.teacher_pred)
+            terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers)
+        weight_B = 1 if self.weight_T is None else self.weight_T[timesteps]
+        return {name: (term * weight_B).mean() for name, term in terms.items()}
 
     def _perf(self, terms: dict[str, Tensor]) -> Tensor:
         """L_perf = λ_denoise·L_denoise + λ_outKD·L_outKD + λ_featKD·L_featKD."""

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from ..backbones.sampling import sample_latents
 from ..common.config import Config
+from ..evaluation.report.samples import save_strip
 from .setup.parts import Parts
 
 
@@ -16,7 +16,8 @@ class Validator:
     """Draws the same images from whatever weights and masks a backbone has now.
 
     Args:
-        run_dir: images go to `run_dir`/samples/step-NNNNNN-<title>.png, side by side in the order of the prompts.
+        run_dir: images go to `run_dir`/samples/step-NNNNNN-<title>.png, side by side in the order of the prompts, which
+            the PNG's text field "captions" holds.
     """
 
     def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path) -> None:
@@ -25,6 +26,7 @@ class Validator:
         self.every, self.folder = config.validate.every, run_dir / "samples"
         device = parts.backbone.device
         prompts, labels = list(config.validate.prompts), list(config.validate.labels)
+        self.captions = prompts or [f"class {label}" for label in labels]
         batch = {"captions": prompts} if prompts else {"labels": torch.tensor(labels, device=device)}
         everything = torch.ones(len(prompts or labels), dtype=torch.bool)
         self.conditioning = parts.conditioning(batch, ~everything)
@@ -39,9 +41,7 @@ class Validator:
         images = self.parts.images(latents)
         pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
         self.folder.mkdir(exist_ok=True)
-        strip = np.concatenate(list(pixels), axis=1)
-        picture = Image.fromarray(strip.squeeze(-1) if strip.shape[-1] == 1 else strip)
-        picture.save(self.folder / f"step-{step:06d}-{title}.png")
+        save_strip(pixels, self.captions, self.folder / f"step-{step:06d}-{title}.png")
         log_pictures(self.accelerator, f"samples/{title}", pixels, step)
 
 

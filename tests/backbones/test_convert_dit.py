@@ -4,22 +4,17 @@ import argparse
 import json
 import math
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_vae
 from diffusers import DiTPipeline, DiTTransformer2DModel
+from helpers import run_script
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
-from alter.common.config import CONFIGS, ROOT
-from alter.training.setup.parts import load_backbone
-
-sys.path.insert(0, str(Path(ROOT) / "scripts"))
-
-import convert_dit  # noqa: E402
+from alter.backbones.pretrained import load_backbone
+from alter.common.config import CONFIGS
 
 HEADS, LAYERS, CLASSES = 2, 3, 5
 
@@ -84,19 +79,14 @@ def forward(state, images, timesteps, labels):
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side, side)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Calls the script's main; returns its exit code and what it wrote as an error."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert_dit.py", *map(str, arguments)])
-        code = convert_dit.main()
-        return code, capsys.readouterr().err
-
-    return call
+def run(*arguments):
+    """Calls the script; returns its exit code and what it wrote as an error."""
+    done = run_script("convert_dit", *arguments)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture
-def refuse(run, tmp_path):
+def refuse(tmp_path):
     """Runs what must be refused: one line of error, and every file as before."""
     def call(*arguments):
         before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
@@ -114,7 +104,7 @@ def save(content, file):
 
 
 @pytest.fixture
-def folder(run, tmp_path):
+def folder(tmp_path):
     """A converted checkpoint."""
     file = save(make_state(), tmp_path / "dit.pt")
     assert run("to-diffusers", file, "--heads", HEADS, "--out", tmp_path / "dit")[0] == 0
@@ -122,7 +112,7 @@ def folder(run, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"patch": 4, "outputs": 3, "side": 3}], ids=["sigma", "no sigma"])
-def test_outputs(run, tmp_path, sizes):
+def test_outputs(tmp_path, sizes):
     state = make_state(**sizes)
     file = save(state, tmp_path / "dit.pt")
     assert run("to-diffusers", file, "--heads", HEADS, "--out", tmp_path / "dit")[0] == 0
@@ -142,14 +132,14 @@ def test_outputs(run, tmp_path, sizes):
     assert (difference[1:] > 1e-3).all()
 
 
-def test_round_trip(run, tmp_path, folder):
+def test_round_trip(tmp_path, folder):
     assert run("to-facebook", folder, "--out", tmp_path / "back.pt")[0] == 0
     state, back = make_state(), torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in state.items())
 
 
-def test_training_checkpoint(run, tmp_path, folder):
+def test_training_checkpoint(tmp_path, folder):
     other = {name: tensor + 1 for name, tensor in make_state().items()}
     averaged, positions_now = make_state(), make_state()["pos_embed"]
     for _ in range(2000):  # as the original's training does, to what never changes too: rounding adds up
@@ -252,7 +242,7 @@ def test_bad_folders(refuse, tmp_path, folder):
     assert "attn1.to_k.bias" in refuse("to-facebook", tmp_path / "other", "--out", out)
 
 
-def test_pipeline(run, tmp_path):
+def test_pipeline(tmp_path):
     """Heads by width, the published scheduler, and a pipeline that draws."""
     file = save(make_state(width=384, channels=4, outputs=8, layers=1, classes=1000), tmp_path / "dit.pt")
     out, vae = tmp_path / "dit", make_vae()

@@ -1,39 +1,31 @@
 """A budget of time: latencies measured, kept, and met."""
 
-import dataclasses
-import importlib
 import json
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dit
+from helpers import run_script, uneven_latency
 
 import alter.training.run
 from alter import InputError, TemporalExperts, train
 from alter.backbones.latency import Latency, measure_latency
-from alter.common.config import ROOT
-from alter.training.setup.dry_run import describe_run
+from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build
 
-SITES = tuple(f"transformer_blocks.{i}" for i in range(4))
 
-
-def uneven(**changes) -> Latency:
-    """Blocks of equal MACs of which the first takes most of the time."""
-    return dataclasses.replace(Latency(SITES, (0.6, 0.1, 0.1, 0.1), 1.0, "a device", "float32", 2, 8), **changes)
-
-
-def test_what_is_slow_costs_more():
-    model = make_dit().eval()
-    slow = model.transformer_blocks[2]
-    forward = slow.forward
-    slow.forward = lambda *args, **kwargs: (time.sleep(0.02), forward(*args, **kwargs))[1]
+def test_what_is_slow_costs_more(monkeypatch):
+    """By a clock that only the layers move: block 2 by 5 s, the others and the head by 1 s."""
+    now, model = [0.0], make_dit().eval()
+    for module in [*(block.ff for block in model.transformer_blocks), model.proj_out_2]:
+        slow = 5.0 if module is model.transformer_blocks[2].ff else 1.0
+        module.forward = lambda *args, forward=module.forward, slow=slow, **kwargs: (
+            now.__setitem__(0, now[0] + slow), forward(*args, **kwargs))[1]
+    monkeypatch.setattr("alter.backbones.latency.time.perf_counter", lambda: now[0])
     latency = measure_latency(model, latent_size=8, batch=3, runs=5)
-    assert latency.sites == SITES and latency.seconds[2] >= 0.02
-    assert latency.seconds_total >= sum(latency.seconds) and latency.share_L.argmax() == 2
+    assert latency.sites == uneven_latency().sites and latency.seconds == (1, 1, 5, 1)
+    assert latency.seconds_total == 9 and latency.share_L.argmax() == 2
     assert (latency.dtype, latency.batch, latency.latent_size) == ("float32", 3, 8)
     assert latency.device.endswith(f", {torch.get_num_threads()} threads") and not latency.device.startswith(",")
     assert not any(module._forward_hooks for module in model.modules())
@@ -41,8 +33,8 @@ def test_what_is_slow_costs_more():
 
 def test_files(tmp_path):
     file = tmp_path / "latency.json"
-    uneven().save(file)
-    assert Latency.load(file) == uneven()
+    uneven_latency().save(file)
+    assert Latency.load(file) == uneven_latency()
     content = json.loads(file.read_text())
     for field, value in [("seconds", [1, 2]), ("seconds", [0, 1, 1, 1]), ("seconds_total", 0.1), ("batch", "many"),
                          ("sites", None)]:
@@ -54,7 +46,7 @@ def test_files(tmp_path):
 
 
 def test_the_budget_is_a_share_of_time(small_config, tmp_path):
-    uneven().save(tmp_path / "latency.json")
+    uneven_latency().save(tmp_path / "latency.json")
     config = small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "latency.json")})
     parts = build(config)
     mask_EL = np.array([[0, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]], dtype=bool)
@@ -69,16 +61,16 @@ def test_the_budget_is_a_share_of_time(small_config, tmp_path):
 
 def test_a_run_keeps_its_measurement_and_its_artefact_tells_of_it(small_config, tmp_path, monkeypatch):
     changes = {"experts": {"count": 8}, "budget": {"cost": "latency", "keep_ratio": 0.7}}
-    monkeypatch.setattr(alter.training.run, "plan_latency", lambda config, device: uneven())
+    monkeypatch.setattr(alter.training.run, "plan_latency", lambda config, device: uneven_latency())
     config = small_config(**changes, train={"steps": 2, "search_steps": 2})
     train(config)
-    assert Latency.load(tmp_path / "run" / "latency.json") == uneven()
+    assert Latency.load(tmp_path / "run" / "latency.json") == uneven_latency()
 
     monkeypatch.setattr(alter.training.run, "plan_latency", None)  # a resumed run measures nothing
     config = small_config(**changes, resume="latest", train={"steps": 4, "search_steps": 2})
-    run_dir = train(config)
+    run_dir = train(config).run_dir
     experts = TemporalExperts.from_pretrained(run_dir / "final")
-    assert experts.latency == uneven()
+    assert experts.latency == uneven_latency()
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["time_ratio"] == experts.time_ratio == pytest.approx(0.7, abs=0.05)
     assert "of the time (a device, float32, batch 2" in experts.summary()
@@ -90,20 +82,20 @@ def test_a_run_keeps_its_measurement_and_its_artefact_tells_of_it(small_config, 
         with pytest.raises(InputError, match=r"experts\.json: latency"):
             TemporalExperts.from_pretrained(tmp_path)
     given = small_config(experts={"pretrained": str(run_dir / "final")}, output_dir=str(tmp_path / "tuned"))
-    assert build(given).budget.share_L.tolist() == uneven().share_L.tolist()
+    assert build(given).budget.share_L.tolist() == uneven_latency().share_L.tolist()
 
 
 def test_refusals_and_dry_run(small_config, tmp_path):
-    uneven(sites=SITES[:3], seconds=(0.1, 0.1, 0.1)).save(tmp_path / "other.json")
+    uneven_latency(sites=uneven_latency().sites[:3], seconds=(0.1, 0.1, 0.1)).save(tmp_path / "other.json")
     with pytest.raises(InputError, match="budget.latency_file=.*3 sites are not the 4"):
         build(small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "other.json")}))
-    uneven(latent_size=16).save(tmp_path / "size.json")
+    uneven_latency(latent_size=16).save(tmp_path / "size.json")
     with pytest.raises(InputError, match="measured at latents of 16, the run's are of 8"):
         build(small_config(budget={"cost": "latency", "latency_file": str(tmp_path / "size.json")}))
     with pytest.raises(InputError, match="has no effect with budget.cost=macs"):
         small_config(budget={"latency_file": "x.json"})
     with pytest.raises(InputError, match="is below"):
-        uneven().save(tmp_path / "latency.json")
+        uneven_latency().save(tmp_path / "latency.json")
         build(small_config(budget={"cost": "latency", "keep_ratio": 0.15,
                                    "latency_file": str(tmp_path / "latency.json")}))
     assert "of the total time, measured when the run begins" in describe_run(small_config(budget={"cost": "latency"}))
@@ -114,23 +106,20 @@ def test_refusals_and_dry_run(small_config, tmp_path):
 
 def test_a_run_is_resumed_without_the_file_that_it_was_given(small_config, tmp_path):
     file = tmp_path / "latency.json"
-    uneven().save(file)
+    uneven_latency().save(file)
     changes = {"budget": {"cost": "latency", "keep_ratio": 0.7, "latency_file": str(file)}}
     train(small_config(**changes, train={"steps": 1, "search_steps": 1}))
     file.unlink()
     train(small_config(**changes, resume="latest", train={"steps": 2, "search_steps": 1}))
 
 
-def test_the_script(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    script, out = importlib.import_module("latency"), tmp_path / "latency.json"
+def test_the_script(tmp_path):
+    out = tmp_path / "latency.json"
 
     def call(*overrides):
-        monkeypatch.setattr(sys, "argv", ["latency.py", "--config", "configs/demo_dit.yaml", "--out", str(out),
-                                          *overrides])
-        return script.main()
+        return run_script("latency", "--config", "configs/demo_dit.yaml", "--out", out, *overrides)
 
     known = ["budget.cost=latency", f"budget.latency_file={out}"]  # measured, although the file is named
-    assert call("budget.batch=3", *known) == 0 and Latency.load(out).batch == 3
-    capsys.readouterr()
-    assert call("budget.batch=0") == 2 and capsys.readouterr().err.startswith("error: budget.batch")
+    assert call("budget.batch=3", *known).returncode == 0 and Latency.load(out).batch == 3
+    refused = call("budget.batch=0")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: budget.batch")

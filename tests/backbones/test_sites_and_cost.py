@@ -31,15 +31,6 @@ def test_known_numbers(model, size, gmacs, sites, parameters, prunable):
     assert cost.prunable_share == pytest.approx(prunable, abs=5e-4)
 
 
-@pytest.mark.parametrize("ways, sites, prunable", [
-    (("shortcut", "block"), 38, 0.854), (("identity", "whole"), 34, 0.798), (("shortcut", "whole"), 38, 0.886),
-])
-def test_the_other_ways_to_skip_leave_less_of_sd21_unprunable(ways, sites, prunable):
-    unet = on_meta(*SD21)
-    cost = count_cost(unet, 64, find_sites(unet, *ways))
-    assert len(cost.sites) == sites and cost.prunable_share == pytest.approx(prunable, abs=5e-4)
-
-
 def test_a_dit_block_by_hand():
     d, tokens = 16, 16
     cost = count_cost(make_dit(layers=3), 8)

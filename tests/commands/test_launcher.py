@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HANGING = 600  # seconds after which a process is taken to hang, however busy the machine is
 
 # Keeps the trainer's side of the contract and leaves a file of JSON for everything that happens to it.
 STAND_IN = '''
@@ -49,7 +50,7 @@ if kind == "check":
 got = []
 if "UNREGISTERED" in os.environ:
     note("ready", os.getpid())
-    time.sleep(20)
+    time.sleep(600)
 status = Path(os.environ["ALTER_STATUS_DIR"], str(os.getpid())) if "ALTER_STATUS_DIR" in os.environ else None
 code = int(os.environ.get("CODE", "0"))
 if "WAIT" in os.environ:
@@ -58,7 +59,7 @@ if "WAIT" in os.environ:
     if status:
         status.touch()
     note("ready", os.getpid())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while not got and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.5)  # long enough for a signal that comes twice
@@ -117,7 +118,7 @@ class Clone:
     def run(self, *arguments: str, **options):
         process = self.start(*arguments, **options)
         try:
-            output, errors = process.communicate(timeout=40)
+            output, errors = process.communicate(timeout=HANGING)
         finally:
             process.kill()
         return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
@@ -126,7 +127,7 @@ class Clone:
         return [json.loads(file.read_text()) for file in sorted(self.records.glob(f"{name}-*"))]
 
     def until(self, name: str, count: int) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANGING
         while len(list(self.records.glob(f"{name}-*"))) < count:
             assert time.monotonic() < deadline, f"{name} was not reached"
             time.sleep(0.05)
@@ -134,7 +135,7 @@ class Clone:
     def finish(self, process) -> int:
         """Its exit code, once it has ended by itself: not its children's end, as communicate() would have it."""
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=HANGING)
             self.stopped = len(self.noted("stopped"))
         finally:
             process.kill()
@@ -274,6 +275,16 @@ def test_signal_before_the_trainers_have_registered_ends_the_launch(clone, signu
     for trainer in clone.noted("ready"):
         with pytest.raises(ProcessLookupError):
             os.kill(trainer, 0)
+
+
+def test_the_console_command_in_the_launchers_environment(clone, tmp_path):
+    shutil.copy(ROOT / "scripts" / "alter.sh", clone.root / "scripts")
+    (clone.root / "alter").mkdir()
+    (clone.root / "alter" / "__main__.py").write_text(
+        "import os, sys\nprint(sys.argv[1:], os.environ['PYTHONPATH'], os.getcwd())\nsys.exit(7)\n")
+    process = clone.run("report", "--run", "a  b", script="scripts/alter.sh", cwd=tmp_path)
+    assert process.returncode == 7
+    assert process.stdout == f"{['report', '--run', 'a  b']} {clone.root} {tmp_path}\n"
 
 
 def requirements_met(folder: Path, text: str):

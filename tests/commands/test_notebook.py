@@ -39,7 +39,7 @@ def test_it_runs_on_another_run(small_config, kind):
     pytest.importorskip("ipykernel")
     from nbclient import NotebookClient
 
-    run = train(small_config(kind))
+    run = train(small_config(kind)).run_dir
     sites = len(TemporalExperts.from_pretrained(run / "final").sites)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     parameters = notebook.cells[1]

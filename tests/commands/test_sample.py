@@ -1,4 +1,4 @@
-"""scripts/sample.py: images that do not depend on processes and batches, and that are drawn once."""
+"""`alter sample`: images that do not depend on processes and batches, and that are drawn once."""
 
 import json
 import os
@@ -12,15 +12,13 @@ import pytest
 from conftest import save_stable_diffusion
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from test_pipelines import experts_for
 
+from alter.backbones.cost import count_cost
+from alter.commands import main
+from alter.commands.benchmarking.cases import draw_experts
 from alter.common.config import CONFIGS
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
-sys.path.insert(0, str(CONFIGS.parent / "scripts"))
-
-import sample  # noqa: E402
-
 PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square"]
 
 
@@ -28,7 +26,8 @@ PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("sample")
     final = save_stable_diffusion(root / "run/final")
-    experts_for(StableDiffusionPipeline.from_pretrained(final).unet, 16).save_pretrained(final)
+    cost = count_cost(StableDiffusionPipeline.from_pretrained(final).unet, 16)
+    draw_experts(cost, 0.6, seed=0, count=3).save_pretrained(final)
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     return root
 
@@ -43,7 +42,7 @@ def start(folder, out, *arguments, rank=None, port=0):
 
 
 def finish(*processes):
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    errors = [process.communicate(timeout=900)[1] for process in processes]
     return [process.returncode for process in processes], errors
 
 
@@ -78,12 +77,10 @@ def test_processes_batches_and_interruptions_do_not_change_the_images(folder):
 
 
 @pytest.fixture
-def draw(folder, monkeypatch, capsys):
-    """The script in this process; returns its exit code and the last line of its errors."""
+def draw(folder, capsys):
+    """The command in this process; returns its exit code and the last line of its errors."""
     def call(out, *arguments):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, "--run", str(folder / "run"), "--out", str(folder / out), "--steps",
-                                          "3", *arguments])
-        code = sample.main()
+        code = main(["sample", "--run", str(folder / "run"), "--out", str(folder / out), "--steps", "3", *arguments])
         return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
     return call

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from alter import InputError, load_config
-from alter.common.config import CONFIGS, reference, save_config
+from alter.common.config import CONFIGS, RETIRED, reference, save_config
 
 
 @pytest.fixture
@@ -16,6 +16,31 @@ def file(tmp_path):
 def test_shipped_configurations_load(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     assert config.name == name
+
+
+@pytest.mark.parametrize("name", ["demo_dit", "demo_dit.yaml", "configs/demo_dit.yaml"])
+def test_shipped_configurations_are_found_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == load_config(CONFIGS / "demo_dit.yaml")
+    (tmp_path / "demo_dit.yaml").write_text("backbone: {pretrained: mine}\ndata: {path: x}\n")
+    if name == "demo_dit.yaml":  # a file of that name comes first
+        assert load_config(name).backbone.pretrained == "mine"
+
+
+def test_a_configuration_from_a_dictionary():
+    values = {"backbone": {"pretrained": "some/folder"}, "data": {"path": "x"}}
+    config = load_config(values, ["train.steps=7"])
+    assert (config.name, config.backbone.pretrained, config.train.steps) == ("run", "some/folder", 7)
+    assert values == {"backbone": {"pretrained": "some/folder"}, "data": {"path": "x"}}  # as it was
+
+
+@pytest.mark.parametrize("key, unchanged", RETIRED.items())
+def test_retired_keys_of_finished_runs(key, unchanged):
+    section, _, name = key.partition(".")
+    values = {"backbone": {"pretrained": "some/folder"}, "data": {"path": "x"}}
+    assert load_config({**values, section: {name: unchanged}}) == load_config(values)
+    with pytest.raises(InputError, match=f"{key}='another': this option was taken out"):
+        load_config({**values, section: {name: "another"}})
 
 
 def test_file_then_overrides(file):
@@ -62,6 +87,7 @@ def test_bad_values_are_one_clear_line(file, override, message):
 @pytest.mark.parametrize("text, message", [
     ("train: 3", "train: expected a section"), ("- a", "expected `key: value` pairs"), ("a: [", "not valid YAML"),
     ("train:\n  stepz: 1", "did you mean 'train.steps'"),
+    ("seed: 1\ntrain:\n  steps: 1\n  batch_size: 8\n  steps: 2", "line 5: steps is given twice, first in line 3"),
 ])
 def test_bad_files(tmp_path, text, message):
     file = tmp_path / "bad.yaml"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from conftest import make_dit, make_vae, save_latents, save_pipeline
-from test_data import half_broken, png, run_config, save_images, save_metadata
+from helpers import png, run_config, save_greys
+from test_data import half_broken, save_metadata
 from test_tables import offline, rows_of  # noqa: F401
 
 from alter import InputError
@@ -57,7 +58,7 @@ def test_where_data_have_labels_and_captions_the_backbone_decides(tmp_path):
     assert tar_of(tmp_path / "t", files, "text") == ["a", "b"]
     labels = tar_of(tmp_path / "t", files, "class")
     assert labels[0] == 3 and labels[1].startswith(".cls: expected a class number")
-    folder = save_images(tmp_path / "m", 3)
+    folder = save_greys(tmp_path / "m", 3)
     save_metadata(folder, *({"file_name": f"{i}.png", "text": f"c{i}", "label": label, "kind": 5}
                             for i, label in enumerate((2, "7", "cat"))))
     assert open_source(run_config(folder), "text")[0, 0]["captions"] == "c0"
@@ -75,7 +76,7 @@ def test_where_data_have_labels_and_captions_the_backbone_decides(tmp_path):
 
 
 def test_a_class_conditional_dit_takes_the_labels_of_captioned_data(small_config, tmp_path):
-    folder, pipeline = save_images(tmp_path / "m", 24), save_pipeline(tmp_path / "p", make_dit(size=8, channels=4))
+    folder, pipeline = save_greys(tmp_path / "m", 24), save_pipeline(tmp_path / "p", make_dit(size=8, channels=4))
     make_vae().save_pretrained(pipeline / "vae")
     config = small_config("dit", backbone={"pretrained": str(pipeline)}, data={
         "source": "image_folder", "path": str(folder), "resolution": 16})
@@ -154,7 +155,7 @@ def test_encoded_data_keep_their_classes_and_refuse_to_be_mirrored(small_config,
     pipeline = save_pipeline(tmp_path / "p", make_dit(size=8, channels=4))
     make_vae().save_pretrained(pipeline / "vae")
     for name, value in (("2", 0), ("10", 1)):
-        save_images(tmp_path / "images" / name, 12, first=value)
+        save_greys(tmp_path / "images" / name, 12, first=value)
     config = small_config("dit", backbone={"pretrained": str(pipeline)}, data={
         "source": "image_folder", "path": str(tmp_path / "images"), "resolution": 16})
     encode(config, tmp_path / "out", 10, 4, PartialState())

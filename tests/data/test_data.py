@@ -1,15 +1,15 @@
 """The order of the samples, the sources on disk, and the loader over them."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from helpers import folder_config, grey, run_config, save_greys, shade
 from PIL import Image
 
 from alter import InputError
-from alter.common.config import BackboneConfig, Config, DataConfig
+from alter.common.config import Config, DataConfig
 from alter.data.batches import GlobalBatches, Order, Tolerant, collate, make_loader, split
 from alter.data.images import Unreadable
 from alter.data.open import CaptionedFolder, Digits, ImageFolder, WithPrior, open_source
@@ -81,40 +81,9 @@ def test_class_folders_ignore_what_is_hidden_or_no_image(tmp_path):
     assert [source.describe(i) for i in (0, 1)] == [str(tmp_path / "a/deep/y.jpg"), str(tmp_path / "b/x.png")]
 
 
-def plain(value: int, size=(4, 4)) -> Image.Image:
-    return Image.new("RGB", size, (value, value, value))
-
-
-def png(value: int) -> bytes:
-    stream = io.BytesIO()
-    plain(value).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def shade(sample) -> int:
-    """The grey value of a sample made by `plain`."""
-    assert sample["images"].unique().numel() == 1
-    return round((sample["images"].mean().item() + 1) * 127.5)
-
-
-def save_images(folder, count, first=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        plain(first + i).save(folder / f"{i}.png")
-    return folder
-
-
 def save_metadata(folder, *lines):
     text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (folder / "metadata.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
-
-
-def folder_config(path, **changes) -> DataConfig:
-    return DataConfig(**{"path": str(path), "resolution": 4, **changes})
-
-
-def run_config(path, **changes) -> Config:
-    return Config(backbone=BackboneConfig(pretrained="unused"), data=folder_config(path, **changes))
 
 
 def test_random_crops_are_a_function_of_seed_epoch_and_index(tmp_path):
@@ -135,8 +104,8 @@ def test_random_crops_are_a_function_of_seed_epoch_and_index(tmp_path):
 
 
 def test_captions_of_metadata(tmp_path):
-    save_images(tmp_path, 1)
-    save_images(tmp_path / "sub", 1, first=7)
+    save_greys(tmp_path, 1)
+    save_greys(tmp_path / "sub", 1, first=7)
     save_metadata(tmp_path, {"file_name": "sub/0.png", "text": "é\u2028seven"}, "",
                   {"file_name": "./0.png", "text": ["x", "y", "z"], "other": 1})
     source = open_source(run_config(tmp_path))
@@ -166,8 +135,8 @@ def test_captions_of_metadata(tmp_path):
     ("[" * 100000, "line 3: not JSON"),
 ])
 def test_a_bad_line_of_metadata_is_named(tmp_path, line, message):
-    folder = save_images(tmp_path / "data", 1)
-    plain(0).save(tmp_path / "outside.png")
+    folder = save_greys(tmp_path / "data", 1)
+    grey(0).save(tmp_path / "outside.png")
     good = b'{"file_name": "0.png", "text": "a"}\n'
     (folder / "metadata.jsonl").write_bytes(good + b"\n" + line.encode("latin-1") + b"\n" + good)
     with pytest.raises(InputError, match=message) as error:
@@ -176,7 +145,7 @@ def test_a_bad_line_of_metadata_is_named(tmp_path, line, message):
 
 
 def test_a_caption_column_that_no_line_has(tmp_path):
-    save_images(tmp_path, 1)
+    save_greys(tmp_path, 1)
     save_metadata(tmp_path, {"file_name": "0.png", "caption": "a"}, {"file_name": "0.png", "tags": "a"})
     with pytest.raises(InputError, match=r"data.caption_column='text': no such column .* caption, file_name, tags"):
         open_source(run_config(tmp_path))
@@ -190,7 +159,7 @@ def test_a_caption_column_that_no_line_has(tmp_path):
     {}, {"text": None}, {"text": 5}, {"text": []}, {"text": ["a", 5]}, {"text": {"a": "b"}}, {"text": "\ud800"},
 ])
 def test_a_line_without_a_usable_caption_is_unreadable(tmp_path, entry):
-    save_images(tmp_path, 1)
+    save_greys(tmp_path, 1)
     save_metadata(tmp_path, {"file_name": "0.png", "text": "a"}, {"file_name": "0.png", **entry})
     source = open_source(run_config(tmp_path))
     assert source[0, 0]["captions"] == "a"
@@ -199,9 +168,9 @@ def test_a_line_without_a_usable_caption_is_unreadable(tmp_path, entry):
 
 
 def test_a_prompt_is_the_caption_of_every_image_below(tmp_path):
-    save_images(tmp_path / "b", 1, first=3)
-    save_images(tmp_path / "a" / "deep", 1, first=4)
-    save_images(tmp_path / ".hidden", 1)
+    save_greys(tmp_path / "b", 1, first=3)
+    save_greys(tmp_path / "a" / "deep", 1, first=4)
+    save_greys(tmp_path / ".hidden", 1)
     (tmp_path / "metadata.jsonl").write_text("not JSON")
     (tmp_path / "loop").symlink_to(tmp_path)
     source = open_source(run_config(tmp_path, prompt="a photo of sks dog"))
@@ -213,7 +182,7 @@ def test_a_prompt_is_the_caption_of_every_image_below(tmp_path):
 
 
 def test_a_linked_folder_is_read(tmp_path):
-    save_images(tmp_path / "elsewhere", 1, first=9)
+    save_greys(tmp_path / "elsewhere", 1, first=9)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
     save_metadata(tmp_path / "data", {"file_name": "linked/0.png", "text": "a"})
@@ -221,8 +190,8 @@ def test_a_linked_folder_is_read(tmp_path):
 
 
 def test_half_of_every_epoch_is_the_prior(tmp_path):
-    save_images(tmp_path / "dog", 3)
-    save_images(tmp_path / "prior", 7, first=100)
+    save_greys(tmp_path / "dog", 3)
+    save_greys(tmp_path / "prior", 7, first=100)
     config = run_config(tmp_path / "dog", prompt="sks dog", prior_path=str(tmp_path / "prior"), prior_prompt="dog")
     source = open_source(config)
     assert isinstance(source, WithPrior) and len(source) == 14 and source.num_classes == 0
@@ -254,8 +223,8 @@ def test_repeated_instances_are_cropped_anew():
 
 
 def test_mistakes_of_a_prior(tmp_path):
-    save_images(tmp_path / "x" / "dog", 2)
-    prior = {"prior_path": str(save_images(tmp_path / "prior", 1)), "prior_prompt": "dog"}
+    save_greys(tmp_path / "x" / "dog", 2)
+    prior = {"prior_path": str(save_greys(tmp_path / "prior", 1)), "prior_prompt": "dog"}
     with pytest.raises(InputError, match="set data.prior_prompt"):
         open_source(run_config(tmp_path / "x", prompt="a", prior_path=prior["prior_path"]))
     with pytest.raises(InputError, match="data.prior_path=.* captions"):
@@ -271,7 +240,7 @@ def test_mistakes_of_a_prior(tmp_path):
 
 def half_broken(tmp_path, count=12):
     """Images 0, 2, 4, ... cannot be read."""
-    folder = save_images(tmp_path / "images", count)
+    folder = save_greys(tmp_path / "images", count)
     for i in range(0, count, 2):
         (folder / f"{i}.png").write_bytes(b"")
     save_metadata(folder, *({"file_name": f"{i}.png", "text": f"caption {i}"} for i in range(count)))

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import make_dit, make_vae, save_latents, save_pipeline
+from helpers import HANGING, ROOT, free_port
 from safetensors.torch import load_file, save_file
 
 import alter.data.encode
@@ -24,7 +24,8 @@ from alter.data.images import Unreadable
 from alter.data.open import FastDiT, Repa, open_source, shard_name
 from alter.data.shapes import draw_shapes
 from alter.training.run import make_accelerator
-from alter.training.setup.parts import build, check
+from alter.training.setup.parts import build
+from alter.training.setup.plan import check
 from alter.training.trainer import Trainer
 
 
@@ -178,16 +179,14 @@ def test_two_processes_share_the_shards_through_the_script(small_config, tmp_pat
     config = encode_config(small_config, "dit", tmp_path)
     run_encode(config, tmp_path / "one")
     save_config(config, tmp_path / "config.yaml")
-    script = Path(alter.data.encode.__file__).parents[2] / "scripts/encode_latents.py"
+    script = ROOT / "scripts/encode_latents.py"
     command = [sys.executable, str(script), "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "two"),
                "--shard-size", "10", "--batch", "4"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     workers = [subprocess.Popen(command, env={
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=HANGING) for worker in workers] == [0, 0]
     for name in [*map(shard_name, range(3)), "index.json"]:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 

@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 from conftest import save_latents
+from helpers import grey, run_config, save_greys
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_data import plain, run_config, save_images
 
 from alter import InputError
 from alter.common.config import DataConfig
@@ -24,7 +24,7 @@ from alter.training.setup.plan import check
 
 def class_folders(folder, *names):
     for name in names:
-        save_images(folder / name, 1)
+        save_greys(folder / name, 1)
     return ImageFolder(DataConfig(path=str(folder), resolution=4), 0)
 
 
@@ -42,9 +42,9 @@ def test_numbers_are_the_labels_of_their_folders(tmp_path, names, labels):
 
 
 def test_folders_without_images_are_no_classes(tmp_path):
-    save_images(tmp_path / "b" / ".hidden", 1)
+    save_greys(tmp_path / "b" / ".hidden", 1)
     for name in ("__MACOSX/a", "a/@eaDir", "a/lost+found", ".git"):
-        save_images(tmp_path / name, 1)
+        save_greys(tmp_path / name, 1)
     (tmp_path / "aa").mkdir()
     (tmp_path / "ab").mkdir()
     (tmp_path / "ab" / "notes.txt").write_text("x")
@@ -80,12 +80,12 @@ def test_labels_that_the_backbone_does_not_know(small_config, tmp_path):
 
 
 def test_training_and_evaluation_list_the_same_images(tmp_path):
-    save_images(tmp_path / "elsewhere", 3)
-    save_images(tmp_path / "set" / "plain", 12)
-    save_images(tmp_path / "set" / "__MACOSX", 1)
+    save_greys(tmp_path / "elsewhere", 3)
+    save_greys(tmp_path / "set" / "plain", 12)
+    save_greys(tmp_path / "set" / "__MACOSX", 1)
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set" / "loop").symlink_to(tmp_path / "set")
-    plain(0).save(tmp_path / "set" / ".hidden.png")
+    grey(0).save(tmp_path / "set" / ".hidden.png")
     images = ImageSet(tmp_path / "set")
     assert set(images.names) == set(list_images(tmp_path / "set")) and len(images) == 15
     assert images.names[3:6] == ["plain/0.png", "plain/1.png", "plain/2.png"]
@@ -99,7 +99,7 @@ def test_training_and_evaluation_list_the_same_images(tmp_path):
 
 def test_a_folder_that_cannot_be_listed_is_not_skipped(tmp_path, monkeypatch):
     for name in ("a", "b", ".cache"):
-        save_images(tmp_path / name, 1)
+        save_greys(tmp_path / name, 1)
     scan = os.scandir
 
     def refuse(path):
@@ -151,7 +151,7 @@ def test_an_image_that_may_not_be_read(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    save_images(tmp_path, 1)
+    save_greys(tmp_path, 1)
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(Unreadable, match="Permission denied"):
         decode(tmp_path / "0.png")

@@ -180,7 +180,7 @@ def test_a_run_on_shards_counts_and_bounds_what_is_damaged(small_config, tmp_pat
     folder = write_shards(tmp_path / "s", count=6, size=8)
     (folder / "00002.tar").unlink()
     data = {"source": "webdataset", "path": str(folder), "max_unreadable": 0.3, "resolution": 32}
-    run = train(small_config("sd", data=data))
+    run = train(small_config("sd", data=data)).run_dir
     skipped = json.loads((run / "summary.json").read_text())["skipped_samples"]
     lines = [json.loads(line) for line in (run / "unreadable.jsonl").read_text().splitlines()]
     assert len(lines) == skipped > 0
@@ -303,7 +303,7 @@ def test_statistics_of_something_else_are_no_shard(tmp_path):
 def test_a_run_resumes_with_the_same_shards_alone(small_config, tmp_path):
     folder = write_shards(tmp_path / "s", count=6, size=8)
     data = {"source": "webdataset", "path": str(folder), "max_unreadable": 1.0, "resolution": 32}
-    run = train(small_config("sd", data=data, checkpoint={"every": 3}))
+    run = train(small_config("sd", data=data, checkpoint={"every": 3})).run_dir
     (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:3000])
     with pytest.raises(InputError, match="resume: .* other shards, in data.path: bring the data back"):
         train(small_config("sd", data=data, resume=str(run / "checkpoints/step-000003")))

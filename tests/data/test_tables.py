@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from test_data import png, run_config, save_images, shade
+from helpers import png, run_config, save_greys, shade
 
 from alter import InputError
 from alter.data.images import Unreadable
@@ -102,7 +102,7 @@ def test_captions_of_a_table(offline, tmp_path):
 
 
 def test_images_of_a_table(offline, tmp_path):
-    save_images(tmp_path / "d" / "pictures", 2, first=50)
+    save_greys(tmp_path / "d" / "pictures", 2, first=50)
     images = [{"bytes": None, "path": "pictures/1.png"}, {"bytes": None, "path": str(tmp_path / "d/pictures/0.png")},
               {"bytes": b"broken", "path": "pictures/0.png"}, {"bytes": None, "path": "https://example.org/a.png"},
               None]

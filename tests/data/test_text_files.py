@@ -4,7 +4,8 @@ import gzip
 import os
 
 import pytest
-from test_data import folder_config, plain, run_config, save_images, save_metadata
+from helpers import folder_config, grey, run_config, save_greys
+from test_data import save_metadata
 
 from alter import InputError
 from alter.common.files import decode_text, folder_fault, read_lines, read_text
@@ -68,7 +69,7 @@ def test_what_a_folder_is_instead(tmp_path, monkeypatch):
 
 
 def test_metadata_as_windows_writes_it(tmp_path):
-    save_images(tmp_path, 2)
+    save_greys(tmp_path, 2)
     lines = ['{"file_name": "0.png", "text": "café"}', '{"file_name": "1.png", "text": "b\u2028c"}']
     (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode("utf-16"))
     source = open_source(run_config(tmp_path))
@@ -76,7 +77,7 @@ def test_metadata_as_windows_writes_it(tmp_path):
 
 
 def test_packed_metadata(tmp_path):
-    save_images(tmp_path, 1)
+    save_greys(tmp_path, 1)
     (tmp_path / "metadata.jsonl.gz").write_bytes(gzip.compress(b'{"file_name": "0.png", "text": "a"}\n'))
     assert open_source(run_config(tmp_path))[0, 0]["captions"] == "a"
     save_metadata(tmp_path, {"file_name": "0.png", "text": "a"})
@@ -85,7 +86,7 @@ def test_packed_metadata(tmp_path):
 
 
 def test_metadata_as_a_table(tmp_path):
-    save_images(tmp_path, 3)
+    save_greys(tmp_path, 3)
     (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\r\n0.png,"a ""red"", \nround circle"\r\n\r\n1.png,\r\n'
                                            './2.png,b\r\n', encoding="utf-8", newline="")
     source = open_source(run_config(tmp_path))
@@ -107,7 +108,7 @@ def test_metadata_as_a_table(tmp_path):
     ("", "no images"),
 ])
 def test_faults_of_a_table(tmp_path, content, reason):
-    save_images(tmp_path, 1)
+    save_greys(tmp_path, 1)
     (tmp_path / "metadata.csv").write_text(content)
     with pytest.raises(InputError, match=f"data.path.*{reason}") as error:
         open_source(run_config(tmp_path))
@@ -117,9 +118,9 @@ def test_faults_of_a_table(tmp_path, content, reason):
 def test_captions_beside_images(tmp_path):
     for i, (name, text) in enumerate({"a": b"\xef\xbb\xbfa dog\n", "sub/b": b"", "c": b"\xff\xfea\0"}.items()):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        plain(i).save(tmp_path / f"{name}.png")
+        grey(i).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.{'TXT' if name == 'c' else 'txt'}").write_bytes(text)
-    plain(3).save(tmp_path / "d.png")
+    grey(3).save(tmp_path / "d.png")
     (tmp_path / "notes.txt").write_text("x")
     source = open_source(run_config(tmp_path))
     assert isinstance(source, TextsBeside) and source.num_classes == 0 and len(source) == 4
@@ -138,7 +139,7 @@ def test_captions_beside_images(tmp_path):
 
 @pytest.mark.parametrize("value", ["", " \n", ["", "a"]])
 def test_a_blank_caption_is_the_empty_prompt(tmp_path, value):
-    save_images(tmp_path, 1)
+    save_greys(tmp_path, 1)
     save_metadata(tmp_path, {"file_name": "0.png", "text": value})
     source = CaptionedFolder(folder_config(tmp_path), 0)
     drawn = {source[epoch, 0]["captions"] for epoch in range(20)}

@@ -5,51 +5,25 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from helpers import HANGING, ROOT, Harmless, run_script
+from helpers import save_noise as save_images
 from PIL import Image
 from safetensors.torch import load_file
 
 from alter import InputError
-from alter.common.config import ROOT
 from alter.evaluation import distances, features, image_sets, preferences, suite
 from alter.training.demo_images import demo_network
 
-SCRIPTS = Path(ROOT) / "scripts"
-sys.path.insert(0, str(SCRIPTS))
 
-import evaluate  # noqa: E402
-import prepare_eval  # noqa: E402
-
-
-def save_images(folder, count=12, size=24, seed=0, shift=0):
-    folder.mkdir(parents=True)
-    source = np.random.default_rng(seed)
-    for i in range(count):
-        pixels = source.integers(shift, 256, (size, size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-    return folder
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Calls a script's main; returns its exit code, and what it wrote to both streams."""
-    def call(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        code = module.main()
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
-
-
-class Harmless:
-    def __reduce__(self):
-        return (open, ("unpickled", "w"))
+def run(name, *arguments):
+    """Calls a script; returns its exit code, and what it wrote to both streams."""
+    done = run_script(name, *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 class Mean:
@@ -189,7 +163,7 @@ def test_references_of_every_kind_give_the_same_distance(tmp_path):
         suite.Reference(tmp_path / "hostile.npz", found, None)
 
 
-def test_order_and_names(tmp_path, run):
+def test_order_and_names(tmp_path):
     folder = tmp_path / "images"
     for name in ("10.png", "9.png", "a/9.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +175,7 @@ def test_order_and_names(tmp_path, run):
     Image.new("RGB", (8, 8)).save(folder / "11.png")
     with pytest.raises(InputError, match="several images are named 9"):
         suite.evaluate(image_sets.ImageSet(folder), ["clip"], make_features(tmp_path), None, ["a"] * 4, 0)
-    code, _, err = run(evaluate, "--images", folder, "--out", tmp_path / "nowhere" / "m.json")
+    code, _, err = run("evaluate", "--images", folder, "--out", tmp_path / "nowhere" / "m.json")
     assert code == 2 and "its folder does not exist" in err
 
 
@@ -271,19 +245,19 @@ def test_the_demo_network_takes_any_image_and_is_trained_once(tmp_path):
     assert "body.0.weight" in load_file(file)
 
 
-def test_the_script_from_one_and_two_processes(tmp_path, run):
+def test_the_script_from_one_and_two_processes(tmp_path):
     images, real = save_images(tmp_path / "images", 40), save_images(tmp_path / "real", 30, seed=1)
     common = ["--images", images, "--reference", real, "--feature-network", "demo", "--bootstrap", 3]
-    code, out, err = run(evaluate, *common, "--out", tmp_path / "1.json", "--cache", tmp_path / "c1")
+    code, out, err = run("evaluate", *common, "--out", tmp_path / "1.json", "--cache", tmp_path / "c1")
     assert code == 0 and "rank-deficient" in err and "fid" in out
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-              SCRIPTS / "evaluate.py"]
+              ROOT / "scripts/evaluate.py"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
     def run_two(*arguments):
-        return subprocess.run([*map(str, [*launch, *common, *arguments])], capture_output=True, text=True, timeout=200,
-                              env=environment)
+        command = [*map(str, [*launch, *common, *arguments])]
+        return subprocess.run(command, capture_output=True, text=True, timeout=HANGING, env=environment)
 
     double = run_two("--out", tmp_path / "2.json", "--cache", tmp_path / "c2")
     assert double.returncode == 0, double.stderr
@@ -299,11 +273,11 @@ def test_the_script_from_one_and_two_processes(tmp_path, run):
     failed = run_two("--cache", tmp_path / "c3")
     assert failed.returncode != 0 and "1 images cannot be read (009.png: " in failed.stderr
     (images / "009.png").write_bytes(content)
-    code, out, _ = run(evaluate, "--compare", tmp_path / "1.json", tmp_path / "2.json")
+    code, out, _ = run("evaluate", "--compare", tmp_path / "1.json", tmp_path / "2.json")
     assert code == 0 and out.count("±") >= 2
-    code, _, err = run(evaluate, "--images", images, "--num", 41)
+    code, _, err = run("evaluate", "--images", images, "--num", 41)
     assert code == 2 and "holds 40 images, not --num 41" in err
-    code, _, err = run(evaluate, "--images", images, "--metrics", "fid", "--reference", real, "--inception-weights",
+    code, _, err = run("evaluate", "--images", images, "--metrics", "fid", "--reference", real, "--inception-weights",
                        tmp_path / "no.pth", "--cache", tmp_path / "c1")
     assert code == 2 and "no such file: put weights-inception" in err
 
@@ -317,10 +291,10 @@ def coco(tmp_path, count=6):
     return ["--captions", tmp_path / "captions.json", "--images", folder]
 
 
-def test_evaluation_sets_from_official_files(tmp_path, run):
+def test_evaluation_sets_from_official_files(tmp_path):
     source = coco(tmp_path)
     for name in ("a", "b"):
-        code, *_ = run(prepare_eval, "coco2014", *source, "--count", 4, "--size", 16, "--out", tmp_path / name)
+        code, *_ = run("prepare_eval", "coco2014", *source, "--count", 4, "--size", 16, "--out", tmp_path / name)
         assert code == 0
     about = json.loads((tmp_path / "a" / "about.json").read_text())
     assert about == json.loads((tmp_path / "b" / "about.json").read_text()) and len(about["images"]) == 4
@@ -328,13 +302,13 @@ def test_evaluation_sets_from_official_files(tmp_path, run):
     assert prompts == [f"caption {image['id'] - 10 + 6}" for image in about["images"]]  # the lowest annotation id
     assert image_sets.ImageSet(tmp_path / "a" / "images").load(0)[0].size == (16, 16)
 
-    code, _, err = run(prepare_eval, "coco2017", *source, "--out", tmp_path / "c")
+    code, _, err = run("prepare_eval", "coco2017", *source, "--out", tmp_path / "c")
     assert code == 2 and "6 images with captions, 5000 are needed" in err
     (tmp_path / "val" / "002.png").unlink()
-    code, _, err = run(prepare_eval, "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
+    code, _, err = run("prepare_eval", "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
     assert code == 2 and "lacks 1 of 6 images (002.png)" in err
     (tmp_path / "val" / "002.png").write_bytes(b"no image")
-    code, _, err = run(prepare_eval, "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
+    code, _, err = run("prepare_eval", "coco2017", *source, "--count", 6, "--out", tmp_path / "c")
     assert code == 2 and "1 of 6 images cannot be read (002.png: " in err
     assert not (tmp_path / "c").exists() and not list(tmp_path.glob(".partial*"))
 
@@ -342,7 +316,7 @@ def test_evaluation_sets_from_official_files(tmp_path, run):
     rows = tmp_path / "rows"
     rows.mkdir()
     Image.new("RGB", (20, 30)).save(rows / "00001.jpg")
-    code, *_ = run(prepare_eval, "cc3m", "--captions", tmp_path / "cc.tsv", "--images", rows, "--out", tmp_path / "d")
+    code, *_ = run("prepare_eval", "cc3m", "--captions", tmp_path / "cc.tsv", "--images", rows, "--out", tmp_path / "d")
     assert code == 0 and (tmp_path / "d" / "prompts.txt").read_text() == "a cat\n"
-    assert run(prepare_eval, "imagenet", "--out", tmp_path / "e")[0] == 0
+    assert run("prepare_eval", "imagenet", "--out", tmp_path / "e")[0] == 0
     assert (tmp_path / "e" / "labels.txt").read_text().split() == [str(i) for i in range(1000)]

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Harmless
+from helpers import save_noise as save_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_evaluate import Harmless, save_images
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import yaml
 from conftest import SMALL, make_dit, merge, save_pipeline
+from helpers import table_of
 from PIL import Image
-from test_measure import table_of
 from test_report import NASTY, experts_of, write_history
 
-from alter.evaluation.report.records import write_sensitivity
 from alter import InputError, TemporalExperts, load_config, train
+from alter.backbones.latency import Latency
 from alter.evaluation.report import figures as report
 from alter.evaluation.report.page import build_page, read_run
+from alter.evaluation.report.records import write_sensitivity
+from alter.evaluation.report.words import number, percent
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,7 +42,7 @@ def run(tmp_path_factory):
         "output_dir": str(root / "run"), "data": {"source": "digits", "resolution": 8},
         "validate": {"every": 3, "labels": [1, 2]}})
     (root / "small.yaml").write_text(yaml.safe_dump(content))
-    folder = train(load_config(root / "small.yaml"))
+    folder = train(load_config(root / "small.yaml")).run_dir
     experts = TemporalExperts.from_pretrained(folder / "final")
     write_history(folder, experts)
     table = dataclasses.replace(table_of(np.random.default_rng(1).exponential(size=(4, 5))), sites=experts.sites)
@@ -105,7 +107,8 @@ def check(text):
     assert targets <= set(ids)
     assert all(attributes["role"] == "img" and len(attributes["aria-label"]) > 20 for attributes in page.all("svg"))
     assert all(len(attributes["alt"]) > 10 for attributes in page.all("img"))
-    assert len(page.all("figure")) == len(page.all("figcaption")) == len(page.all("svg")) + len(page.all("img"))
+    assert len(page.all("figure")) == len(page.all("figcaption")) == len(page.all("svg")) + sum(
+        attributes["class"] == "samples" for attributes in page.all("img"))  # others are cells of a table with a head
     levels = [level for level, _ in page.headings]
     assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) <= 1
     assert report.INK not in text and page.all("html")[0]["lang"] == "en"
@@ -117,18 +120,39 @@ def test_a_page_of_everything(run):
     loaded = read_run(run)
     page = check(build_page([loaded]))
     text = "".join(page.text)
-    assert len(page.all("svg")) == 11 and len(page.all("img")) == 4  # samples.png, and at steps 0, 3 and 6
+    assert len(page.all("svg")) == 11 and len(page.all("img")) == 7  # samples.png; two at each of steps 0, 3 and 6
+    assert "Stepclass 1class 2\n0, dense\n" in text and "\n6, experts\n" in text and "None" not in text
+    assert [text for level, text in page.headings] == [
+        "Temporal experts", "small", "Samples", "Measurements", "Experts", "Cost", "Search and training",
+        "Validation images", "Sensitivity", "Configuration"]
+    assert [link["href"] for link in page.all("a")] == [f"#{attributes['id']}" for tag, attributes in page.tags
+                                                        if tag in ("h2", "h3")]
+    before, _, after = text.partition("small: ")
+    assert "Samples" not in before and re.match(
+        r"[\d.]+% of the dense model's MACs per step \(target: 65%\)\. An image in 2 steps takes [\d.]+ .MACs, "
+        r"[\d.]+ times fewer than the [\d.]+ .MACs of the dense model in 50 steps\. Fréchet distance "
+        r"[\d.,]+, accuracy [\d.]+%; dense in 50 steps: Fréchet distance [\d.,]+, accuracy [\d.]+%\.", after)
     assert ": the run has no" not in text and "The ranking of the layers is" in text
     assert loaded.experts.summary() in text
-    for key, value in (("Output error against the dense model", loaded.summary["output_error"]),
-                       ("Fréchet distance, experts", loaded.summary["fd_experts"]), ("fid (metrics.json)", 12.5)):
-        assert f"{key}{report.readable(value)}\n" in text
-    assert "train.steps632000\n" in text and "train.search_steps3None\n" in text  # key, value, default
+    for key, value in (("against the dense model's output", loaded.summary["output_error"]), ("fid", 12.5)):
+        assert f"{key}{number(value)}\n" in text
+    assert f"experts, 2 stepsFréchet distance {number(loaded.summary['fd_experts'])}, accuracy " in text
+    assert f"fd_experts: {loaded.summary['fd_experts']}\n" in text
+    assert "train.steps632000\n" in text and "train.search_steps3null\n" in text  # key, value, default
     assert "seed00" not in text and "holdout: 8" in text
     labels = " ".join(attributes["aria-label"] for attributes in page.all("svg"))
     for e, mask_L in enumerate(loaded.experts.mask_EL):
         assert f"Expert {e} keeps {mask_L.sum()} of 4 layers" in labels
     assert build_page([read_run(run)]) == build_page([loaded])  # nothing random, no date
+
+
+def test_a_measured_time_is_in_the_headline_and_the_table(run):
+    loaded = read_run(run)
+    latency = Latency(loaded.experts.sites, (1.0,) * 4, 5.0, "some GPU", "fp16", 1, 8)
+    experts = dataclasses.replace(loaded.experts, latency=latency)
+    text = "".join(check(build_page([dataclasses.replace(loaded, experts=experts)])).text)
+    assert f"MACs per step, {percent(experts.time_ratio)} of its time (target: 65%)" in text
+    assert f"time kept{percent(experts.time_ratio)} of the dense model's, measured on {latency.place}\n" in text
 
 
 @pytest.mark.parametrize("missing", [FULL, FULL[::2], FULL[1::2]])
@@ -146,10 +170,9 @@ def test_a_saved_folder_alone(run, tmp_path):
     experts.save_pretrained(tmp_path / "saved")
     page = check(build_page([read_run(tmp_path / "saved")]))
     assert (2, "saved") in page.headings and "the run has no scheduler/." in "".join(page.text)
-    with_latency = tmp_path / "runs"
-    with_latency.mkdir()
-    (with_latency / "latest").symlink_to(run)
-    assert read_run(with_latency).name == read_run(run / "final").name == "small"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/latest").symlink_to(run)
+    assert read_run(tmp_path / "runs").name == read_run(run / "final").name == "small"
 
 
 def test_several_runs_are_compared(run, copied):
@@ -162,7 +185,7 @@ def test_several_runs_are_compared(run, copied):
     assert [text for level, text in page.headings if level == 2] == ["Comparison", f"small ({places[0]})",
                                                                      f"other ({places[1]})"]
     text = "".join(page.text)
-    assert "fid (metrics.json)12.5000–\n" in text and len(page.all("svg")) == 22
+    assert "fid12.5–\n" in text and len(page.all("svg")) == 22
     compared = text.partition("Everything in summary.json")[0]
     assert "namesmallother\n" in compared and "train.steps" not in compared  # keys that differ, no other
 
@@ -180,7 +203,7 @@ def test_content_is_escaped(copied):
     (copied / "samples" / "step-000009-a & <b> 'c'.png").write_bytes((copied / "samples.png").read_bytes())
     page = check(build_page([read_run(copied)]))
     assert (2, NASTY) in page.headings and "".join(page.text).count(NASTY) >= 11
-    assert "Fréchet distance, dense" not in "".join(page.text)
+    assert "Fréchet distance" not in "".join(page.text)
     assert NASTY in " ".join(attributes["aria-label"] for attributes in page.all("svg"))
     assert any("<b> 'c'" in attributes["alt"] for attributes in page.all("img"))
 

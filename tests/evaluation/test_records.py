@@ -22,7 +22,7 @@ def test_routes_and_masks_survive(tmp_path):
 def test_a_run_keeps_the_history_of_its_search(small_config, tmp_path, resumed):
     changes = {"log": {"masks_every": 2, "tracker": "tensorboard"}, "train": {"steps": 7, "search_steps": 5},
                "checkpoint": {"every": 3}}
-    run = train(small_config("dit", **changes))
+    run = train(small_config("dit", **changes)).run_dir
     if resumed:  # lines of steps that are run again are not doubled
         train(small_config("dit", resume=str(run / "checkpoints/step-000003"), **changes))
     records = read_history(run / "history.jsonl", 1000)

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_model, make_unet
+from helpers import table_of
 from matplotlib.collections import QuadMesh
 from PIL import Image
-from test_measure import table_of
 
 from alter import TemporalExperts, train
 from alter.backbones.cost import count_cost
 from alter.backbones.sites import find_sites
 from alter.evaluation.report import figures as report
+from alter.evaluation.report.experts import identical
 from alter.evaluation.report.records import describe_masks, read_history
+from alter.evaluation.report.samples import read_strip, save_strip
+from alter.evaluation.report.words import macs
 
 NASTY = """<script>alert(1)</script> & "x" '$y$ ]]>"""
 
@@ -78,6 +81,8 @@ def test_layer_names_stay_apart():
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_masks_are_the_experts_masks(kind):
     experts = experts_of(kind)
+    value_L = (np.array(experts.macs) / experts.macs_total if kind == "unet" else
+               report.kept_frequency(experts.mask_EL, experts.expert_T))
     figure = report.masks_figure(experts)
     axis = figure.axes[0]
     drawn = next(part for part in axis.collections if isinstance(part, QuadMesh)).get_array()
@@ -87,8 +92,9 @@ def test_masks_are_the_experts_masks(kind):
         for e in range(4):
             assert drawn.mask[row, e] == (not experts.mask_EL[e, index]) == ((row + 0.5, e + 0.5) in crosses)
             if experts.mask_EL[e, index]:
-                assert drawn[row, e] == pytest.approx(experts.macs[index] / experts.macs_total)
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1", "2", "3\nunused"]
+                assert drawn[row, e] == pytest.approx(value_L[index])
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1", "2", "3"]
+    assert axis.get_title("left").endswith("\nUnused: 3") and "Identical" not in figure.get_label()
     borders = sum(line.get_ydata()[0] not in (0, len(experts.sites)) for line in axis.lines)
     assert borders == (2 if kind == "unet" else 0)
     for e in range(4):
@@ -96,6 +102,23 @@ def test_masks_are_the_experts_masks(kind):
         assert int(said[1]) == experts.mask_EL[e].sum() and int(said[2]) == len(experts.sites)
         assert {site_names(experts)[name] for name in said[3].split(", ")} == {
             site for site, keeps in zip(experts.sites, experts.mask_EL[e], strict=True) if not keeps}
+
+
+def test_identical_experts_are_named_and_layers_of_one_cost_stay_apart():
+    experts = experts_of("dit", 5)
+    mask_EL = experts.mask_EL.copy()
+    mask_EL[3], mask_EL[4], mask_EL[2] = mask_EL[0], mask_EL[1], mask_EL[0]
+    experts = dataclasses.replace(experts, mask_EL=mask_EL)
+    assert identical(experts) == [[0, 2, 3], [1, 4]] and len(set(experts.macs)) == 1
+    figure = report.masks_figure(experts)
+    axis = figure.axes[0]
+    assert "\nIdentical experts: 0 = 2 = 3; 1 = 4\n" in axis.get_title("left")
+    assert "Identical experts: 0 = 2 = 3; 1 = 4." in figure.get_label()
+    drawn = next(part for part in axis.collections if isinstance(part, QuadMesh)).get_array()
+    frequency_L = report.kept_frequency(mask_EL, experts.expert_T)[report.layers(experts.sites)[0]]
+    assert len(set(frequency_L)) > 2
+    for row, frequency in enumerate(frequency_L):
+        assert np.allclose(drawn[row].compressed(), frequency)
 
 
 def test_routes_and_macs_of_every_timestep():
@@ -130,7 +153,7 @@ def test_a_bar_for_every_denoising_step():
     assert [text.get_text() for text in axis.texts] == [str(experts.expert_T[t]) for t in timesteps]
     assert [label.get_text() for label in axis.get_xticklabels()] == list(map(str, timesteps))
     total = sum(experts.macs_T[t] for t in timesteps)
-    assert f"5 denoising steps take {report.count(total)} MACs, {total / 5 / experts.macs_total:.1%} of dense" \
+    assert f"5 denoising steps take {macs(total)}, {total / 5 / experts.macs_total:.1%} of dense" \
         in figure.get_label()
 
 
@@ -150,8 +173,8 @@ def test_kept_frequency_and_similarity(kind):
     assert np.allclose(figure.axes[0].collections[0].get_array(), expected)
     assert [text.get_text() for text in figure.axes[0].texts] == [f"{v:.2f}" for row in expected for v in row]
     highest = max((expected[a][b], (a, b)) for a in range(4) for b in range(a))
-    assert "Most alike are experts {1[1]} and {1[0]} ({0:.2f}).".format(*highest) in figure.get_label()
-    assert report.similarity_figure(experts_of(kind, count=1)).get_label() == "There is one expert, like itself alone."
+    assert "Most similar: experts {1[1]} and {1[0]} ({0:.2f}).".format(*highest) in figure.get_label()
+    assert report.similarity_figure(experts_of(kind, count=1)).get_label() == "There is only one expert."
     nothing = dataclasses.replace(experts, mask_EL=np.zeros_like(experts.mask_EL))
     assert (report.similarity(nothing) == 1).all()
 
@@ -184,7 +207,7 @@ def test_the_course_of_the_search(tmp_path):
 
 
 def test_losses_of_both_phases(small_config):
-    run = train(small_config("dit"))
+    run = train(small_config("dit")).run_dir
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure = report.losses_figure(lines)
     assert [axis.get_title("left").removesuffix(", log scale") for axis in figure.axes] == list(report.LOSSES.values())
@@ -217,13 +240,32 @@ def test_sensitivity(tmp_path):
 
 def test_samples_and_pngs(tmp_path):
     images = torch.rand(3, 1, 8, 8) * 2 - 1
-    figure = report.samples_figure({"dense": images, "ex$perts": images * 3}, ["0", "1", NASTY])
+    figure = report.samples_figure({"dense\n9 GMACs": images, "ex$perts": images * 3}, ["0", "1", NASTY])
     assert np.allclose(figure.axes[1].images[0].get_array(), (images[1, 0] + 1) / 2)
     assert figure.axes[4].images[0].get_array().max() <= 1
+    assert [axis.get_ylabel() for axis in figure.axes[::3]] == ["dense\n9 GMACs", "ex$perts"]
+    assert {axis.yaxis.label.get_rotation() for axis in figure.axes[::3]} == {0}
+    assert [axis.get_title("center") for axis in figure.axes[:2]] == ["0", "1"]
+    assert "Rows: dense, 9 GMACs; ex$perts." in figure.get_label()
     report.plot_samples({"dense": images}, ["a $5 note", "of $1", NASTY], tmp_path / "samples.png")
+    report.plot_samples({"dense": images[:1].expand(14, -1, -1, -1)}, 14 * ["0"], tmp_path / "many.png")
+    assert Image.open(tmp_path / "many.png").width <= 1700
     for count in (1, 4, 10):
         report.plot_experts(experts_of("unet", count), tmp_path / f"{count}.png")
         assert np.asarray(Image.open(tmp_path / f"{count}.png").convert("L")).std() > 30
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_strip_keeps_its_images_and_captions(tmp_path, channels):
+    pixels = np.random.default_rng(0).integers(256, size=(3, 8, 8, channels), dtype=np.uint8)
+    captions = ["a red circle", NASTY, "Größe"]
+    save_strip(pixels, captions, tmp_path / "strip.png")
+    images, found = read_strip(tmp_path / "strip.png")
+    assert found == captions
+    assert all(np.array_equal(np.asarray(image).reshape(8, 8, channels), wanted)
+               for image, wanted in zip(images, pixels, strict=True))
+    images[0].resize((16, 8)).save(tmp_path / "without.png")
+    assert read_strip(tmp_path / "without.png")[1] == ["image 1", "image 2"]
 
 
 def test_the_figure_of_an_ablation():
@@ -232,7 +274,7 @@ def test_the_figure_of_an_ablation():
             for variant, keep, time, error in (("alter", 0.5, 0.5, 0.002), ("alter", 0.5, 0.6, 0.004),
                                                ("alter", 0.65, 0.7, 0.001), ("two_stage", 0.5, 0.52, 0.003))]
     rows.append({"variant": "dense", "sampling_steps": 20, "keep_ratio_target": 0.5, "fd": 7.0})
-    figure = report._quality_figure(rows)
+    figure = report.quality_figure(rows)
     figure.canvas.draw()
     error, wider, distance, _ = figure.axes
     assert [axis.get_title("left") for axis in (error, wider)] == ["keep ratio 0.5", "keep ratio 0.65"]

@@ -13,8 +13,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 
 from alter import InputError, TemporalExperts
 from alter.backbones.cost import count_cost
@@ -45,7 +43,7 @@ def test_keep_ratio_by_hand():
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])
-@pytest.mark.parametrize("timestep", [399, 400, 400.4, 399.6, -3.0, 2000])
+@pytest.mark.parametrize("timestep", [399, 400, 400.4, 399.6, -0.3, 999.7])
 def test_apply_uses_the_expert_of_the_nearest_training_timestep(kind, timestep):
     experts, model, gated = make_experts(kind), make_model(kind), make_model(kind)
     (sample, _), conditioning = make_inputs(kind)
@@ -73,8 +71,8 @@ def test_a_batch_of_different_timesteps():
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])
-def test_gates_may_be_used_otherwise_after_a_forward_without_gradients(kind):
-    """Without gradients, layers serve without a look at the rows; other rows, gradients and copies must notice."""
+def test_gates_of_applied_experts_may_be_used_otherwise(kind):
+    """Other rows, gradients and copies, between forwards that the timestep rules."""
     experts, model = make_experts(kind), make_model(kind)
     (sample, _), conditioning = make_inputs(kind)
     timesteps = [torch.full((len(sample),), value) for value in (100, 900)]
@@ -86,26 +84,14 @@ def test_gates_may_be_used_otherwise_after_a_forward_without_gradients(kind):
             expected.append(model(sample, timestep, **conditioning).sample)
         simulator.remove()
     with experts.apply(model):
-        simulator = model._alter_applied.simulator
-        for _ in range(2):
-            for timestep, result in zip(timesteps, expected, strict=True):
-                with torch.no_grad():
-                    assert torch.equal(model(sample, timestep, **conditioning).sample, result)
-        layers = [model.get_submodule(site.path) for site in simulator.sites]
-        for layer, kept in zip(layers, experts.mask_EL[1], strict=True):
-            assert (type(layer) in (BasicTransformerBlock, ResnetBlock2D)) == kept  # the layer's own class: no gate
-        copied = copy.deepcopy(model)
         with torch.no_grad():
+            for timestep, result in zip(timesteps, expected, strict=True):
+                assert torch.equal(model(sample, timestep, **conditioning).sample, result)
+            copied = copy.deepcopy(model)
             assert torch.equal(copied(sample, timesteps[0], **conditioning).sample, expected[0])
             assert torch.equal(model(sample, timesteps[1], **conditioning).sample, expected[1])
         assert torch.equal(model(sample, timesteps[0], **conditioning).sample, expected[0])  # with gradients
-        with torch.no_grad():
-            model(sample, timesteps[1], **conditioning)
-        handle = model._alter_applied.hook
-        handle.remove()
-        with simulator.use(None):
-            assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
-    assert not any(hasattr(layer, name) for layer in model.modules() for name in ("_alter_gate", "_alter_settled"))
+    assert not any(hasattr(layer, "_alter_gate") for layer in model.modules())
     assert torch.equal(model(sample, timesteps[0], **conditioning).sample, dense)
 
 
@@ -171,7 +157,7 @@ def test_wrong_models_are_refused():
     with pytest.raises(InputError, match="no unet or transformer"):
         experts.apply(object())
     model = make_dit()
-    experts.apply(model)
+    Simulator(model)
     with pytest.raises(InputError, match="already has gates"):
         experts.apply(model)
 

@@ -1,4 +1,4 @@
-"""Experts on a backbone that others use too: threads, direct calls, other libraries' patches, copies in other places."""
+"""Experts on a backbone that others use too: threads, direct calls, other libraries' patches, copies."""
 
 import io
 import pickle
@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_dit, make_inputs, make_unet
 from diffusers.models.attention import BasicTransformerBlock
-from test_pipelines import experts_for
+from helpers import experts_for
 
 from alter import InputError
 

@@ -1,29 +1,25 @@
 import functools
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import run_script
 
 from alter import InputError
-from alter.common.config import load_config, save_config
+from alter.common.config import DataConfig, load_config, save_config
 from alter.data.open import FastDiT
 from alter.data.shapes import KINDS, write_scenes
 from alter.training import ablation
 from alter.training.ablation import GIVEN, ablation_table, block_influence, given_experts
 from alter.training.setup.parts import build
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import ablate  # noqa: E402
-
 
 @pytest.mark.parametrize("variant", GIVEN)
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_given_experts_meet_the_budget(small_config, monkeypatch, variant, kind):
-    for name, few in (("measure_sensitivity", {"bins": 2, "samples": 2}), ("remove_greedily", {"samples": 2})):
-        monkeypatch.setattr(ablation, name, functools.partial(getattr(ablation, name), **few))
+    brief = functools.partial(ablation.measure_sensitivity, bins=2, samples=2)
+    monkeypatch.setattr(ablation, "measure_sensitivity", brief)
     config = small_config(kind, budget={"keep_ratio": 0.7, "over": "prunable"}, experts={"count": 2})
     parts = build(config)
     experts = given_experts(variant, config, parts, 0)
@@ -35,7 +31,7 @@ def test_given_experts_meet_the_budget(small_config, monkeypatch, variant, kind)
         assert np.array_equal(experts.mask_EL[0], np.arange(len(experts.sites)) % 2 == 0)
     else:
         assert abs(kept - 0.7) < (0.06 if kind == "dit" else 0.005)  # the DiT's four equal blocks allow 0.75
-        assert len(experts.mask_EL) == (2 if variant in ("greedy", "removal") else 1)
+        assert len(experts.mask_EL) == (2 if variant == "greedy" else 1)
     assert kept == pytest.approx(experts.keep_ratio_target)
 
 
@@ -67,8 +63,6 @@ def test_an_unknown_variant(small_config):
 def test_scenes_are_classes_of_pixels(tmp_path):
     write_scenes(tmp_path / "a", 40, 3)
     write_scenes(tmp_path / "b", 40, 3)
-    from alter.common.config import DataConfig
-
     source, again = (FastDiT(DataConfig(path=str(tmp_path / name)), 0) for name in "ab")
     samples = [source[0, i] for i in range(40)]
     assert all(torch.equal(sample["latents"], again[0, i]["latents"]) for i, sample in enumerate(samples))
@@ -80,13 +74,13 @@ def test_scenes_are_classes_of_pixels(tmp_path):
 
 def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = small_config("dit", output_dir=None, experts={"count": 2, "start": "greedy", "offset": 2.0})
+    config = small_config("dit", output_dir=None, experts={"count": 2, "start": "greedy", "offset": 2.0},
+                          evaluate={"dense": True})
     save_config(config, tmp_path / "c.yaml")
-    command = ["ablate.py", "--config", "c.yaml", "--out", "rows.json", "--seeds", "0", "--keep", "0.75", "--variants"]
+    command = ["--config", "c.yaml", "--out", "rows.json", "--seeds", "0", "--keep", "0.75", "--variants"]
 
     def run(*variants):
-        monkeypatch.setattr(sys, "argv", [*command, *variants])
-        assert ablate.main() == 0
+        assert run_script("ablate", *command, *variants).returncode == 0
         return json.loads((tmp_path / "rows.json").read_text())
 
     first = run("dense", "random")
@@ -107,7 +101,7 @@ def test_the_script_continues_its_rows(small_config, tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(first[:2]))
     again = run("random")[2]  # its row is lost, its run is not
     assert {**again, "time_ratio": 0} == {**first[2], "time_ratio": 0} and summary.stat().st_mtime_ns == written
-    command.insert(1, "optim.backbone_lr=0.02")
+    command.insert(0, "optim.backbone_lr=0.02")
     other = run("random")[3]
     assert other["variant"] == "random optim.backbone_lr=0.02"
     assert other["macs"] == again["macs"] and other["output_error"] != again["output_error"]

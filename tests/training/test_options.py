@@ -14,14 +14,16 @@ import pytest
 import torch
 from conftest import save_stable_diffusion
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from helpers import changed, make_trainer, prepared, snapshot
 from safetensors.torch import load_file, save_file
-from test_trainer import changed, make_trainer, prepared, snapshot
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.backbones.gates import SoftRows
 from alter.common.config import CONFIGS
 from alter.data.shapes import write_shapes
-from alter.training.setup.parts import build, check
-from alter.training.trainer import NonFiniteLoss
+from alter.training.readout import NonFiniteLoss
+from alter.training.setup.parts import build
+from alter.training.setup.plan import check
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +78,7 @@ def test_a_teacher_in_bf16_is_the_same_model_rounded(small_config, tmp_path):
 
 def test_a_closed_trainer_holds_no_optimizer_or_average(small_config, tmp_path):
     trainer = make_trainer(small_config("dit", train={"ema_decay": 0.9}), tmp_path)
-    kept = [weakref.ref(part) for part in (trainer.backbone_optim, trainer.hyper_optim, trainer.ema)]
+    kept = [weakref.ref(part) for part in (trainer.backbone_update, trainer.hyper_update, trainer.ema)]
     trainer.run()
     trainer.close()
     gc.collect()
@@ -103,25 +105,72 @@ def test_a_run_without_distillation_never_asks_the_teacher(small_config, tmp_pat
     trainer.run()
 
 
+def with_scalers(trainer):
+    """As mixed_precision=fp16 makes them, on the CPU in fp32."""
+    for update in (trainer.backbone_update, trainer.hyper_update):
+        update.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    return trainer
+
+
 def test_a_loss_scaler_leaves_updates_as_they_are_and_skips_infinite_ones(small_config, tmp_path):
-    """On the CPU in fp32, with the scaler switched on: scaling by powers of two changes no bit of a gradient."""
+    """Scaling by powers of two changes no bit of a gradient."""
     plain, _ = updated(small_config("unet"), tmp_path)
-    trainer = make_trainer(small_config("unet"), tmp_path)
-    trainer.scaler = torch.amp.GradScaler("cpu")
+    trainer = with_scalers(make_trainer(small_config("unet"), tmp_path))
     batches = prepared(trainer)
     trainer.update_hypernetwork(batches)
     trainer.update_backbone(batches, *trainer.current_masks())
     for a, b in zip(plain.parameters, trainer.parameters, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
-    before, scale = snapshot(trainer.parts.backbone), trainer.scaler.get_scale()
+    scaler = trainer.backbone_update.scaler
+    before, scale = snapshot(trainer.parts.backbone), scaler.get_scale()
     trainer.parts.backbone.conv_out.bias.register_hook(lambda gradient: gradient * torch.inf)
     metrics = trainer.update_backbone(batches, *trainer.current_masks())
-    assert not changed(trainer.parts.backbone, before) and trainer.scaler.get_scale() == scale / 2
-    assert "train/gradient_norm" not in metrics and trainer.counts["skipped_updates"] == 1
+    assert not changed(trainer.parts.backbone, before) and scaler.get_scale() == scale / 2
+    assert "train/gradient_norm" not in metrics and trainer.readout.counts["skipped_updates"] == 1
     with pytest.raises(NonFiniteLoss, match="not finite in 51 updates in a row"):
         for _ in range(60):
             trainer.update_backbone(batches, *trainer.current_masks())
+
+
+@pytest.mark.parametrize("poisoned", ["search", "backbone"])
+def test_an_overflow_of_one_update_leaves_the_other_alone(small_config, tmp_path, poisoned):
+    """NaN in the dense forward of the search alone, or in the backbone's own: the other goes on as in a clean run, and
+    each counts its overflows, and lowers its scale, for itself."""
+    clean, trainer = (with_scalers(make_trainer(small_config("dit"), tmp_path)) for _ in range(2))
+    updates = {"search": trainer.hyper_update, "backbone": trainer.backbone_update}
+    modules = {"search": trainer.parts.hypernetwork, "backbone": trainer.parts.backbone}
+    spoilt, other = updates.pop(poisoned), updates.popitem()[1]
+    spoilt_module, other_module = modules.pop(poisoned), modules.popitem()[1]
+    terms, dense = trainer._terms, poisoned == "search"
+
+    def spoil(model, batch, rows):
+        found = terms(model, batch, rows)
+        return {name: value * (torch.nan if isinstance(rows, SoftRows) == dense else 1.0)
+                for name, value in found.items()}
+
+    trainer._terms = spoil
+    before, scales = snapshot(spoilt_module), (spoilt.scaler.get_scale(), other.scaler.get_scale())
+    for count in (1, 2, 3):
+        batches, masks = prepared(trainer), trainer.current_masks()
+        found = trainer.update_hypernetwork(batches) | trainer.update_backbone(batches, *masks)
+        batches = prepared(clean)
+        expected = clean.update_hypernetwork(batches) | clean.update_backbone(batches, *masks)
+        assert not changed(spoilt_module, before)
+        assert (spoilt.skipped, other.skipped) == (count, 0) and trainer.readout.counts["skipped_updates"] == count
+        assert (spoilt.scaler.get_scale(), other.scaler.get_scale()) == (scales[0] / 2**count, scales[1])
+        if poisoned == "search":  # whose result the backbone's update does not use here: the masks are given
+            assert {name: value for name, value in found.items() if name.startswith("train/")} == {
+                name: value for name, value in expected.items() if name.startswith("train/")}
+    moved = changed(other_module, snapshot(clean.parts.backbone if poisoned == "search" else clean.parts.hypernetwork))
+    if poisoned == "search":
+        assert not moved
+    assert all(value.isfinite().all() for value in other_module.state_dict().values())
+    with pytest.raises(NonFiniteLoss, match=f"{'search' if dense else 'train'}: .* not finite in 51 updates in a row"):
+        for _ in range(60):
+            trainer.update_hypernetwork(batches)
+            trainer.update_backbone(batches, *masks)
+    assert other.skipped == 0 and other.scaler.get_scale() >= scales[1]
 
 
 def test_fp16_is_refused_on_a_cpu(small_config, monkeypatch):
@@ -136,7 +185,7 @@ def test_fp16_is_refused_on_a_cpu(small_config, monkeypatch):
     {"train": {"mixed_precision": "bf16"}, "teacher": {"precision": "bf16"}, "optim": {"fused": True}},
 ], ids=str)
 def test_options_on_a_gpu(small_config, changes):
-    summary = json.loads((train(small_config("sd", **changes)) / "summary.json").read_text())
+    summary = json.loads((train(small_config("sd", **changes)).run_dir / "summary.json").read_text())
     assert math.isfinite(summary["output_error"])
 
 
@@ -154,8 +203,8 @@ def test_8bit_adam_trains_and_resumes(small_config, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     changes = {"optim": {"optimizer": "adamw_8bit"}, "checkpoint": {"every": 4}}
     trainer = make_trainer(small_config("unet", **changes), tmp_path)
-    assert isinstance(trainer.backbone_optim, bitsandbytes.optim.AdamW8bit)
-    run = train(small_config("unet", output_dir="whole", **changes))
+    assert isinstance(trainer.backbone_update.optimizer, bitsandbytes.optim.AdamW8bit)
+    run = train(small_config("unet", output_dir="whole", **changes)).run_dir
     first = str(run / "checkpoints/step-000004")
     weights = (run / "final/unet/diffusion_pytorch_model.safetensors").read_bytes()
     train(small_config("unet", output_dir=None, resume=first, **changes))
@@ -165,7 +214,7 @@ def test_8bit_adam_trains_and_resumes(small_config, tmp_path):
 def test_lora_trains_adapters_alone_and_final_holds_them_and_the_merged_weights(small_config, tmp_path):
     pytest.importorskip("peft")
     config = small_config("sd", lora={"rank": 2, "alpha": 3}, checkpoint={"every": 4}, train={"ema_decay": 0.5})
-    run = train(config)
+    run = train(config).run_dir
     saved = load_file(run / "checkpoints/step-000006/backbone.safetensors")
     assert saved and all(".lora_" in name for name in saved)
 
@@ -191,7 +240,7 @@ def test_lora_trains_adapters_alone_and_final_holds_them_and_the_merged_weights(
 def test_a_run_resumes_on_the_weights_that_it_began_with(small_config, lora):
     changes = {"lora": lora, "checkpoint": {"every": 3}}
     config = small_config("dit", **changes)
-    run = train(config)
+    run = train(config).run_dir
     file = Path(str(config.backbone.pretrained)) / "transformer/diffusion_pytorch_model.safetensors"
     save_file({name: value + 1e30 for name, value in load_file(file).items()}, file, {"format": "pt"})  # nothing finite
     with pytest.raises(InputError, match="resume: .* other weights in backbone.pretrained"):
@@ -226,7 +275,7 @@ def test_freezing_nothing_or_everything_is_refused(small_config, patterns, messa
 @pytest.fixture
 def searched(small_config):
     """A finished run of the tiny Stable Diffusion."""
-    return train(small_config("sd", output_dir="searched"))
+    return train(small_config("sd", output_dir="searched")).run_dir
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "dreambooth"])
@@ -242,7 +291,7 @@ def test_a_finished_run_is_tuned_further_with_its_experts_on(small_config, tmp_p
         write_shapes(tmp_path / "subject", 3, 1)
         changes["data"] = {"path": "subject", "prompt": "a red circle", "prior_path": "shapes",
                            "prior_prompt": "a circle", "holdout": 0}
-    run = train(small_config("sd", **changes))
+    run = train(small_config("sd", **changes)).run_dir
     before, after = (TemporalExperts.from_pretrained(folder / "final") for folder in (searched, run))
     assert np.array_equal(before.mask_EL, after.mask_EL) and np.array_equal(before.expert_T, after.expert_T)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -257,12 +306,12 @@ def test_a_finished_run_is_tuned_further_with_its_experts_on(small_config, tmp_p
 @pytest.mark.parametrize("absolute", [False, True])
 def test_the_experts_of_latest_are_those_from_before_the_run(small_config, tmp_path, absolute):
     """The new run moves the link outputs/<name>/latest, and goes on from a checkpoint all the same."""
-    first = train(small_config("sd", output_dir=None, name="x"))
+    first = train(small_config("sd", output_dir=None, name="x")).run_dir
     latest = str(tmp_path / "outputs/x/latest/final") if absolute else "outputs/x/latest/final"
     changes = {"output_dir": None, "name": "x", "backbone": {"pretrained": latest}, "experts": {"pretrained": latest},
                "loss": {"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}, "checkpoint": {"every": 4},
                "train": {"steps": 6, "search_steps": 100}}
-    second = train(small_config("sd", **changes))
+    second = train(small_config("sd", **changes)).run_dir
     assert Path("outputs/x/latest").resolve() == second.resolve() != first.resolve()
     assert json.loads((second / "summary.json").read_text())["output_error"] is None
     weights = (second / "final/unet/diffusion_pytorch_model.safetensors").read_bytes()
@@ -294,16 +343,16 @@ def test_the_documented_recipes_are_valid(tmp_path):
 
 def test_a_warm_start_from_a_run_searches_nothing_and_keeps_the_masks(small_config, searched):
     """From the pretrained weights: the experts of a former run, tuned with distillation."""
-    run = train(small_config("sd", experts={"pretrained": str(searched / "final")}))
+    run = train(small_config("sd", experts={"pretrained": str(searched / "final")})).run_dir
     before, after = (TemporalExperts.from_pretrained(folder / "final") for folder in (searched, run))
     assert np.array_equal(before.mask_EL, after.mask_EL) and before.keep_ratio == after.keep_ratio
 
 
 def test_merged_adapters_are_not_exported_a_second_time(small_config):
     pytest.importorskip("peft")
-    final = str(train(small_config("sd", output_dir="adapted", lora={"rank": 2})) / "final")
+    final = str(train(small_config("sd", output_dir="adapted", lora={"rank": 2})).run_dir / "final")
     run = train(small_config("sd", backbone={"pretrained": final}, experts={"pretrained": final},
-                             loss={"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}))
+                             loss={"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0})).run_dir
     assert (Path(final) / "pytorch_lora_weights.safetensors").exists()
     assert not (run / "final/pytorch_lora_weights.safetensors").exists()
 
@@ -311,7 +360,7 @@ def test_merged_adapters_are_not_exported_a_second_time(small_config):
 def test_given_experts_bring_their_budget_and_take_the_costs_of_this_resolution(small_config, searched):
     changes = {"budget": {"keep_ratio": 0.9, "over": "prunable"}, "experts": {"pretrained": str(searched / "final")}}
     former = TemporalExperts.from_pretrained(searched / "final")
-    run = train(small_config("sd", data={"resolution": 48}, **changes))
+    run = train(small_config("sd", data={"resolution": 48}, **changes)).run_dir
     experts = TemporalExperts.from_pretrained(run / "final")
     assert experts.keep_ratio_target == 0.65 and experts.budget_over == "total"
     assert experts.macs_total > 2 * former.macs_total
@@ -331,7 +380,7 @@ def test_a_budget_over_a_samplers_timesteps(small_config):
     """The ratio is that of the MACs which this sampler really spends, counted step by step."""
     config = small_config("unet", budget={"sampler": "DPMSolverMultistepScheduler", "sampling_steps": 7,
                                           "keep_ratio": 0.7}, experts={"count": 4})
-    run = train(config)
+    run = train(config).run_dir
     experts = TemporalExperts.from_pretrained(run / "final")
     solver = DPMSolverMultistepScheduler.from_pretrained(run / "final", subfolder="scheduler")
     solver.set_timesteps(7)
@@ -360,7 +409,7 @@ def test_a_teacher_of_its_own(small_config, tmp_path):
 
 
 def test_labels_for_validation_images_of_a_class_conditioned_model(small_config):
-    run = train(small_config("dit", validate={"every": 6, "labels": [3, 7]}))
+    run = train(small_config("dit", validate={"every": 6, "labels": [3, 7]})).run_dir
     assert {path.name for path in Path(run / "samples").iterdir()} == {
         "step-000000-dense.png", "step-000006-experts.png"}
 

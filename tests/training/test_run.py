@@ -1,60 +1,36 @@
 """Whole runs: the demo in a shortened form, the run directory, and bad input through the script."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_vae, save_latents, save_pipeline
 from diffusers import AutoencoderKL, DiTTransformer2DModel
+from helpers import HANGING, KEYS, ROOT, SHORT, run_script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.common.config import CONFIGS, save_config
+from alter.common.config import save_config
 from alter.data.batches import split
-from alter.training.setup.dry_run import describe_run
+from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build
 
-ROOT = CONFIGS.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import train as train_script  # noqa: E402
-
-SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
-         "evaluate.samples=100", "evaluate.sampling_steps=2", "checkpoint.every=5", "log.every=2", "data.holdout=32"]
-KEYS = {
-    "keep_ratio_target", "keep_ratio", "macs_dense", "macs_experts", "experts_count", "experts_used", "sampling_steps",
-    "fd_dense", "fd_experts", "fd_dense_50", "accuracy_dense", "accuracy_experts", "output_error", "seconds_total",
-}
-
-
-def script(*arguments, cwd, **environment):
-    """scripts/train.py in this process."""
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["train.py", *arguments])
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        try:
-            code = train_script.main()
-        except SystemExit as stop:
-            code = stop.code
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+script = functools.partial(run_script, "train")
 
 
 def launcher(*arguments, cwd):
     venv = Path(sys.executable).parent.parent
     return subprocess.run(["bash", str(ROOT / "train_dit.sh"), *arguments], cwd=cwd, text=True, capture_output=True,
-                          timeout=300, env={**os.environ, "VIRTUAL_ENV": str(venv), "HF_HUB_OFFLINE": "1",
+                          timeout=HANGING, env={**os.environ, "VIRTUAL_ENV": str(venv), "HF_HUB_OFFLINE": "1",
                                             "CUDA_VISIBLE_DEVICES": ""})
 
 
@@ -63,9 +39,9 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_demo_in_short(tmp_path):
+def test_the_demo_in_short(tmp_path, real_pictures):
     config = load_config("configs/demo_dit.yaml", SHORT)
-    run = train(config)
+    run = train(config).run_dir
     summary = json.loads((run / "summary.json").read_text())
     assert KEYS <= summary.keys()
     assert abs(summary["keep_ratio"] - 0.65) <= 0.005
@@ -85,13 +61,13 @@ def test_the_demo_in_short(tmp_path):
 
     teacher = Path("outputs/demo_dit/teacher")
     written = (teacher / "transformer/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
-    again = train(config)
+    again = train(config).run_dir
     assert again != run
     assert (teacher / "transformer/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == written
 
 
 def test_final_holds_the_average_when_there_is_one(small_config, tmp_path):
-    run = train(small_config("dit", train={"ema_decay": 0.9}))
+    run = train(small_config("dit", train={"ema_decay": 0.9})).run_dir
     final = load_file(run / "final/transformer/diffusion_pytorch_model.safetensors")
     saved = {name: load_file(run / f"checkpoints/step-000006/{name}.safetensors") for name in ("ema", "backbone")}
     name = "transformer_blocks.1.ff.net.2.weight"
@@ -99,7 +75,9 @@ def test_final_holds_the_average_when_there_is_one(small_config, tmp_path):
 
 
 def test_a_unet_run_ends_with_a_summary(small_config):
-    summary = json.loads((train(small_config("unet")) / "summary.json").read_text())
+    finished = train(small_config("unet"))
+    summary = json.loads((finished.run_dir / "summary.json").read_text())
+    assert finished.summary == summary and finished.experts.keep_ratio == summary["keep_ratio"]
     assert summary["output_error"] > 0 and abs(summary["keep_ratio"] - 0.65) <= 0.005
 
 
@@ -133,7 +111,7 @@ def test_images_pass_the_vae(image_config):
 
 
 def test_a_run_on_images_exports_the_whole_pipeline(image_config):
-    run = train(image_config(train={"mixed_precision": "bf16"}))
+    run = train(image_config(train={"mixed_precision": "bf16"})).run_dir
     assert json.loads((run / "summary.json").read_text())["output_error"] > 0
     assert AutoencoderKL.from_pretrained(run / "final/vae").config.scaling_factor == 0.5
 
@@ -287,12 +265,12 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, t
     save_config(small_config("dit", train={"steps": 100_000}, data={"workers": 1}), tmp_path / "long.yaml")
     process = subprocess.Popen([sys.executable, str(ROOT / "scripts/train.py"), "--config", "long.yaml"],
                                stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.time() + 120
+    deadline = time.time() + HANGING
     while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.1)
     number = getattr(signal, name)
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGING)
     assert process.returncode == 128 + number
     assert errors.strip().splitlines()[-1].startswith(f"error: stopped by {name}; go on with resume=")
     (saved,) = (tmp_path / "run/checkpoints").iterdir()
@@ -300,38 +278,6 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(small_config, t
     train(small_config("dit", train={"steps": step + 3}, resume="latest"))
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, step + 4))
-
-
-def test_two_processes_through_the_launcher(small_config, tmp_path):
-    """accelerate launch, a run with everything that processes share: masks, adapters, their average, validation images
-    of one process, counts of unreadable images; and the refusal of a batch they cannot share."""
-    changes = {"lora": {"rank": 2}, "train": {"ema_decay": 0.5}, "validate": {"every": 3, "prompts": ["a red circle"]},
-               "data": {"max_unreadable": 1.0}}
-    save_config(small_config("sd", **changes), tmp_path / "small.yaml")
-    for i in range(6):
-        (tmp_path / f"shapes/0000{i}.png").write_bytes(b"")
-    venv = Path(sys.executable).parent.parent
-    command = ["bash", str(ROOT / "train_sd21.sh"), "--config", "small.yaml"]
-    environment = {**os.environ, "VIRTUAL_ENV": str(venv), "ALTER_PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "",
-                   "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "train.batch_size=7"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and "cannot be shared by 2 processes" in result.stderr
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
-    alone = train(small_config("sd", output_dir=str(tmp_path / "alone"), **changes))
-    runs = tmp_path / "run", alone
-    pair, single = [TemporalExperts.from_pretrained(run / "final") for run in runs]
-    assert np.array_equal(pair.mask_EL, single.mask_EL) and np.array_equal(pair.expert_T, single.expert_T)
-    weights = [load_file(run / "final/pytorch_lora_weights.safetensors") for run in runs]
-    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-4
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    assert summaries[0]["skipped_samples"] == summaries[1]["skipped_samples"] > 0
-    named = [sorted((run / "unreadable.jsonl").read_text().splitlines()) for run in runs]
-    assert named[0] == named[1]
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
-    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
-        "step-000000-dense.png", "step-000003-experts.png", "step-000006-experts.png"]
 
 
 def test_help_documents_the_keys(tmp_path):

@@ -10,18 +10,22 @@ import torch
 import yaml
 from conftest import SMALL, merge, save_stable_diffusion
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from helpers import KEYS, SHORT, run_script
+from helpers import load_quietly as pipeline
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_run import KEYS, SHORT, script
 from transformers import CLIPTextModel
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.backbones.pretrained import load_scheduler
 from alter.backbones.sampling import sample_latents
 from alter.common.config import CONFIGS, save_config
 from alter.data.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
-from alter.training.demo import exam, make_tokenizer
-from alter.training.setup.parts import build, check
-from alter.training.setup.plan import load_scheduler
+from alter.evaluation.report.figures import summary_table
+from alter.training.demo import make_tokenizer
+from alter.training.demo_images import demo_reference
+from alter.training.setup.parts import build
+from alter.training.setup.plan import check
 
 TEMPLATE = CONFIGS / "models/demo/sd-shapes"
 PROMPTS = ["a small red circle left of a large blue square", "a green triangle"]
@@ -30,12 +34,6 @@ PROMPTS = ["a small red circle left of a large blue square", "a green triangle"]
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def pipeline(folder, cls=StableDiffusionPipeline):
-    pipe = cls.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def finished(tmp_path_factory):
         "train": {"ema_decay": 0.5}, "validate": {"every": 3, "prompts": PROMPTS},
         "evaluate": {"guidance_scale": 2.0},
     })))
-    return train(load_config(folder / "config.yaml"))
+    return train(load_config(folder / "config.yaml")).run_dir
 
 
 def test_prompts_are_encoded_as_the_pipeline_encodes_them(small_config):
@@ -128,14 +126,14 @@ def test_the_model_card_is_written_from_the_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert card.startswith("---\nlibrary_name: diffusers\n") and "StableDiffusionPipeline.from_pretrained" in card
     assert f"{summary['keep_ratio']:.1%}" in card and f"{summary['macs_experts']:,}" in card
-    assert "output_error" in card and "names none" in card
+    assert "against the dense model's output" in card and summary_table(summary) in card and "names none" in card
 
 
 def test_the_card_takes_the_licence_of_the_base_model(small_config):
     config = small_config("sd", train={"steps": 1, "search_steps": 1})
     base = Path(str(config.backbone.pretrained))
     (base / "README.md").write_text("---\nlicense: openrail++\ntags: [x]\n---\n# Base\n")
-    card = (train(config) / "final/README.md").read_text()
+    card = (train(config).run_dir / "final/README.md").read_text()
     assert "license: openrail++" in card and "Licence: openrail++" in card and "# Base" not in card
 
 
@@ -145,7 +143,7 @@ def test_one_caption_of_several_is_drawn_and_too_long_ones_are_counted(small_con
     long = "a small red circle " * 8
     lines = [{**json.loads(line), "text": [long, long]} for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = json.loads((train(config) / "summary.json").read_text())
+    summary = json.loads((train(config).run_dir / "summary.json").read_text())
     assert summary["truncated_prompts"] == 6 * 8 and summary["output_error"] is None
     pipe = pipeline(config.backbone.pretrained)
     expected = pipe.encode_prompt([long], "cpu", 1, False)[0]
@@ -156,7 +154,7 @@ def test_unreadable_images_are_skipped_counted_named_and_bounded(small_config, t
     changes = {"data": {"holdout": 0, "max_unreadable": 0.1}, "train": {"batch_size": 24}}
     config = small_config("sd", **changes)
     (tmp_path / "shapes/00003.png").write_bytes(b"")
-    run = train(config)
+    run = train(config).run_dir
     assert json.loads((run / "summary.json").read_text())["skipped_samples"] == 6
     named = [json.loads(line) for line in (run / "unreadable.jsonl").read_text().splitlines()]
     assert [line["step"] for line in named] == [1, 2, 3, 4, 5, 6]
@@ -207,7 +205,7 @@ def test_counts_survive_a_resume(small_config, tmp_path):
     changes = {"data": {"holdout": 0, "max_unreadable": 0.5}, "train": {"batch_size": 24}, "checkpoint": {"every": 4}}
     config = small_config("sd", **changes)
     (tmp_path / "shapes/00003.png").write_bytes(b"")
-    run = train(config)
+    run = train(config).run_dir
     before = (run / "unreadable.jsonl").read_text()
     train(small_config("sd", output_dir=None, resume=str(run / "checkpoints/step-000004"), **changes))
     assert json.loads((run / "summary.json").read_text())["skipped_samples"] == 6
@@ -234,7 +232,7 @@ def test_bad_input_through_the_script(small_config, tmp_path):
     config = small_config("sd")
     _broken_line(Path(str(config.backbone.pretrained)))
     save_config(config, tmp_path / "bad.yaml")
-    result = script("--config", "bad.yaml", cwd=tmp_path)
+    result = run_script("train", "--config", "bad.yaml", cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ") and "metadata.jsonl line 5: not JSON" in line
@@ -276,22 +274,22 @@ def test_the_demos_tokenizer_keeps_every_word_whole():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_one_judge_for_every_seed_that_has_not_seen_the_training_data(seed):
+def test_one_reference_for_every_seed_that_has_not_seen_the_training_data(seed):
     source = SimpleNamespace(encoded=False)
-    first, again = (exam(load_config("configs/demo_sd.yaml", [f"seed={s}", "evaluate.samples=100"]), source)
+    first, again = (demo_reference(load_config("configs/demo_sd.yaml", [f"seed={s}", "evaluate.samples=100"]), source)
                     for s in (0, seed))
     assert torch.equal(first.images, again.images) and first.titles == again.titles
     trained = {image.tobytes() for image in draw_shapes(800, seed)[0]}
-    judged = {((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy().tobytes() for image in again.images}
-    assert len(judged) > 500 and len(trained & judged) < 0.02 * len(judged)  # some are alike by chance
+    compared = {((image.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy().tobytes() for image in again.images}
+    assert len(compared) > 500 and len(trained & compared) < 0.02 * len(compared)  # some are alike by chance
 
 
-def test_the_demo_in_short(tmp_path):
+def test_the_demo_in_short(tmp_path, real_pictures):
     config = load_config("configs/demo_sd.yaml", [
         *SHORT, "demo.steps=4", "demo.vae_steps=4", "demo.images=300", "train.steps=4", "train.search_steps=2",
         "validate.every=4", "demo.batch_size=8", "train.batch_size=8", "experts.start=dense",
     ])
-    run = train(config)
+    run = train(config).run_dir
     summary = json.loads((run / "summary.json").read_text())
     assert KEYS <= summary.keys() and abs(summary["keep_ratio"] - 0.65) <= 0.005
     assert summary["truncated_prompts"] == 0 == summary["skipped_samples"]

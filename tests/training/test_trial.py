@@ -3,6 +3,7 @@ import time
 
 import pytest
 import torch
+from helpers import HANGING, make_trainer
 
 from alter import InputError
 from alter.common.process import forget_peak, peak_memory
@@ -13,17 +14,13 @@ from alter.training.trainer import Trainer
 from alter.training.trial import describe_memory, measure_memory
 
 
-def make_trainer(config, tmp_path):
-    (tmp_path / "run").mkdir(exist_ok=True)
-    return Trainer(config, build(config), make_accelerator(config), tmp_path / "run")
-
-
 def state_of(trainer):
     return copy.deepcopy({
         "backbone": trainer.backbone.state_dict(), "hypernetwork": trainer.parts.hypernetwork.state_dict(),
-        "counts": trainer.counts, "own": trainer._own, "ema": trainer.ema.state_dict() if trainer.ema else None,
-        **{name: getattr(trainer, name).state_dict()
-           for name in ("backbone_optim", "hyper_optim", "backbone_lr", "hyper_lr", "scaler")},
+        "counts": trainer.readout.counts, "own": trainer.readout.own,
+        "ema": trainer.ema.state_dict() if trainer.ema else None,
+        **{name: getattr(trainer, name).state_dict() for name in ("backbone_update", "hyper_update")},
+        "skipped": [trainer.backbone_update.skipped, trainer.hyper_update.skipped],
     })
 
 
@@ -37,7 +34,7 @@ def same(a, b):
 
 def noted(function, trainer, calls):
     def call(*arguments):
-        calls.append((function.__name__, len(trainer.backbone_optim.state)))
+        calls.append((function.__name__, len(trainer.backbone_update.optimizer.state)))
         return function(*arguments)
     return call
 
@@ -51,7 +48,8 @@ def test_a_trial_changes_nothing(small_config, tmp_path, changes, scaled, search
     trainer = make_trainer(small_config("dit", optim={"weight_decay": 0.5, **changes.pop("optim", {})}, **changes),
                            tmp_path)
     if scaled:
-        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for update in (trainer.backbone_update, trainer.hyper_update):
+            update.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before, updates = state_of(trainer), []
     for name in ("update_hypernetwork", "update_backbone"):
         setattr(trainer, name, noted(getattr(trainer, name), trainer, updates))
@@ -93,15 +91,20 @@ def test_the_peak_counts_what_was_freed_since(tmp_path):
 
 
 def test_a_slow_loader_is_reported_until_its_batch_arrives(capsys):
+    lines = []
+
     def slow():
         yield 1
-        time.sleep(0.5)
+        deadline = time.monotonic() + HANGING
+        while len(lines) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            lines.extend(capsys.readouterr().err.splitlines())
         yield 2
 
-    assert list(patiently(slow(), "a batch of data.path='x'", every=0.1)) == [1, 2]
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert 2 <= len(lines) <= 5
-    assert lines[0].startswith("waiting for a batch of data.path='x' since 0 s")
+    assert list(patiently(slow(), "a batch of data.path='x'", every=0.05)) == [1, 2]
+    assert len(lines) >= 2 and all(line.startswith("waiting for a batch of data.path='x' since ") for line in lines)
+    time.sleep(0.1)  # a line that was under way
+    capsys.readouterr()
     time.sleep(0.3)
     assert not capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from huggingface_hub import hf_hub_download
 
 from ...common.config import Config
 from ...experts.artefact import TemporalExperts
-from .figures import summary_table
+from .words import summary_table
 
 
 def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any], pipeline: str,
@@ -25,7 +25,7 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
     metadata: dict[str, Any] = {"library_name": "diffusers", "tags": ["diffusers", "alter", "temporal-experts"]}
     if licence is not None:
         metadata["license"] = licence
-    origin = known.get("base_model") if Path(base).is_dir() else base  # a finished run names its own
+    origin = known.get("base_model") if Path(base).is_dir() else base  # a finished run names its base model
     if origin is not None:
         metadata["base_model"] = origin
     opening = f"`{base}`, tuned under the" if config.experts.pretrained else f"`{base}`, turned into"
@@ -34,7 +34,7 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
         averaged += f", and {experts.time_ratio:.1%} of its time ({experts.latency.place})"
     lora = "" if adapters is None else (
         f"The weights were trained as low-rank adapters of rank {config.lora.rank} and are merged here; `{adapters}` "
-        "holds the adapters alone, for the base model.\n\n"
+        "holds only the adapters, for the base model.\n\n"
     )
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -43,11 +43,11 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
 # {config.name}: temporal experts of {base}
 
 [ALTER](https://arxiv.org/abs/2505.21817): {opening} {len(experts.mask_EL)} temporal experts, of which
-{len(experts.used)} are used. Each skips its own layers and serves its own denoising timesteps; together they keep
-{experts.keep_ratio:.1%} of the dense model's multiply-accumulate operations, averaged over
-{averaged}.
+{len(experts.used)} are used. Each expert serves some of the denoising timesteps and skips some of the layers. They keep
+{experts.keep_ratio:.1%} of the dense model's multiply-accumulate operations (MACs) per step
+({round(experts.macs_mean):,} of {experts.macs_total:,}), averaged over {averaged}.
 
-Licence: {licence or f"that of {base}, whose card was not found or names none"}.
+Licence: {licence or f"that of {base}; its card was not found or names none"}.
 
 ## Use
 
@@ -57,7 +57,7 @@ from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/folder")
 experts = TemporalExperts.from_pretrained("path/to/this/folder")
-experts.apply(pipe)  # without this line it is the dense, fine-tuned model
+experts.apply(pipe)  # without this line all layers run
 ```
 
 {lora}## Experts

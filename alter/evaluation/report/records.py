@@ -1,4 +1,4 @@
-"""What a run records of its masks: history.jsonl, a line every `log.masks_every` steps, and sensitivity.json."""
+"""Records of a run's masks: history.jsonl, with a line every `log.masks_every` steps, and sensitivity.json."""
 
 import json
 from pathlib import Path

@@ -1,25 +1,24 @@
 """What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
 
-
 from ...backbones.pretrained import trained_parameters
 from ...common.config import Config
-from ...common.errors import InputError
+from ...common.errors import Faults, InputError
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from .parts import choose_trained
-from .plan import check_machine, known_folder, make_plan
+from .plan import Plan, check_shares, known_folder, make_plan
 
 _GIB = 2**30
 
 
 def describe_run(config: Config, processes: int = 1) -> str:
     """The text of `alter train --dry-run`; needs no weights, no data and no network."""
-    check_machine(config, processes)
-    folder = known_folder(config)
-    if folder is None:
-        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: no such folder, and configs/models/ "
-                         "does not know it: give a diffusers folder")
-    plan = make_plan(config, folder, source=None)
+    faults = Faults()
+    with faults.caught():
+        check_shares(config, processes)  # and not this machine: the run may be for another
+    with faults.caught():
+        plan = _plan(config)
+    faults.refuse()
     backbone, cost, budget, experts = plan.backbone, plan.cost, plan.budget, plan.experts
     everything = sum(parameter.numel() for parameter in backbone.parameters())
     choose_trained(backbone, config)
@@ -48,6 +47,14 @@ def describe_run(config: Config, processes: int = 1) -> str:
     lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
     return "\n".join(lines)
+
+
+def _plan(config: Config) -> Plan:
+    folder = known_folder(config)
+    if folder is None:
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: no such folder, and configs/models/ "
+                         "does not know it: give a diffusers folder")
+    return make_plan(config, folder, source=None)
 
 
 def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | None) -> str:

@@ -28,7 +28,7 @@ from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.diffusion import predict
 from ...method.hypernetwork import HyperNetwork
-from .plan import by_time, check_machine, make_plan, open_data, plan_latency, reads_captions
+from .plan import by_time, check_machine, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
 
 @dataclass
@@ -171,11 +171,10 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
                   device: torch.device | str) -> tuple[Backbone | None, Any]:
     """The frozen dense model, `backbone` as it is now or that of `teacher.pretrained`; its offloading hook or None."""
     if config.teacher.pretrained is not None:
-        teacher = load_backbone(local_folder(config.teacher.pretrained, field="teacher.pretrained"))
-        if _shape_of(teacher) != _shape_of(backbone):
-            raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the "
-                             "backbone's: name a pipeline of the same one")
-        tie_embedders(teacher)
+        place = local_folder(config.teacher.pretrained, field="teacher.pretrained")
+        check_teacher(config, place, backbone)
+        teacher = load_backbone(place, "teacher.pretrained")
+        tie_embedders(teacher, "teacher.pretrained")
     elif not (folder / EXPERTS).is_file() and config.experts.pretrained != config.backbone.pretrained:
         teacher = copy.deepcopy(backbone)
     elif config.loss.distils:  # weights that were tuned under experts make no dense model
@@ -188,10 +187,6 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
     if config.teacher.offload or not config.loss.distils:
         return cpu_offload_with_hook(teacher, device)
     return teacher.to(device), None
-
-
-def _shape_of(backbone: Backbone) -> dict[str, Any]:
-    return {name: value for name, value in backbone.config.items() if not name.startswith("_")}
 
 
 def choose_trained(backbone: Backbone, config: Config) -> None:

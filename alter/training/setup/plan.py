@@ -16,11 +16,12 @@ from ...backbones.cost import CostTable, count_cost
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
-    component_of,
+    check_latents,
     condition_of,
     latent_size,
     load_scheduler,
     local_folder,
+    meta_backbone,
     set_tf32,
 )
 from ...backbones.sampling import scheduler_class
@@ -31,11 +32,10 @@ from ...backbones.sites import (
     example_inputs,
     named_sites,
     null_class,
-    tie_embedders,
 )
 from ...backbones.text import check_text
 from ...common.config import CONFIGS, Config
-from ...common.errors import InputError
+from ...common.errors import Faults, InputError
 from ...data.base import Source
 from ...data.batches import Tolerant, split
 from ...data.latents import weights_hash
@@ -78,23 +78,37 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     Raises:
         InputError: for whatever does not fit.
     """
-    with torch.device("meta"):
-        cls, component = component_of(folder)
-        backbone = cls.from_config(cls.load_config(folder / component))
-        tie_embedders(backbone)
-    if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
-        raise InputError("backbone.gradient_checkpointing=true: this backbone does not support it: set false")
-    size, scheduler = latent_size(folder, config.data.resolution), load_scheduler(folder)
-    cost = count_cost(backbone, size)
-    if by_time(config) and latency is None and config.budget.latency_file is not None:
-        latency = Latency.load(Path(config.budget.latency_file))
-    budget, experts = None, None
-    if latency is not None or not by_time(config):
-        budget, experts = _plan_budget(config, backbone, cost, size, scheduler, latency)
+    faults, backbone = Faults(), meta_backbone(folder)
+    size, scheduler, budget, experts = 0, None, None, None
+    with faults.caught():
+        if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
+            raise InputError("backbone.gradient_checkpointing=true: this backbone does not support it: set false")
+    with faults.caught():
+        _check_validation(config, backbone)
+    with faults.caught():
+        scheduler = load_scheduler(folder)
+    with faults.caught():
+        check_latents(folder, backbone, config.data.resolution)
+    with faults.caught():
+        if config.teacher.pretrained is not None and Path(config.teacher.pretrained).exists():
+            check_teacher(config, local_folder(config.teacher.pretrained, field="teacher.pretrained"), backbone)
+    with faults.caught():
+        if by_time(config) and latency is None and config.budget.latency_file is not None:
+            latency = Latency.load(Path(config.budget.latency_file))
+    with faults.caught():
+        size = latent_size(folder, config.data.resolution)
     shape = (backbone.config.in_channels, size, size)
-    _check_validation(config, backbone)
-    if source is not None:
-        _check_source(config, folder, backbone, source, shape)
+    with faults.caught():
+        if source is not None and size:
+            _check_source(config, folder, backbone, source, shape)
+    if scheduler is None or not size:
+        faults.refuse()
+    assert scheduler is not None
+    cost = count_cost(backbone, size)
+    with faults.caught():
+        if latency is not None or not by_time(config):
+            budget, experts = _plan_budget(config, backbone, cost, size, scheduler, latency)
+    faults.refuse()
     return Plan(folder, backbone, cost, scheduler, shape, budget, experts, experts.latency if experts else latency,
                 source)
 
@@ -103,26 +117,43 @@ def check(config: Config, processes: int, latency: Latency | None = None) -> Non
     """Everything that can be refused before weights are loaded, without a network; `latency` as for `make_plan`.
 
     Raises:
-        InputError: as `build` would.
+        InputError: as `build` would, with all faults that do not depend on one another.
     """
-    check_machine(config, processes)
-    undrawn = config.demo.model and config.data.path is not None and not Path(config.data.path).exists()
-    folder = known_folder(config)
-    source = None if undrawn else open_data(config, folder)  # a demo draws its data first
-    if folder is not None:
-        make_plan(config, folder, source, latency)
+    faults, source, folder = Faults(), None, None
+    with faults.caught():
+        check_machine(config, processes)
+    with faults.caught():
+        folder = known_folder(config)
+    with faults.caught():
+        if not (config.demo.model and config.data.path is not None and not Path(config.data.path).exists()):
+            source = open_data(config, folder)  # else a demo draws its data first
+    with faults.caught():
+        if folder is not None:
+            make_plan(config, folder, source, latency)
+    faults.refuse()
+
+
+def check_shares(config: Config, processes: int) -> None:
+    """Refuse a batch that so many processes cannot share.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    train, parts = config.train, processes * config.train.gradient_accumulation
+    if train.batch_size % parts:
+        raise InputError(f"train.batch_size={train.batch_size} cannot be shared by {processes} processes with "
+                         f"train.gradient_accumulation={train.gradient_accumulation}: choose a multiple of {parts}")
 
 
 def check_machine(config: Config, processes: int) -> None:
     """Refuse what this machine, with so many processes, cannot do.
 
     Raises:
-        InputError: naming the key.
+        InputError: naming the keys.
     """
-    train, parts = config.train, processes * config.train.gradient_accumulation
-    if train.batch_size % parts:
-        raise InputError(f"train.batch_size={train.batch_size} cannot be shared by {processes} processes with "
-                         f"train.gradient_accumulation={train.gradient_accumulation}: choose a multiple of {parts}")
+    faults = Faults()
+    with faults.caught():
+        check_shares(config, processes)
     optional = [
         ("wandb", f"log.tracker={config.log.tracker}", config.log.tracker == "wandb"),
         ("bitsandbytes", f"optim.optimizer={config.optim.optimizer}", config.optim.optimizer == "adamw_8bit"),
@@ -130,10 +161,12 @@ def check_machine(config: Config, processes: int) -> None:
     ]
     for package, option, wanted in optional:
         if wanted and importlib.util.find_spec(package) is None:
-            raise InputError(f"{option}: the package {package} is not installed: pip install {package}, or change it")
+            faults.lines.append(f"{option}: the package {package} is not installed: pip install {package}, or "
+                                "change it")
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
-        raise InputError("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
+    if config.train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
+        faults.lines.append("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
+    faults.refuse()
 
 
 def open_data(config: Config, folder: Path | None) -> Source:
@@ -151,12 +184,16 @@ def open_data(config: Config, folder: Path | None) -> Source:
 
 
 def known_folder(config: Config) -> Path | None:
-    """Where the backbone's JSON configuration is on this machine: its folder, or ours for a known model or a demo."""
+    """Where the backbone's JSON configuration is on this machine: its folder, or ours for a known model or a demo.
+
+    Raises:
+        InputError: if `backbone.pretrained` is a file.
+    """
     pretrained = str(config.backbone.pretrained)
-    for folder in (Path(pretrained), CONFIGS / "models" / (config.demo.model or pretrained)):
-        if folder.is_dir() and any((folder / part).is_dir() for part in PIPELINE_COMPONENT.values()):
-            return folder
-    return None
+    if Path(pretrained).exists():
+        return local_folder(pretrained)
+    ours = CONFIGS / "models" / (config.demo.model or pretrained)
+    return ours if any((ours / part).is_dir() for part in PIPELINE_COMPONENT.values()) else None
 
 
 def by_time(config: Config) -> bool:
@@ -177,10 +214,11 @@ def measure(config: Config, device: torch.device | str) -> Latency:
     The hub is asked for the configuration of a backbone that is not known here.
     """
     folder = known_folder(config) or local_folder(str(config.backbone.pretrained), config.backbone.revision)
-    cls, component = component_of(folder)
+    backbone: Any = meta_backbone(folder)
+    check_latents(folder, backbone, config.data.resolution)
     set_tf32(config.train.tf32)
     with torch.device(device):
-        backbone: Any = cls.from_config(cls.load_config(folder / component))
+        backbone = type(backbone).from_config(backbone.config)
     for embedder in embedders(backbone):  # equal copies, as in every trained DiT
         embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[config.train.mixed_precision])
@@ -208,9 +246,14 @@ def _plan_budget(config: Config, backbone: Backbone, cost: CostTable, size: int,
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
     if budget.sampler is not None:
-        solver = scheduler_class(budget.sampler, "budget.sampler=").from_config(scheduler.config)
-        solver.set_timesteps(budget.sampling_steps)
-        last = scheduler.config.num_train_timesteps - 1
+        solver, last = scheduler_class(budget.sampler, "budget.sampler="), scheduler.config.num_train_timesteps - 1
+        try:
+            solver = solver.from_config(scheduler.config)
+            solver.set_timesteps(budget.sampling_steps)
+        except (ImportError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            raise InputError(f"budget.sampler={budget.sampler!r} with budget.sampling_steps={budget.sampling_steps}: "
+                             f"it cannot sample this backbone ({' '.join(str(error).split())[:200]}): use for example "
+                             "DPMSolverMultistepScheduler") from None
         timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
@@ -220,6 +263,19 @@ def _plan_budget(config: Config, backbone: Backbone, cost: CostTable, size: int,
                          f"the run's are of {size}: measure them with `alter latency`")
     share_L = latency.share_L if latency else cost.share_L
     return Budget(share_L, budget.keep_ratio, budget.over, timesteps), None
+
+
+def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:
+    """Refuse a teacher in `folder` of another architecture than the backbone's.
+
+    Raises:
+        InputError: about teacher.pretrained.
+    """
+    shapes = [{name: value for name, value in model.config.items() if not name.startswith("_")}
+              for model in (meta_backbone(folder, "teacher.pretrained"), backbone)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the backbone's: "
+                         "name a pipeline of the same one")
 
 
 def _check_validation(config: Config, backbone: Backbone) -> None:
@@ -238,33 +294,34 @@ def _check_validation(config: Config, backbone: Backbone) -> None:
 
 def _check_source(config: Config, folder: Path, backbone: Backbone, source: Source, shape: tuple[int, ...]) -> None:
     """Refuse data that do not fit the backbone, its VAE or its text encoder."""
+    data = config.data
     if not source.encoded and not (folder / "vae").is_dir():
-        raise InputError(f"data.source={config.data.source!r} gives images, and {folder} has no vae: "
+        raise InputError(f"data.source={data.source!r} gives images, and {folder} has no vae: "
                          "use data.source=latents")
-    wanted = example_inputs(backbone, shape[-1])
-    if ("class_labels" in wanted) == (source.num_classes == 0):
-        kind = "class labels" if "class_labels" in wanted else "text"
-        raise InputError(f"data.source={config.data.source!r}: the backbone is conditioned on {kind}, which "
-                         "this data does not have")
+    by_class = "class_labels" in example_inputs(backbone, shape[-1])
+    if by_class == (source.num_classes == 0):
+        kind = "class labels" if by_class else "text"
+        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which "
+                         f"data.path={data.path!r} does not have")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
-        if reads_captions(source) or (config.validate.every and config.validate.prompts):
+        if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
             check_text(folder, backbone.config.cross_attention_dim)
     sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
         if name in sample and tuple(sample[name].shape) != expected:
             raise InputError(
-                f"data.path={config.data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
-                f"backbone, which takes {expected} at data.resolution={config.data.resolution}"
+                f"data.path={data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
+                f"backbone, which takes {expected} at data.resolution={data.resolution}"
             )
-    if "class_labels" in wanted and (source.num_classes or 0) > null_class(backbone):
-        raise InputError(f"data.path={config.data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
+    if by_class and (source.num_classes or 0) > null_class(backbone):
+        raise InputError(f"data.path={data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
                          f"backbone knows 0 to {null_class(backbone) - 1}: use data or a backbone of its classes")
     if "encoder_hidden_states" in sample:
         width = backbone.config.cross_attention_dim
         if sample["encoder_hidden_states"].shape[-1] != width:
-            raise InputError(f"data.path={config.data.path!r}: text states of width "
+            raise InputError(f"data.path={data.path!r}: text states of width "
                              f"{sample['encoder_hidden_states'].shape[-1]} do not fit the backbone's {width}")
 
 

@@ -1,34 +1,23 @@
+"""Sensitivities as they are measured, against models without the layer; and a search that starts near their masks."""
+
 import dataclasses
-import itertools
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dit
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from scipy.optimize import linprog
+from helpers import run_script
 
-from alter import InputError
-from alter.method.budget import Budget
-from alter.training.probe import Probe
-from alter.method.sensitivity import Sensitivity, allocate, verdict
-from alter.training.measure import measure_sensitivity
+import alter.training.run
+from alter import InputError, TemporalExperts, train
+from alter.common.config import save_config
 from alter.evaluation.report.records import read_sensitivity
+from alter.method.sensitivity import start_near
+from alter.training.measure import measure_sensitivity
+from alter.training.probe import Probe
 from alter.training.setup.parts import build
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import sensitivity  # noqa: E402
-
-
-def table_of(error_LB, denoise=1.0, steps=1000):
-    error_LB = np.array(error_LB, dtype=float)
-    layers, bins = error_LB.shape
-    edges = tuple(int(edge) for edge in np.linspace(0, steps, bins + 1))
-    names = tuple(f"layer.{i}" for i in range(layers))
-    return Sensitivity(names, edges, 4, error_LB, np.full(bins, denoise), np.ones(bins))
 
 
 @pytest.mark.parametrize("kind", ["dit", "unet"])
@@ -78,7 +67,7 @@ def test_the_response_is_that_of_samples_drawn_without_the_layer(small_config, k
     mask_L = np.arange(sites) != 1
     found = probe.response(mask_L[None], edges)
     (_, _, noise, conditioning), = probe._batches
-    layer = parts.backbone.get_submodule(parts.simulator.sites[1].path)
+    layer = parts.backbone.get_submodule(parts.simulator.sites[1].name)
     parts.simulator.remove()
 
     @torch.no_grad()
@@ -113,19 +102,6 @@ def test_errors_are_weighted_by_their_timestep(small_config):
     assert parts_of_range[1] < probe.errors(masks, 0, 500, weight_T)[0][0] < 3 * parts_of_range[1]
 
 
-def test_the_response_decides_which_timesteps_keep_layers():
-    flat = table_of([[2, 1], [2, 1], [4, 2], [4, 2]])
-    budget = Budget(np.full(4, 0.25), 0.5, "prunable")
-    tilted = dataclasses.replace(flat, response_B=np.array([1.0, 10.0]))
-    for table, more in ((flat, 0), (tilted, 1)):
-        mask_EL, expert_T = allocate(table, budget, 2)
-        kept_B = mask_EL[expert_T[[0, 999]]].sum(1)
-        assert kept_B.sum() == 4 and kept_B[more] >= kept_B[1 - more]
-        assert table.predicted_effect(mask_EL, expert_T) <= table.predicted_effect(np.array([[0, 0, 1, 1]], bool),
-                                                                                  np.zeros(1000, int))
-    assert tilted.gain(budget, 2) > flat.gain(budget, 2)
-
-
 def test_a_learned_variance_is_left_out(small_config):
     """The output's further channels neither count as error nor disturb the solver."""
     config = small_config("dit")
@@ -149,62 +125,12 @@ def test_a_mask_that_changes_nothing_has_response_one(small_config):
     assert Probe(config, parts, 2).response(everything, [0, 500, 1000]).tolist() == [1, 1]
 
 
-def test_the_allocation_is_nearly_the_best_of_all_borders():
-    """Against every choice of borders, the masks of each by a linear programme (whose optimum is a lower bound)."""
-    random = np.random.default_rng(3)
-    for _ in range(4):
-        table = table_of(random.exponential(size=(12, 1)) * random.exponential(size=(12, 6)))
-        budget = Budget(random.dirichlet(np.full(12, 5.0)) * 0.9, 0.6, "total")
-        mask_EL, expert_T = allocate(table, budget, 3)
-        assert abs(budget.measured(mask_EL, expert_T) - 0.6) <= 0.004 and set(expert_T) == {0, 1, 2}
-        best = np.inf
-        for borders in itertools.combinations(range(1, 6), 2):
-            segments = np.split(np.arange(6), borders)
-            avoided = np.array([table.error_LB[:, part].sum(1) / 6 for part in segments]).ravel()
-            cost = np.array([budget.share_L * len(part) / 6 for part in segments]).ravel()
-            found = linprog(-avoided, A_ub=cost[None], b_ub=[0.6 + 0.004 - budget.fixed], bounds=(0, 1))
-            best = min(best, avoided.sum() + found.fun)
-        assert best <= table.predicted_effect(mask_EL, expert_T) <= best * 1.1
-
-
-def test_experts_follow_the_error():
-    """Layers 0 and 1 matter early, 2 and 3 late: two masks lose nothing, one loses half."""
-    table = table_of([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]])
-    budget = Budget(np.full(4, 0.25), 0.5, "total")
-    mask_EL, expert_T = allocate(table, budget, 2)
-    assert mask_EL.tolist() == [[True, True, False, False], [False, False, True, True]]
-    assert expert_T.tolist() == [0] * 500 + [1] * 500
-    assert table.predicted_effect(mask_EL, expert_T) == 0
-    assert table.predicted_effect(*allocate(table, budget, 1)) == pytest.approx(1.0)
-    assert table.agreement == pytest.approx(-1 / 3)  # 1 within the halves, -1 between them
-
-
-def test_the_verdict():
-    budget = Budget(np.full(4, 0.25), 0.5, "total")
-    same = table_of(np.outer([1, 2, 3, 4], [4.0, 1, 1, 1]))
-    assert same.agreement == pytest.approx(1)
-    text = verdict(same, budget, 4)
-    assert "nearly the same at all timesteps (mean rank correlation 1.00)" in text
-    assert "around t = 124: 2.3 times the mean" in text
-    crossed = table_of([[4, 4, 1, 1], [3, 3, 2, 2], [2, 2, 3, 3], [1, 1, 4, 4]])
-    text = verdict(crossed, budget, 2)
-    assert "different at different timesteps" in text and "experts may have something to gain" in text
-    alike = table_of([[9, 9, 9, 9], [8, 8, 8, 8], [1, 1, 2, 2], [2, 2, 1, 1]])
-    assert 0.6 < alike.agreement < 0.9
-    text = verdict(alike, budget, 2)
-    assert "similar at all timesteps" in text and "experts have little to gain over one mask" in text
-    text = verdict(crossed, budget, 2)
-    assert f"{(3 + 7) / 2 / 3:.2f} times as far (squared) as 2 experts" in text
-
-
-def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatch, capsys):
-    from alter.common.config import save_config
-
+def test_the_script_writes_a_table_that_loads(small_config, tmp_path):
     save_config(small_config("dit"), tmp_path / "c.yaml")
-    monkeypatch.setattr(sys, "argv", ["sensitivity.py", "--config", str(tmp_path / "c.yaml"), "--out",
-                                      str(tmp_path / "out"), "--bins", "4", "--samples", "2"])
-    assert sensitivity.main() == 0
-    said = capsys.readouterr().out
+    done = run_script("sensitivity", "--config", tmp_path / "c.yaml", "--out", tmp_path / "out", "--bins", "4",
+                      "--samples", "2")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     assert "The ranking of the layers is" in said
     table = read_sensitivity(tmp_path / "out/sensitivity.json")
     assert table.error_LB.shape == (make_dit().config.num_layers, 4) and (table.error_LB > 0).all()
@@ -216,3 +142,39 @@ def test_the_script_writes_a_table_that_loads(small_config, tmp_path, monkeypatc
     (tmp_path / "bad.json").write_text(json.dumps({**content, "alter_sensitivity": 1}))
     with pytest.raises(InputError, match="no sensitivity table"):
         read_sensitivity(tmp_path / "bad.json")
+
+
+def test_a_search_starts_at_the_masks_of_the_table(small_config, monkeypatch):
+    """Whatever the codes say, a large offset makes them the most probable masks of every expert, at the budget."""
+    config = small_config("dit", experts={"count": 3, "start": "greedy", "offset": 20.0},
+                          budget={"keep_ratio": 0.5, "over": "prunable"})
+    parts = build(config)
+    worth_L = np.array([1.0, 4.0, 2.0, 3.0])
+
+    def errors(self, masks, low, high, weight_T=None):  # in place of forwards: what the absent layers are worth
+        return np.array([worth_L[~mask].sum() for mask in masks]), 1.0
+
+    monkeypatch.setattr(Probe, "errors", errors)
+    start_near(measure_sensitivity(config, parts), parts.budget, parts.hypernetwork)
+    logits = parts.hypernetwork()
+    assert logits.mask_EL.gt(0).tolist() == [[False, True, False, True]] * 3
+    assert parts.budget.expected(logits).item() == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_run_that_starts_greedily_is_resumed_without_measuring_again(small_config, tmp_path, monkeypatch):
+    changes = {"experts": {"count": 2, "start": "greedy", "offset": 20.0}, "output_dir": str(tmp_path / "run"),
+               "optim": {"hypernetwork_lr": 1e-9}, "budget": {"keep_ratio": 0.5, "over": "prunable"}}
+    run = train(small_config("dit", checkpoint={"every": 1, "keep": 10}, **changes)).run_dir
+    first = TemporalExperts.from_pretrained(run / "final").mask_EL
+    monkeypatch.setattr(alter.training.run, "measure_sensitivity", None)
+    train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
+    assert np.array_equal(TemporalExperts.from_pretrained(run / "final").mask_EL, first)
+    assert first.sum(1).tolist() == [2, 2] and (first == first[0]).all()
+    assert read_sensitivity(run / "sensitivity.json").samples == 32
+
+
+@pytest.mark.parametrize("changes", [{"experts": {"start": "greedy", "offset": 0.0}},
+                                     {"experts": {"start": "greedy"}, "budget": {"descent": 0.5}}])
+def test_a_start_that_would_be_undone_is_refused(small_config, changes):
+    with pytest.raises(InputError, match="experts.start=greedy with experts.offset"):
+        small_config("dit", **changes)

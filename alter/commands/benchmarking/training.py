@@ -18,22 +18,23 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from alter import load_config
-from alter.backbones.cost import CostTable
-from alter.backbones.gates import SoftRows
-from alter.backbones.sites import example_inputs
-from alter.common.config import CONFIGS
-from alter.data.batches import collate
-from alter.experts.compile import synchronize
-from alter.training.run import make_accelerator
-from alter.training.setup.parts import build
-from alter.training.setup.plan import component_of
-from alter.training.trainer import Trainer
+from ...backbones.cost import CostTable
+from ...backbones.gates import SoftRows
+from ...backbones.pretrained import component_of
+from ...backbones.sites import example_inputs
+from ...common.config import CONFIGS, load_config
+from ...data.batches import collate
+from ...training import trainer as trainer_module
+from ...training.run import make_accelerator
+from ...training.setup.parts import build
+from ...training.trainer import Trainer
+from ...training.update import Update
+from . import CASES
+from .cases import T, draw_mask
+from .timing import host_reads, interleave, peak_memory, synchronize
 
-from .cases import CASES, T, draw_mask
-from .timing import host_reads, interleave, peak_memory
-
-CUT = {  # configuration of the run; on a CPU: what is cut of the backbone, and the latents' size
+# Configuration of the run; on a CPU: what is cut of the backbone, and the latents' size.
+CUT: dict[str, tuple[str, dict[str, Any], int]] = {
     "dit_xl2": ("configs/dit_xl2.yaml", {"num_layers": 4}, 32),
     "sd21": ("configs/sd21.yaml", {
         "block_out_channels": [320, 640], "attention_head_dim": [5, 10], "layers_per_block": 1,
@@ -120,24 +121,24 @@ def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs
         if way == "ours":
             trainer.update_backbone(prepared, *masks)
         else:
-            with patch("alter.training.trainer.HardRows", lambda mask_BL, device: SoftRows(mask_BL.to(device).float())):
+            with patch.object(trainer_module, "HardRows", lambda mask_BL, device: SoftRows(mask_BL.to(device).float())):
                 trainer.update_backbone(prepared, *masks)
 
-    step = type(trainer)._step
+    step = Update.step
 
     def timed(way: str) -> Callable:
         def run() -> None:
             spent = 0.0
 
-            def timed_step(optimizer: Any, schedule: Any) -> None:
+            def timed_step(update: Update) -> None:
                 nonlocal spent
                 synchronize(device)
                 started = time.perf_counter()
-                step(trainer, optimizer, schedule)
+                step(update)
                 synchronize(device)
                 spent += time.perf_counter() - started
 
-            with patch.object(trainer, "_step", timed_step):
+            with patch.object(Update, "step", timed_step):
                 iterate(way)
             times[way].append(spent)
         return run

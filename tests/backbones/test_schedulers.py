@@ -1,0 +1,101 @@
+"""What a pipeline's scheduler says of the training schedule, and which samplers may weigh a budget."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+from conftest import make_dit, save_pipeline
+from diffusers import DDPMScheduler
+
+from alter import InputError
+from alter.backbones.pretrained import load_scheduler
+from alter.backbones.sampling import scheduler_class
+from alter.training.setup.plan import check
+
+KINDS = ("epsilon", "v_prediction")
+
+
+def written(folder, config):
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
+                                  "EulerDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler"])
+@pytest.mark.parametrize("changes", [{}, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+                                     {"trained_betas": [0.01, 0.02, 0.03], "num_train_timesteps": 3}], ids=str)
+def test_the_betas_are_those_of_the_pipelines_scheduler(tmp_path, name, changes):
+    scheduler = getattr(diffusers, name)(**changes)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    assert torch.equal(load_scheduler(tmp_path).betas, scheduler.betas)
+    written(tmp_path, {"_class_name": name, **changes})  # as a person may write it: the rest is that class's default
+    assert torch.equal(load_scheduler(tmp_path).betas, scheduler.betas)
+
+
+def test_prediction_types_are_kept_and_unknown_ones_refused(tmp_path):
+    for kind in KINDS:
+        assert load_scheduler(written(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": kind})
+                              ).config.prediction_type == kind
+    with pytest.raises(InputError, match="prediction_type='flow_prediction': use one of epsilon"):
+        load_scheduler(written(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"}))
+    with pytest.raises(InputError, match="no schedule of betas"):
+        load_scheduler(written(tmp_path, {"_class_name": "DDPMScheduler", "beta_schedule": "of mine"}))
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(InputError, match="scheduler_config.json cannot be read"):
+        load_scheduler(tmp_path)
+
+
+@pytest.mark.parametrize("config", [
+    {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"},
+    {"_class_name": "EDMDPMSolverMultistepScheduler"},
+    {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+    {"_class_name": "SCMScheduler"}, {"_class_name": "IPNDMScheduler"}, {"_class_name": "SomebodysScheduler"},
+    {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction",
+     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+], ids=lambda config: config["_class_name"])
+def test_schedulers_without_betas_are_refused_by_name(small_config, tmp_path, config):
+    small = small_config("dit")
+    written(tmp_path / "dit-pretrained", config)
+    with pytest.raises(InputError) as caught:
+        check(small, 1)
+    assert f"a {config['_class_name']} noises otherwise than by the betas" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_class_that_names_its_betas_is_taken(tmp_path):
+    wanted = DDPMScheduler(beta_start=0.001, beta_end=0.01, beta_schedule="linear", prediction_type="v_prediction")
+    found = load_scheduler(written(tmp_path, {
+        "_class_name": "SomebodysScheduler", "beta_start": 0.001, "beta_end": 0.01, "beta_schedule": "linear",
+        "prediction_type": "v_prediction"}))
+    assert torch.equal(found.betas, wanted.betas) and found.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "SchedulerMixin", "NoSuch",
+                                  "UNet2DModel"])
+def test_samplers_of_other_noise_are_refused(small_config, name):
+    with pytest.raises(InputError, match="made for another noising|no such scheduler"):
+        scheduler_class(name, "--scheduler ")
+    with pytest.raises(InputError, match=f"budget.sampler='{name}'"):
+        check(small_config("dit", budget={"sampler": name}), 1)
+
+
+def test_a_sampler_that_cannot_take_so_many_steps(small_config):
+    with pytest.raises(InputError, match="budget.sampler='LCMScheduler' with budget.sampling_steps=100"):
+        check(small_config("dit", budget={"sampler": "LCMScheduler", "sampling_steps": 100}), 1)
+
+
+def test_every_scheduler_of_diffusers_is_taken_or_refused_in_one_line(small_config, tmp_path):
+    folder = save_pipeline(tmp_path / "pipe", make_dit())
+    for name in dir(diffusers):
+        cls = getattr(diffusers, name)
+        if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)) or cls is diffusers.SchedulerMixin:
+            continue
+        for function, value in ((load_scheduler, written(folder, {"_class_name": name})), (check, small_config(
+                "dit", budget={"sampler": name, "sampling_steps": 4}))):
+            try:
+                function(value) if function is load_scheduler else function(value, 1)
+            except InputError as error:
+                assert name in str(error) and "\n" not in str(error)
