@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from ..backbones.latency import device_name
-from ..common.config import load_config
 from ..common.errors import InputError
 from ..common.files import write_text
+from ..common.load import load_config
 from ..evaluation.report.figures import plot_quality
 from ..training.ablation import GIVEN, ablation_table, given_experts, time_ratio
 from ..training.demo import make_demo

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..backbones.sampling import sample_latents
 from ..backbones.sites import Site
-from ..common.config import Config, load_config
+from ..common.config import Config
 from ..common.errors import InputError
+from ..common.load import load_config
 from ..experts.artefact import TemporalExperts
 from ..method.budget import Budget
 from ..method.diffusion import predict

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
@@ -218,7 +218,7 @@ class Trainer:
         for batch in batches:
             mask_BL = leaves[1][batch.timesteps.to(mask_EL.device)] @ leaves[0]
             terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
-            perf = self._perf(terms)
+            perf = losses.weighted_sum(terms, self.config.loss.weights)
             for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
                 total += gradient / len(batches)
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
@@ -252,7 +252,7 @@ class Trainer:
             last = k + 1 == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._terms(self.wrapped, batch, rows)
-                perf = self._perf(terms)
+                perf = losses.weighted_sum(terms, self.config.loss.weights)
                 update.scaler.scale(perf / len(batches)).backward()
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         for parameter in self.parameters:
@@ -321,12 +321,7 @@ class Trainer:
 
     def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Process 0's masks, on every process."""
-        if self.accelerator.num_processes == 1:
-            return masks
-        mask_EL, expert_T = masks
-        flat = torch.from_numpy(np.concatenate([mask_EL.ravel().astype(np.int64), expert_T]))
-        flat = broadcast(flat.to(self.accelerator.device)).cpu().numpy()
-        return flat[: mask_EL.size].reshape(mask_EL.shape).astype(bool), flat[mask_EL.size:]
+        return broadcast_object_list([masks])[0]
 
     def _terms(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         """The reconstruction losses of one forward, scalars."""
@@ -344,12 +339,6 @@ class Trainer:
             terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers)
         weight_B = 1 if self.weight_T is None else self.weight_T[timesteps]
         return {name: (term * weight_B).mean() for name, term in terms.items()}
-
-    def _perf(self, terms: dict[str, Tensor]) -> Tensor:
-        """L_perf = λ_denoise·L_denoise + λ_outKD·L_outKD + λ_featKD·L_featKD."""
-        loss = self.config.loss
-        weights = {"denoise": loss.denoise, "output_kd": loss.output_kd, "feature_kd": loss.feature_kd}
-        return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
 
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
         if self.backbone_update.scaler.is_enabled():

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import alter.data.encode
 import alter.training.setup.parts as parts_module
 from alter import InputError
-from alter.common.config import BackboneConfig, Config, DataConfig, save_config
+from alter.common.config import BackboneConfig, Config, DataConfig
+from alter.common.load import save_config
 from alter.data.base import coin
 from alter.data.batches import Fit, Tolerant
 from alter.data.encode import encode

@@ -7,7 +7,8 @@ import torch
 from helpers import run_script
 
 from alter import InputError
-from alter.common.config import DataConfig, load_config, save_config
+from alter.common.config import DataConfig
+from alter.common.load import load_config, save_config
 from alter.data.open import FastDiT
 from alter.data.shapes import KINDS, write_scenes
 from alter.training import ablation

@@ -12,7 +12,7 @@ from helpers import run_script
 
 import alter.training.run
 from alter import InputError, TemporalExperts, train
-from alter.common.config import save_config
+from alter.common.load import save_config
 from alter.evaluation.report.records import read_sensitivity
 from alter.method.sensitivity import start_near
 from alter.training.measure import measure_sensitivity

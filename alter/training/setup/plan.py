@@ -34,8 +34,9 @@ from ...backbones.sites import (
     null_class,
 )
 from ...backbones.text import check_text
-from ...common.config import CONFIGS, Config
+from ...common.config import Config
 from ...common.errors import Faults, InputError
+from ...common.load import CONFIGS
 from ...data.base import Source
 from ...data.batches import Tolerant, split
 from ...data.latents import weights_hash
@@ -301,8 +302,8 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     by_class = "class_labels" in example_inputs(backbone, shape[-1])
     if by_class == (source.num_classes == 0):
         kind = "class labels" if by_class else "text"
-        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which this data does not "
-                         "have")
+        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which this "
+                         "data does not have")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
