@@ -20,7 +20,7 @@ from ..backbones.gates import HardRows, Rows, SoftRows
 from ..backbones.pretrained import trained_parameters
 from ..common.config import Config
 from ..common.process import Interrupted
-from ..data.batches import GlobalBatches, Order, Tolerant, make_loader, patiently, split
+from ..data.batches import GlobalBatches, Order, WithSubstitutes, make_loader, split, warn_while_waiting
 from ..experts.artefact import TemporalExperts
 from ..method import losses
 from ..method.diffusion import Draw, draw, generator, min_snr_weight, training_target
@@ -136,9 +136,9 @@ class Trainer:
         order = Order(self.train_indices, config.seed, self.parts.source.shards, config.data.shuffle_shards)
         batches = GlobalBatches(order, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
                                 self.accelerator.num_processes, self.step, last)
-        source = Tolerant(self.parts.source, self.train_indices, config.seed, self.parts.fit)
+        source = WithSubstitutes(self.parts.source, self.train_indices, config.seed, self.parts.fit)
         loader = make_loader(source, batches, config.data.workers)
-        return patiently(iter(loader), f"a batch of data.path={config.data.path!r}")
+        return warn_while_waiting(iter(loader), f"a batch of data.path={config.data.path!r}")
 
     def close(self) -> None:
         """Leave the weights to be exported in the backbone, and free all that training alone needed."""

@@ -38,7 +38,7 @@ from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...common.load import CONFIGS
 from ...data.base import Source
-from ...data.batches import Tolerant, split
+from ...data.batches import WithSubstitutes, split
 from ...data.latents import weights_hash
 from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
@@ -308,7 +308,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
         _check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
             check_text(folder, backbone.config.cross_attention_dim)
-    sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
+    sample = WithSubstitutes(source, np.arange(len(source)), config.seed)[0, 0]
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
         if name in sample and tuple(sample[name].shape) != expected:
