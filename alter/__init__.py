@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .common.config import load_config as load_config
     from .common.errors import InputError as InputError
+    from .common.load import load_config as load_config
     from .experts.artefact import TemporalExperts as TemporalExperts
     from .experts.load import load_pipeline as load_pipeline
     from .experts.pipeline import ClassConditionalPipeline as ClassConditionalPipeline
@@ -16,7 +16,7 @@ from .common.version import __version__
 __all__ = ["ClassConditionalPipeline", "InputError", "TemporalExperts", "__version__", "load_config", "load_pipeline",
            "train"]
 _HOME = {"ClassConditionalPipeline": ".experts.pipeline", "InputError": ".common.errors",
-         "TemporalExperts": ".experts.artefact", "load_config": ".common.config", "load_pipeline": ".experts.load",
+         "TemporalExperts": ".experts.artefact", "load_config": ".common.load", "load_pipeline": ".experts.load",
          "train": ".training.run"}
 
 

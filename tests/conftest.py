@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import alter.training.journal
 import alter.training.summary
-from alter.common.config import CONFIGS, load_config
+from alter.common.load import CONFIGS, load_config
 from alter.data.shapes import write_shapes
 from alter.evaluation.classifier import train_classifier
 from alter.evaluation.report.figures import plot_experts, plot_samples

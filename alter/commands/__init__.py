@@ -57,9 +57,11 @@ def _main(words: list[str]) -> int:
             package = str(error.name).partition(".")[0]
             print(f'error: alter {name} needs {package}: pip install "alter[{extra}]"', file=sys.stderr)
             return 2
-        # A loader process hands its error over with a traceback in front; the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("alter.common.errors.InputError: ")
-        print(f"error: {line}", file=sys.stderr)
+        lines = str(error).strip().splitlines()
+        if any("Traceback (most recent call last)" in line for line in lines):  # of a loader process: its last line
+            lines = [lines[-1].removeprefix("alter.common.errors.InputError: ")]
+        for line in lines:
+            print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else getattr(error, "signum", -127) + 128
     except KeyboardInterrupt:
         print(f"error: stopped at once{'; the last checkpoint stays' if name == 'train' else ''}", file=sys.stderr)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from ..backbones.latency import device_name
-from ..common.config import load_config
 from ..common.errors import InputError
 from ..common.files import write_text
+from ..common.load import load_config
 from ..evaluation.report.figures import plot_quality
-from ..training.ablation import GIVEN, ablation_table, given_experts, time_ratio
+from ..training.ablation import UNSEARCHED, ablation_table, time_ratio, unsearched_experts
 from ..training.demo import make_demo
 from ..training.run import train
 from ..training.setup.parts import build
@@ -37,7 +37,7 @@ SEARCHED = {
     "started": ["experts.start=greedy", "experts.offset=2"],
     "started_static": ["experts.start=greedy", "experts.offset=2", "experts.count=1"],
 }
-VARIANTS = ("dense", *SEARCHED, *GIVEN)
+VARIANTS = ("dense", *SEARCHED, *UNSEARCHED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +81,9 @@ def _train(arguments: argparse.Namespace, variant: str, name: str, keep: float, 
     config, device = load_config(arguments.config, settings), _device()
     if config.demo.model:
         make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
-    if variant in GIVEN or variant == "dense":
+    if variant in UNSEARCHED or variant == "dense":
         chosen = "dense_tuned" if variant == "dense" else variant
-        given_experts(chosen, config, build(config, device=device), seed).save_pretrained(folder / "experts")
+        unsearched_experts(chosen, config, build(config, device=device), seed).save_pretrained(folder / "experts")
         settings.append(f"experts.pretrained={folder / 'experts'}")
         if variant == "dense":
             settings += ["train.steps=1", "optim.warmup_steps=1"]  # a step at rate 0

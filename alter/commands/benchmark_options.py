@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..common.config import load_config
 from ..common.errors import InputError
+from ..common.load import load_config
 from .options import add_config, announce_loading
 
 PLAIN = "none"

@@ -8,7 +8,7 @@ Started again with the same arguments, it goes on.
 import argparse
 from pathlib import Path
 
-from ..common.config import load_config
+from ..common.load import load_config
 from .options import add_config, announce_loading, check_positive
 
 

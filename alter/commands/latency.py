@@ -7,8 +7,8 @@
 import argparse
 from pathlib import Path
 
-from ..common.config import load_config
 from ..common.errors import InputError
+from ..common.load import load_config
 from .options import add_config, announce_loading
 
 

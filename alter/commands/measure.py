@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..common.config import load_config
+from ..common.load import load_config
 from .options import add_config, announce_loading, check_positive
 
 

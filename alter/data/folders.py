@@ -16,7 +16,7 @@ from ..common.files import decode_text, read_text, split_lines
 from .base import (
     IMAGE_SUFFIXES,
     Framing,
-    Plain,
+    SourceDefaults,
     draw_caption,
     is_inside,
     list_files,
@@ -32,7 +32,7 @@ PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "test
 METADATA = ("metadata.jsonl", "metadata.jsonl.gz", "metadata.csv")
 
 
-class ImageFolder(Plain):
+class ImageFolder(SourceDefaults):
     """Images in one sub-folder per class, as in ImageNet, with the labels of `number_classes`.
 
     Args:
@@ -70,7 +70,7 @@ class ImageFolder(Plain):
         return self.folder / os.fsdecode(bytes(self.names[index]))
 
 
-class CaptionedFolder(Plain):
+class CaptionedFolder(SourceDefaults):
     """A folder of images with captions, by Hugging Face's convention: each line of its METADATA file has `file_name`,
     relative to the folder, and one caption or a list of them in `data.caption_column`.
 

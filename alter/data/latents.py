@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from .base import Encoding, Plain, coin, draw_caption, is_inside, read_label
+from .base import Encoding, SourceDefaults, coin, draw_caption, is_inside, read_label
 from .images import Unreadable
 
 INDEX = "index.json"
@@ -21,7 +21,7 @@ _VERSION = 1
 _REPA = 0.18215  # the factor of the VAE that REPA's preprocessing uses
 
 
-class EncodedShards(Plain):
+class EncodedShards(SourceDefaults):
     """Moments of latents and text states in safetensors shards, as `alter encode` writes them.
 
     A shard of N samples holds `moments` float16 [N, V, 2C, h, w], means and standard deviations before scaling, of the
@@ -95,7 +95,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.safetensors"
 
 
-class FastDiT(Plain):
+class FastDiT(SourceDefaults):
     """Latents in fast-DiT's layout: <path>/*_features/N.npy, <path>/*_labels/N.npy.
 
     Features are [1, C, h, w] or [variants, C, h, w], already multiplied by the VAE's scaling factor; with
@@ -148,7 +148,7 @@ class FastDiT(Plain):
         return str(self.files[index])
 
 
-class Repa(Plain):
+class Repa(SourceDefaults):
     """Moments as REPA's preprocessing writes them: dataset.json with "labels", a list of [file, class], and files
     [2C, h, w] of means and standard deviations before scaling. `data.path` is that folder or the one above vae-sd/."""
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .base import Plain, Source
+from .base import Source, SourceDefaults
 
 
-class WithPrior(Plain):
+class WithPrior(SourceDefaults):
     """Images of a subject and images of its class in turn, so that each is half of every epoch.
 
     Even indices are the subject's and odd ones the prior's; the smaller set is repeated.

@@ -18,7 +18,7 @@ from ..common.files import decode_text
 from .base import (
     IMAGE_SUFFIXES,
     Framing,
-    Plain,
+    SourceDefaults,
     draw_caption,
     list_files,
     read_captions,
@@ -64,7 +64,7 @@ class Shards(Generic[Content]):
         return self.contents[shard]
 
 
-class TarShards(Plain):
+class TarShards(SourceDefaults):
     """Tar files below a folder, in which the files of a sample have one name up to its first dot.
 
     The condition is `.cls`, a class, or else a caption: `.txt`, or the key `data.caption_column` of `.json` where that

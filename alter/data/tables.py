@@ -7,12 +7,12 @@ from typing import Any
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from .base import Framing, Plain, draw_caption, list_files, read_captions, read_label, visible
+from .base import Framing, SourceDefaults, draw_caption, list_files, read_captions, read_label, visible
 from .images import Unreadable
 from .shards import Shards, left_out
 
 
-class Rows(Plain):
+class Rows(SourceDefaults):
     """A table of which each row is a sample. Its condition is `data.caption_column`, or the classes in
     `data.label_column` where there are no captions, or where both are there and "class" is wanted.
 

@@ -4,7 +4,7 @@ Reconstruction terms return one value per sample, [B], so that their mean over a
 batch is split into micro-batches and processes. All are computed in fp32 or better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], outliers: f
     """
     total = torch.stack([_masked_mse(s, t, outliers) for s, t in zip(student, teacher, strict=True)])
     return total.mean(0)
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """L_perf = λ_denoise·L_denoise + λ_outKD·L_outKD + λ_featKD·L_featKD; terms of weight 0 may be missing."""
+    return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
 
 
 def log_ratio(keep_ratio: Tensor, target: float) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from .budget import Budget
 from .hypernetwork import HyperNetwork, Logits
 
+_IN_FILES = {"amplification_B": "response_B"}
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -21,7 +23,7 @@ class Sensitivity:
         samples: samples per bin.
         error_LB: mean squared change of the output when layer l alone is skipped, float64 [L, B].
         denoise_B: mean squared error of the dense model against the scheduler's target, float64 [B].
-        response_B: squared change of the final samples per unit of error_LB, float64 [B].
+        amplification_B: squared change of the final samples per unit of error_LB, float64 [B].
     """
 
     sites: tuple[str, ...]
@@ -29,7 +31,7 @@ class Sensitivity:
     samples: int
     error_LB: np.ndarray
     denoise_B: np.ndarray
-    response_B: np.ndarray
+    amplification_B: np.ndarray
 
     @property
     def relative_LB(self) -> np.ndarray:
@@ -40,7 +42,7 @@ class Sensitivity:
     def effect_LB(self) -> np.ndarray:
         """How far final samples move (squared) when layer l is skipped in bin b alone, if they follow the output
         linearly, float64 [L, B]."""
-        return self.error_LB * self.response_B
+        return self.error_LB * self.amplification_B
 
     @property
     def agreement(self) -> float:
@@ -63,7 +65,7 @@ class Sensitivity:
 
     def to_plain(self) -> dict[str, Any]:
         """The table as plain lists and numbers, for JSON."""
-        content = {name: value.tolist() if isinstance(value, np.ndarray) else value
+        content = {_IN_FILES.get(name, name): value.tolist() if isinstance(value, np.ndarray) else value
                    for name, value in asdict(self).items()}
         return {"alter_sensitivity": 2, **content}
 
@@ -129,7 +131,7 @@ def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
     """What the table says about experts on this model, in plain words."""
     middle = [(low + high - 1) / 2 for low, high in pairwise(table.edges)]
     depth_B = table.relative_LB.mean(axis=0)
-    deepest, strongest = int(depth_B.argmax()), int(table.response_B.argmax())
+    deepest, strongest = int(depth_B.argmax()), int(table.amplification_B.argmax())
     gain = table.gain(budget, experts)
     kind = ("nearly the same at all timesteps" if table.agreement > 0.9 else
             "similar at all timesteps" if table.agreement > 0.6 else "different at different timesteps")
@@ -137,7 +139,7 @@ def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
         f"The ranking of the layers is {kind} (mean rank correlation {table.agreement:.2f}). Skipping a layer costs "
         f"most around t = {middle[deepest]:.0f}: {depth_B[deepest] / depth_B.mean():.1f} times the mean, in units of "
         f"the dense model's error there. An error of the output moves samples most around t = {middle[strongest]:.0f}: "
-        f"{table.response_B[strongest] / table.response_B.mean():.1f} times the mean. At keep ratio "
+        f"{table.amplification_B[strongest] / table.amplification_B.mean():.1f} times the mean. At keep ratio "
         f"{budget.keep_ratio}, if effects added up, one mask for all timesteps would move the samples {gain:.2f} times "
         f"as far (squared) as {experts} experts' masks: "
         + ("experts may have something to gain (where that was tuned, effects did not add up: docs/results.md)."

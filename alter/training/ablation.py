@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..backbones.sampling import sample_latents
 from ..backbones.sites import Site
-from ..common.config import Config, load_config
+from ..common.config import Config
 from ..common.errors import InputError
+from ..common.load import load_config
 from ..experts.artefact import TemporalExperts
 from ..method.budget import Budget
 from ..method.diffusion import predict
@@ -24,10 +25,10 @@ from .measure import measure_sensitivity
 from .probe import Probe
 from .setup.parts import Parts, build
 
-GIVEN = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static")
+UNSEARCHED = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static")
 
 
-def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> TemporalExperts:
+def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) -> TemporalExperts:
     """Experts to tune without a search, at the configuration's keep ratio (every_second and dense_tuned: at their own).
 
     dense_tuned: every layer, so that what tuning alone brings is seen. random: one mask, drawn with `seed`.
@@ -52,7 +53,7 @@ def given_experts(variant: str, config: Config, parts: Parts, seed: int) -> Temp
         count = 1 if variant == "greedy_static" else config.experts.count
         masks = allocate(measure_sensitivity(config, parts), budget, count)
     else:
-        raise InputError(f"variant {variant!r}: choose one of {', '.join(GIVEN)}")
+        raise InputError(f"variant {variant!r}: choose one of {', '.join(UNSEARCHED)}")
     return TemporalExperts.build(*masks, parts.cost, budget.measured(*masks), budget.over, budget.timesteps,
                                  parts.latency)
 

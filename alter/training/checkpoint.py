@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..backbones.pretrained import trained_parameters
-from ..common.config import Config, save_config
+from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import publish, sync, write_text
+from ..common.load import save_config
 from ..common.version import __version__
 from ..experts.artefact import TemporalExperts
 

@@ -22,9 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..backbones.pretrained import export
 from ..backbones.sites import Backbone, null_class, tie_embedders
 from ..backbones.text import TextEncoder
-from ..common.config import CONFIGS, Config
+from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
+from ..common.load import CONFIGS
 from ..data import shapes
 from ..data.batches import GlobalBatches, Order, make_loader, split
 from ..data.open import open_source

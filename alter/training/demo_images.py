@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..backbones.sampling import sample_latents
-from ..common.config import Config, load_config
+from ..common.config import Config
 from ..common.errors import InputError
+from ..common.load import load_config
 from ..data import shapes
 from ..data.base import Source
 from ..data.open import Digits

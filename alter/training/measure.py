@@ -23,4 +23,4 @@ def measure_sensitivity(config: Config, parts: Parts, bins: int = 10, samples: i
     tried = np.random.default_rng([config.seed, 12]).permutation(len(sites))[:trials]
     return Sensitivity(tuple(site.name for site in sites), tuple(map(int, edges)), samples,
                        np.array([errors for errors, _ in columns]).T, np.array([denoise for _, denoise in columns]),
-                       probe.response(alone[tried], edges))
+                       probe.amplification(alone[tried], edges))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..backbones.gates import HardRows
 from ..backbones.sampling import make_solver
 from ..common.config import Config
-from ..data.batches import Tolerant, collate, split
+from ..data.batches import WithSubstitutes, collate, split
 from ..method.diffusion import generator, predict, training_target
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
@@ -27,7 +27,7 @@ class Probe:
     def __init__(self, config: Config, parts: Parts, samples: int, batch_size: int = 16) -> None:
         train, held_out = split(parts.source, config.data.holdout, config.seed)
         indices = np.resize(held_out if len(held_out) else train, samples)
-        source = Tolerant(parts.source, indices, config.seed, parts.fit)
+        source = WithSubstitutes(parts.source, indices, config.seed, parts.fit)
         self.parts, self.samples = parts, samples
         self._batches = []
         for first in range(0, samples, batch_size):
@@ -68,7 +68,7 @@ class Probe:
         return errors / self.samples, denoise / self.samples
 
     @torch.no_grad()
-    def response(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    def amplification(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
 
         Of DPM-Solver++ with two steps in each bin, without guidance, when each of the bool masks [M, L] is in force in

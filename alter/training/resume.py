@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from ..common.config import Config, flatten, load_config, save_config
+from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
+from ..common.load import flatten, load_config, save_config
 from ..evaluation.report.records import HISTORY
 from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
 

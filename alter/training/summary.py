@@ -17,7 +17,7 @@ from ..backbones.sampling import make_solver, sample_latents
 from ..backbones.sites import PIPELINE_COMPONENT
 from ..common.config import Config
 from ..common.files import write_text
-from ..data.batches import Tolerant, collate, split
+from ..data.batches import WithSubstitutes, collate, split
 from ..evaluation.classifier import accuracy, errors_by_timestep, train_classifier
 from ..evaluation.distances import frechet_distance
 from ..evaluation.report.card import model_card
@@ -67,7 +67,7 @@ def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 
     if parts.teacher is None or not len(held_out):
         return {"output_error": None, "denoise_error": None}
     held_out, errors = held_out[:most], []
-    source = Tolerant(parts.source, held_out, config.seed, parts.fit)
+    source = WithSubstitutes(parts.source, held_out, config.seed, parts.fit)
     for first in range(0, len(held_out), batch_size):
         batch = collate([source[0, int(i)] for i in held_out[first : first + batch_size]])
         count = min(batch_size, len(held_out) - first)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
@@ -20,7 +20,7 @@ from ..backbones.gates import HardRows, Rows, SoftRows
 from ..backbones.pretrained import trained_parameters
 from ..common.config import Config
 from ..common.process import Interrupted
-from ..data.batches import GlobalBatches, Order, Tolerant, make_loader, patiently, split
+from ..data.batches import GlobalBatches, Order, WithSubstitutes, make_loader, split, warn_while_waiting
 from ..experts.artefact import TemporalExperts
 from ..method import losses
 from ..method.diffusion import Draw, draw, generator, min_snr_weight, training_target
@@ -136,9 +136,9 @@ class Trainer:
         order = Order(self.train_indices, config.seed, self.parts.source.shards, config.data.shuffle_shards)
         batches = GlobalBatches(order, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
                                 self.accelerator.num_processes, self.step, last)
-        source = Tolerant(self.parts.source, self.train_indices, config.seed, self.parts.fit)
+        source = WithSubstitutes(self.parts.source, self.train_indices, config.seed, self.parts.fit)
         loader = make_loader(source, batches, config.data.workers)
-        return patiently(iter(loader), f"a batch of data.path={config.data.path!r}")
+        return warn_while_waiting(iter(loader), f"a batch of data.path={config.data.path!r}")
 
     def close(self) -> None:
         """Leave the weights to be exported in the backbone, and free all that training alone needed."""
@@ -218,7 +218,7 @@ class Trainer:
         for batch in batches:
             mask_BL = leaves[1][batch.timesteps.to(mask_EL.device)] @ leaves[0]
             terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
-            perf = self._perf(terms)
+            perf = losses.weighted_sum(terms, self.config.loss.weights)
             for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
                 total += gradient / len(batches)
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
@@ -252,7 +252,7 @@ class Trainer:
             last = k + 1 == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._terms(self.wrapped, batch, rows)
-                perf = self._perf(terms)
+                perf = losses.weighted_sum(terms, self.config.loss.weights)
                 update.scaler.scale(perf / len(batches)).backward()
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         for parameter in self.parameters:
@@ -269,8 +269,7 @@ class Trainer:
         if self.experts is not None:
             return self.experts.mask_EL, self.experts.expert_T
         with torch.no_grad():
-            logits = self.parts.hypernetwork()
-            return self._agreed(self.parts.budget.masks(logits, float(self.parts.budget.expected(logits))))
+            return self._agreed(self.parts.budget.masks(self.parts.hypernetwork()))
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray]:
         """T_end: the most probable masks at the target itself."""
@@ -321,12 +320,7 @@ class Trainer:
 
     def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Process 0's masks, on every process."""
-        if self.accelerator.num_processes == 1:
-            return masks
-        mask_EL, expert_T = masks
-        flat = torch.from_numpy(np.concatenate([mask_EL.ravel().astype(np.int64), expert_T]))
-        flat = broadcast(flat.to(self.accelerator.device)).cpu().numpy()
-        return flat[: mask_EL.size].reshape(mask_EL.shape).astype(bool), flat[mask_EL.size:]
+        return broadcast_object_list([masks])[0]
 
     def _terms(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         """The reconstruction losses of one forward, scalars."""
@@ -344,12 +338,6 @@ class Trainer:
             terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers)
         weight_B = 1 if self.weight_T is None else self.weight_T[timesteps]
         return {name: (term * weight_B).mean() for name, term in terms.items()}
-
-    def _perf(self, terms: dict[str, Tensor]) -> Tensor:
-        """L_perf = λ_denoise·L_denoise + λ_outKD·L_outKD + λ_featKD·L_featKD."""
-        loss = self.config.loss
-        weights = {"denoise": loss.denoise, "output_kd": loss.output_kd, "feature_kd": loss.feature_kd}
-        return torch.stack([weight * terms[name] for name, weight in weights.items() if weight]).sum()
 
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
         if self.backbone_update.scaler.is_enabled():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from alter.backbones.pretrained import load_backbone
-from alter.common.config import CONFIGS
+from alter.common.load import CONFIGS
 
 HEADS, LAYERS, CLASSES = 2, 3, 5
 

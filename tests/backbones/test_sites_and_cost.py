@@ -5,8 +5,8 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 
 from alter.backbones.cost import count_cost
 from alter.backbones.sites import find_sites, tie_embedders, timestep_features
-from alter.common.config import CONFIGS
 from alter.common.errors import InputError
+from alter.common.load import CONFIGS
 
 
 def on_meta(cls, path):

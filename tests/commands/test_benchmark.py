@@ -12,7 +12,7 @@ from alter.backbones.cost import count_cost
 from alter.commands import main
 from alter.commands.benchmarking import cases, timing, training
 from alter.commands.benchmarking.timing import host_reads, interleave, ratio
-from alter.common.config import save_config
+from alter.common.load import save_config
 
 KEYS = {"case", "kind", "mode", "batch", "device", "keep_ratio", "macs_ratio", "mask_seed", "time_ratio", "efficiency",
         "overhead", "peak_memory_bytes", "host_syncs_per_step"}

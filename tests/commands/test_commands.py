@@ -9,8 +9,8 @@ import pytest
 
 import alter.commands
 from alter.commands import COMMANDS, HEAVY, main
-from alter.common.config import CONFIGS
 from alter.common.errors import InputError
+from alter.common.load import CONFIGS
 
 SLOW_IMPORTS = {"torch", "diffusers", "transformers", "accelerate"}
 

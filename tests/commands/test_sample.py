@@ -16,7 +16,7 @@ from PIL import Image
 from alter.backbones.cost import count_cost
 from alter.commands import main
 from alter.commands.benchmarking.cases import draw_experts
-from alter.common.config import CONFIGS
+from alter.common.load import CONFIGS
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
 PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square"]

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from alter import InputError, load_config
-from alter.common.config import CONFIGS, RETIRED, reference, save_config
+from alter.common.load import CONFIGS, RETIRED, reference, save_config
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from test_data import half_broken, save_metadata
 from test_tables import offline, rows_of  # noqa: F401
 
 from alter import InputError
-from alter.common.config import DataConfig, load_config
+from alter.common.config import DataConfig
+from alter.common.load import load_config
 from alter.data.batches import MOST_HELD_OUT, split
 from alter.data.encode import encode
 from alter.data.images import Unreadable

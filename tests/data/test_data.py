@@ -10,7 +10,7 @@ from PIL import Image
 
 from alter import InputError
 from alter.common.config import Config, DataConfig
-from alter.data.batches import GlobalBatches, Order, Tolerant, collate, make_loader, split
+from alter.data.batches import GlobalBatches, Order, WithSubstitutes, collate, make_loader, split
 from alter.data.images import Unreadable
 from alter.data.open import CaptionedFolder, Digits, ImageFolder, WithPrior, open_source
 
@@ -250,7 +250,7 @@ def half_broken(tmp_path, count=12):
 def test_an_unreadable_sample_is_replaced(tmp_path):
     source = half_broken(tmp_path)
     indices = np.array([0, 2, 3, 4, 7])
-    tolerant = Tolerant(source, indices, seed=3)
+    tolerant = WithSubstitutes(source, indices, seed=3)
     assert tolerant[0, 3]["skipped"] == [] and shade(tolerant[0, 3]) == 3
     samples = [tolerant[epoch, 2] for epoch in range(30)]
     assert {shade(sample) for sample in samples} == {3, 7}
@@ -260,15 +260,16 @@ def test_an_unreadable_sample_is_replaced(tmp_path):
         assert names[0] == "2.png: not an image" and len(set(names)) == len(names)
         assert set(names) <= {f"{i}.png: not an image" for i in (0, 2, 4)}
     assert {len(sample["skipped"]) for sample in samples} == {1, 2, 3}
-    again = [Tolerant(source, indices, seed=3)[epoch, 2] for epoch in range(30)]
+    again = [WithSubstitutes(source, indices, seed=3)[epoch, 2] for epoch in range(30)]
     assert [(shade(a), a["skipped"]) for a in again] == [(shade(b), b["skipped"]) for b in samples]
-    assert [shade(Tolerant(source, indices, seed=4)[epoch, 2]) for epoch in range(30)] != [shade(a) for a in again]
+    others = [WithSubstitutes(source, indices, seed=4)[epoch, 2] for epoch in range(30)]
+    assert [shade(b) for b in others] != [shade(a) for a in again]
     with pytest.raises(InputError, match="data.path: none of 2 samples can be used.*2.png: not an image"):
-        Tolerant(source, np.array([0, 2]), seed=3)[0, 2]
+        WithSubstitutes(source, np.array([0, 2]), seed=3)[0, 2]
 
 
 def test_sources_that_are_always_readable_are_tolerated_too():
-    sample = Tolerant(Digits(), np.arange(10), 0)[0, 3]
+    sample = WithSubstitutes(Digits(), np.arange(10), 0)[0, 3]
     assert sample["skipped"] == [] and torch.equal(sample["latents"], Digits()[0, 3]["latents"])
 
 
@@ -285,7 +286,7 @@ def test_collate():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_the_samples_of_the_batches(tmp_path, workers):
-    tolerant = Tolerant(half_broken(tmp_path), np.arange(12), seed=3)
+    tolerant = WithSubstitutes(half_broken(tmp_path), np.arange(12), seed=3)
     batches = list(GlobalBatches(Order(np.arange(12), 3), 4, 1, 0, 1, first_step=0, last_step=6))
     loaded = list(make_loader(tolerant, batches, workers))
     assert len(loaded) == 6 and any(batch["skipped"] for batch in loaded)

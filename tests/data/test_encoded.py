@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import alter.data.encode
 import alter.training.setup.parts as parts_module
 from alter import InputError
-from alter.common.config import BackboneConfig, Config, DataConfig, save_config
+from alter.common.config import BackboneConfig, Config, DataConfig
+from alter.common.load import save_config
 from alter.data.base import coin
-from alter.data.batches import Fit, Tolerant
+from alter.data.batches import Fit, WithSubstitutes
 from alter.data.encode import encode
 from alter.data.images import Unreadable
 from alter.data.open import FastDiT, Repa, open_source, shard_name
@@ -311,7 +312,7 @@ def counted(function, name, calls):
 def test_labels_that_are_none_are_replaced(tmp_path, poison):
     folder = save_latents(tmp_path / "c", (4, 2, 2), 12)
     np.save(folder / "train_labels/5.npy", poison)
-    tolerant = Tolerant(FastDiT(DataConfig(path=str(folder)), 0), np.arange(12), 0, Fit((4, 2, 2), 10))
+    tolerant = WithSubstitutes(FastDiT(DataConfig(path=str(folder)), 0), np.arange(12), 0, Fit((4, 2, 2), 10))
     assert "5.npy" in tolerant[0, 5]["skipped"][0]
 
 
@@ -319,7 +320,7 @@ def test_text_of_another_length_is_replaced(tmp_path):
     folder = save_latents(tmp_path / "t", (4, 2, 2), 12, text=(7, 12))
     np.save(folder / "train_text/5.npy", np.zeros((6, 12), np.float32))
     source = FastDiT(DataConfig(path=str(folder)), 0)
-    tolerant = Tolerant(source, np.arange(12), 0, Fit((4, 2, 2), text_shape=tuple(source.empty_text.shape)))
+    tolerant = WithSubstitutes(source, np.arange(12), 0, Fit((4, 2, 2), text_shape=tuple(source.empty_text.shape)))
     assert "text states of shape (6, 12)" in tolerant[0, 5]["skipped"][0] and tolerant[0, 4]["skipped"] == []
 
 
@@ -334,7 +335,7 @@ def test_samples_that_do_not_fit_are_replaced(tmp_path, poison):
     else:
         np.save(folder / "train_labels/5.npy", np.array([10]))
     source = FastDiT(DataConfig(path=str(folder)), 0)
-    tolerant = Tolerant(source, np.arange(12), 0, Fit((4, 2, 2), 10))
+    tolerant = WithSubstitutes(source, np.arange(12), 0, Fit((4, 2, 2), 10))
     assert tolerant[0, 4]["skipped"] == []
     (line,) = tolerant[0, 5]["skipped"]
     assert "5.npy" in line and {"nan": "not finite", "shape": "do not fit", "label": "class 10"}[poison] in line

@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from alter import InputError
 from alter.common.config import DataConfig
 from alter.data.base import list_images
-from alter.data.batches import Fit, Tolerant
+from alter.data.batches import Fit, WithSubstitutes
 from alter.data.images import Unreadable, decode
 from alter.data.open import ImageFolder, open_source
 from alter.evaluation.image_sets import ImageSet
@@ -70,7 +70,7 @@ def test_labels_that_the_backbone_does_not_know(small_config, tmp_path):
         for i in range(12):
             np.save(tmp_path / "l" / "train_labels" / f"{i}.npy", np.array([label]))
         with pytest.raises(InputError, match=f"data.path: none of 12 samples can be used: .*{reason}") as error:
-            Tolerant(source, np.arange(12), 0, Fit((1, 8, 8), 10))[0, 0]
+            WithSubstitutes(source, np.arange(12), 0, Fit((1, 8, 8), 10))[0, 0]
         assert "\n" not in str(error.value)
     (tmp_path / "r").mkdir()
     for labels in ([["a.npy", 10]], [["a.npy", -1]], [["a.npy", 1.5]], [["a.npy", None]]):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from alter import InputError
 from alter.common.config import BackboneConfig, Config, DataConfig
-from alter.data.batches import GlobalBatches, Order, Tolerant, make_loader
+from alter.data.batches import GlobalBatches, Order, WithSubstitutes, make_loader
 from alter.data.images import Unreadable
 from alter.data.open import StreamedTable, TarShards, open_source
 from alter.data.shards import left_out
@@ -123,7 +123,7 @@ def test_damaged_and_missing_shards_keep_the_place_of_their_samples(tmp_path, ha
         file.unlink()
     source = open_source(config_of(folder))
     assert contents(source, len(source)) == expected
-    tolerant = Tolerant(source, np.arange(len(source)), 0)
+    tolerant = WithSubstitutes(source, np.arange(len(source)), 0)
     lost = expected.index(None)
     assert shade(tolerant[0, lost]) in expected
     assert "00001.tar sample" in tolerant[0, lost]["skipped"][0]
@@ -166,7 +166,7 @@ def test_batches_of_shards_are_the_same_for_any_split_workers_and_start(tmp_path
     def shades(rank=0, processes=1, micro=1, first=0, workers=0):
         batches = GlobalBatches(order, 4, micro, rank, processes, first, 8)
         return [[shade({"images": image}) for image in batch["images"]]
-                for batch in make_loader(Tolerant(source, np.arange(20), 0), batches, workers)]
+                for batch in make_loader(WithSubstitutes(source, np.arange(20), 0), batches, workers)]
 
     whole = shades()
     assert sorted(sum(whole[:5], [])) == list(range(20))
@@ -197,7 +197,7 @@ def test_classes_that_the_backbone_does_not_know_are_replaced(small_config, tmp_
     make_vae().save_pretrained(folder / "vae")
     parts = build(small_config("dit", backbone={"pretrained": str(folder)}, data={
         "source": "webdataset", "path": str(tmp_path), "resolution": 16, "holdout": 0}))
-    tolerant = Tolerant(parts.source, np.arange(12), 0, parts.fit)
+    tolerant = WithSubstitutes(parts.source, np.arange(12), 0, parts.fit)
     assert tolerant[0, 9]["labels"] == 9 and tolerant[0, 9]["skipped"] == []
     assert tolerant[0, 10]["labels"] < 10 and "class 10: the backbone knows 10" in tolerant[0, 10]["skipped"][0]
 

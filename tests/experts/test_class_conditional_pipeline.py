@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from alter import ClassConditionalPipeline, InputError, TemporalExperts, load_pipeline
 from alter.backbones.cost import count_cost
 from alter.backbones.pretrained import export
-from alter.common.config import CONFIGS
+from alter.common.load import CONFIGS
 from alter.experts.load import load_dense
 
 LABELS = [3, 9, 0]
@@ -139,7 +139,7 @@ def test_experts_skip_layers(scale):
     (dict(class_labels=[1], generator=generators()), "generator: 3 for 1 images"),
     (dict(class_labels=[1], num_inference_steps=0), "num_inference_steps=0: give at least 1"),
     (dict(class_labels=[1], output_type="jpg"), "output_type='jpg': choose one of"),
-], ids=str)
+], ids=["too large", "negative", "none", "no number", "generators", "steps", "output"])
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         make_pipe()(**arguments)

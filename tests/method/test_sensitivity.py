@@ -15,7 +15,7 @@ from alter.method.sensitivity import allocate, verdict
 def test_the_response_decides_which_timesteps_keep_layers():
     flat = table_of([[2, 1], [2, 1], [4, 2], [4, 2]])
     budget = Budget(np.full(4, 0.25), 0.5, "prunable")
-    tilted = dataclasses.replace(flat, response_B=np.array([1.0, 10.0]))
+    tilted = dataclasses.replace(flat, amplification_B=np.array([1.0, 10.0]))
     for table, more in ((flat, 0), (tilted, 1)):
         mask_EL, expert_T = allocate(table, budget, 2)
         kept_B = mask_EL[expert_T[[0, 999]]].sum(1)

@@ -7,22 +7,23 @@ import torch
 from helpers import run_script
 
 from alter import InputError
-from alter.common.config import DataConfig, load_config, save_config
+from alter.common.config import DataConfig
+from alter.common.load import load_config, save_config
 from alter.data.open import FastDiT
 from alter.data.shapes import KINDS, write_scenes
 from alter.training import ablation
-from alter.training.ablation import GIVEN, ablation_table, block_influence, given_experts
+from alter.training.ablation import UNSEARCHED, ablation_table, block_influence, unsearched_experts
 from alter.training.setup.parts import build
 
 
-@pytest.mark.parametrize("variant", GIVEN)
+@pytest.mark.parametrize("variant", UNSEARCHED)
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_given_experts_meet_the_budget(small_config, monkeypatch, variant, kind):
     brief = functools.partial(ablation.measure_sensitivity, bins=2, samples=2)
     monkeypatch.setattr(ablation, "measure_sensitivity", brief)
     config = small_config(kind, budget={"keep_ratio": 0.7, "over": "prunable"}, experts={"count": 2})
     parts = build(config)
-    experts = given_experts(variant, config, parts, 0)
+    experts = unsearched_experts(variant, config, parts, 0)
     prunable = sum(experts.macs) / experts.macs_total
     kept = (experts.keep_ratio - 1 + prunable) / prunable
     if variant == "dense_tuned":
@@ -38,7 +39,7 @@ def test_given_experts_meet_the_budget(small_config, monkeypatch, variant, kind)
 def test_random_masks_are_drawn_by_the_seed(small_config):
     config = small_config("unet", budget={"keep_ratio": 0.6})
     parts = build(config)
-    drawn = [given_experts("random", config, parts, seed).mask_EL.tolist() for seed in (0, 0, 1, 2)]
+    drawn = [unsearched_experts("random", config, parts, seed).mask_EL.tolist() for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len(set(map(str, drawn))) > 1
 
 
@@ -57,7 +58,7 @@ def test_block_influence_is_one_minus_the_cosine(small_config):
 def test_an_unknown_variant(small_config):
     config = small_config("dit")
     with pytest.raises(InputError, match="variant 'best'"):
-        given_experts("best", config, build(config), 0)
+        unsearched_experts("best", config, build(config), 0)
 
 
 def test_scenes_are_classes_of_pixels(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from helpers import assert_same_result, make_trainer
 
 from alter import InputError, load_config, train
-from alter.common.config import save_config
+from alter.common.load import save_config
 from alter.training.checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint
 from alter.training.resume import find_run
 

@@ -16,8 +16,8 @@ import alter.training.run
 import alter.training.state
 import alter.training.summary
 from alter import InputError, train
-from alter.common.config import save_config
 from alter.common.files import append_text, write_text
+from alter.common.load import save_config
 from alter.common.process import Interruption
 from alter.training.checkpoint import checkpoints, damage, save_checkpoint
 

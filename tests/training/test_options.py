@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from alter import InputError, TemporalExperts, load_config, train
 from alter.backbones.gates import SoftRows
-from alter.common.config import CONFIGS
+from alter.common.load import CONFIGS
 from alter.data.shapes import write_shapes
 from alter.training.readout import NonFiniteLoss
 from alter.training.setup.parts import build

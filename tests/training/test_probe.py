@@ -12,7 +12,7 @@ from helpers import run_script
 
 import alter.training.run
 from alter import InputError, TemporalExperts, train
-from alter.common.config import save_config
+from alter.common.load import save_config
 from alter.evaluation.report.records import read_sensitivity
 from alter.method.sensitivity import start_near
 from alter.training.measure import measure_sensitivity
@@ -65,7 +65,7 @@ def test_the_response_is_that_of_samples_drawn_without_the_layer(small_config, k
     parts = build(config)
     probe, sites, edges = Probe(config, parts, 3, batch_size=3), len(parts.simulator.sites), [0, 500, 1000]
     mask_L = np.arange(sites) != 1
-    found = probe.response(mask_L[None], edges)
+    found = probe.amplification(mask_L[None], edges)
     (_, _, noise, conditioning), = probe._batches
     layer = parts.backbone.get_submodule(parts.simulator.sites[1].name)
     parts.simulator.remove()
@@ -110,11 +110,11 @@ def test_a_learned_variance_is_left_out(small_config):
     scheduler = DDPMScheduler.from_config(parts.scheduler.config, variance_type="learned_range")
     parts = dataclasses.replace(parts, backbone=wide, teacher=None, scheduler=scheduler)
     probe, masks = Probe(config, parts, 2), np.arange(4)[None] != 1
-    before = probe.errors(masks, 0, 1000)[0], probe.response(masks, np.array([0, 500, 1000]))
+    before = probe.errors(masks, 0, 1000)[0], probe.amplification(masks, np.array([0, 500, 1000]))
     channels = wide.config.in_channels
     with torch.no_grad():  # of each patch's output values, those of the further channels
         wide.proj_out_2.weight.view(-1, 2 * channels, wide.proj_out_2.in_features)[:, channels:] += 1
-    after = probe.errors(masks, 0, 1000)[0], probe.response(masks, np.array([0, 500, 1000]))
+    after = probe.errors(masks, 0, 1000)[0], probe.amplification(masks, np.array([0, 500, 1000]))
     assert np.array_equal(before[0], after[0]) and np.array_equal(before[1], after[1])
 
 
@@ -122,7 +122,7 @@ def test_a_mask_that_changes_nothing_has_response_one(small_config):
     config = small_config("dit")
     parts = build(config)
     everything = np.ones((1, len(parts.simulator.sites)), dtype=bool)
-    assert Probe(config, parts, 2).response(everything, [0, 500, 1000]).tolist() == [1, 1]
+    assert Probe(config, parts, 2).amplification(everything, [0, 500, 1000]).tolist() == [1, 1]
 
 
 def test_the_script_writes_a_table_that_loads(small_config, tmp_path):

@@ -16,7 +16,7 @@ from helpers import HANGING, ROOT, WEIGHTS, assert_same_result, free_port
 from safetensors.numpy import load_file
 
 from alter import InputError, TemporalExperts, train
-from alter.common.config import save_config
+from alter.common.load import save_config
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

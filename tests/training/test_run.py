@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.common.config import save_config
+from alter.common.load import save_config
 from alter.data.batches import split
 from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build

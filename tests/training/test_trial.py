@@ -7,7 +7,7 @@ from helpers import HANGING, make_trainer
 
 from alter import InputError
 from alter.common.process import forget_peak, peak_memory
-from alter.data.batches import patiently
+from alter.data.batches import warn_while_waiting
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build
 from alter.training.trainer import Trainer
@@ -101,7 +101,7 @@ def test_a_slow_loader_is_reported_until_its_batch_arrives(capsys):
             lines.extend(capsys.readouterr().err.splitlines())
         yield 2
 
-    assert list(patiently(slow(), "a batch of data.path='x'", every=0.05)) == [1, 2]
+    assert list(warn_while_waiting(slow(), "a batch of data.path='x'", every=0.05)) == [1, 2]
     assert len(lines) >= 2 and all(line.startswith("waiting for a batch of data.path='x' since ") for line in lines)
     time.sleep(0.1)  # a line that was under way
     capsys.readouterr()
@@ -114,7 +114,7 @@ def test_an_error_of_the_loader_arrives(capsys):
         yield 1
         raise InputError("data.path: gone")
 
-    items = patiently(broken(), "a batch", every=0.05)
+    items = warn_while_waiting(broken(), "a batch", every=0.05)
     assert next(items) == 1
     with pytest.raises(InputError, match="gone"):
         next(items)

@@ -12,7 +12,7 @@ from torch import nn
 from ...backbones.cost import CostTable, count_cost
 from ...backbones.pretrained import DTYPES, component_of
 from ...backbones.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
-from ...common.config import CONFIGS
+from ...common.load import CONFIGS
 from ...experts.artefact import TemporalExperts
 from . import CASES
 

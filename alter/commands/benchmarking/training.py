@@ -22,7 +22,7 @@ from ...backbones.cost import CostTable
 from ...backbones.gates import SoftRows
 from ...backbones.pretrained import component_of
 from ...backbones.sites import example_inputs
-from ...common.config import CONFIGS, load_config
+from ...common.load import CONFIGS, load_config
 from ...data.batches import collate
 from ...training import trainer as trainer_module
 from ...training.run import make_accelerator

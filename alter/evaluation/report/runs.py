@@ -10,8 +10,9 @@ import numpy as np
 from diffusers import DDPMScheduler
 
 from ...backbones.sampling import scheduler_class
-from ...common.config import Config, load_config
+from ...common.config import Config
 from ...common.errors import InputError
+from ...common.load import load_config
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget

@@ -34,10 +34,11 @@ from ...backbones.sites import (
     null_class,
 )
 from ...backbones.text import check_text
-from ...common.config import CONFIGS, Config
+from ...common.config import Config
 from ...common.errors import Faults, InputError
+from ...common.load import CONFIGS
 from ...data.base import Source
-from ...data.batches import Tolerant, split
+from ...data.batches import WithSubstitutes, split
 from ...data.latents import weights_hash
 from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
@@ -301,13 +302,13 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     by_class = "class_labels" in example_inputs(backbone, shape[-1])
     if by_class == (source.num_classes == 0):
         kind = "class labels" if by_class else "text"
-        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which "
-                         f"data.path={data.path!r} does not have")
+        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which this "
+                         "data does not have")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
             check_text(folder, backbone.config.cross_attention_dim)
-    sample = Tolerant(source, np.arange(len(source)), config.seed)[0, 0]
+    sample = WithSubstitutes(source, np.arange(len(source)), config.seed)[0, 0]
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
         if name in sample and tuple(sample[name].shape) != expected:
