@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or f"docs/results/{Path(arguments.config).stem}.json")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: its folder does not exist")
-    if not load_config(arguments.config, arguments.overrides).data.holdout:
+    if load_config(arguments.config, arguments.overrides).data.holdout == 0:
         raise InputError("data.holdout=0: some samples are needed to measure the output error on")
     rows = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     for keep, seed, variant in itertools.product(arguments.keep, arguments.seeds, arguments.variants):
