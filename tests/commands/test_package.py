@@ -142,8 +142,9 @@ import alter
 print(alter.TemporalExperts.__name__, alter.load_pipeline.__name__, *dir(alter))
 """
     process = call(tmp_path, sys.executable, "-c", code, PYTHONPATH=str(ROOT))
-    assert process.stdout.split() == ["TemporalExperts", "load_pipeline", "InputError", "TemporalExperts",
-                                      "__version__", "load_config", "load_pipeline", "train"], process.stderr
+    assert process.stdout.split() == [
+        "TemporalExperts", "load_pipeline", "ClassConditionalPipeline", "InputError", "TemporalExperts", "__version__",
+        "load_config", "load_pipeline", "train"], process.stderr
 
 
 @pytest.mark.parametrize("words, line", [

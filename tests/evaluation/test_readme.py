@@ -43,7 +43,8 @@ def test_the_script(tmp_path, monkeypatch, capsys):
     import draw_readme
 
     content = merge(SMALL, {"backbone": {"pretrained": str(save_pipeline(tmp_path / "pretrained", make_dit()))},
-                            "output_dir": str(tmp_path / "run"), "data": {"source": "digits", "resolution": 8}})
+                            "output_dir": str(tmp_path / "run"), "data": {"source": "digits", "resolution": 8},
+                            "evaluate": {"dense": True}})
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     folder = train(load_config(tmp_path / "small.yaml")).run_dir
     monkeypatch.setattr(sys, "argv", ["draw_readme.py", "--run", str(folder), "--out", str(tmp_path / "images")])
