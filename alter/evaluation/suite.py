@@ -73,7 +73,11 @@ class Reference:
         self.about: dict[str, Any] = {}
         if Path(source).suffix == ".npz":
             arrays = load_npz(Path(source))
-            self.about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+            try:
+                self.about = dict(json.loads(str(arrays.pop("about", "{}"))))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"--reference {source}: what it says of itself is no JSON ({error}): make it again "
+                                 "with --save-stats") from None
             self.statistics = {ADM.get(name, name): value for name, value in arrays.items() if name != "arr_0"}
             if "arr_0" not in arrays:
                 return

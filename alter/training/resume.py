@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..common.config import Config
 from ..common.errors import InputError
-from ..common.files import write_text
+from ..common.files import check_writable, write_text
 from ..common.load import flatten, load_config, save_config
 from ..evaluation.report.records import HISTORY
 from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
@@ -62,10 +62,13 @@ def find_run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path
             resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
             remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
             raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
+        check_writable(run_dir, "output_dir", folder=True)
         return _follow_links(config), run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
-    return _follow_links(config), Path("outputs") / config.name / stamp, None
+    run_dir = Path("outputs") / config.name / stamp
+    check_writable(run_dir, "name", folder=True)
+    return _follow_links(config), run_dir, None
 
 
 def _found_run(config: Config, accelerator: Accelerator) -> tuple[Path, Path]:
