@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", nargs="+", choices=protocols, default=["fid", "kid", "is", "prc"],
                         metavar="NAME", help="see below (default fid kid is prc)")
     parser.add_argument("--prompts", type=user_path, metavar="FILE",
-                        help="a line an image, in the order of the images' names (default: manifest.json of `alter sample`, if "
-                        "it is there)")
+                        help="a line an image, in the order of the images' names (default: manifest.json of "
+                        "`alter sample`, if it is there)")
     parser.add_argument("--out", type=user_path, metavar="FILE",
                         help="JSON to write (default: <name of the images>-metrics.json beside them)")
     parser.add_argument("--save-stats", type=user_path, metavar="FILE",
@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dinov2-model", default="vit_large_patch14_dinov2", metavar="NAME", help="timm's name")
     parser.add_argument("--clip-model", default="ViT-g-14", metavar="NAME",
                         help="open_clip's name: ViT-g-14 (laion2b, as APTP and ALTER) or ViT-L-14-quickgelu (openai)")
-    parser.add_argument("--clip-model-path", type=user_path, default=HUB / "open_clip_model.safetensors", metavar="FILE")
+    parser.add_argument("--clip-model-path", type=user_path, metavar="FILE",
+                        default=HUB / "open_clip_model.safetensors")
     parser.add_argument("--cmmd-model-path", type=user_path, default=HUB / "clip-vit-large-patch14-336", metavar="DIR")
     parser.add_argument("--pickscore-path", type=user_path, default=HUB / "PickScore_v1", metavar="DIR")
 

@@ -10,7 +10,8 @@ from .options import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=user_path, metavar="DIR", nargs="+", required=True, help="run directories, or saved folders")
+    parser.add_argument("--run", type=user_path, metavar="DIR", nargs="+", required=True,
+                        help="run directories, or saved folders")
     parser.add_argument("--out", type=user_path, metavar="FILE",
                         help="page to write (default: report.html in the first of them)")
 

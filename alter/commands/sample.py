@@ -100,7 +100,8 @@ def _load(arguments: argparse.Namespace) -> Any:
     pipe: Any = load(folder, torch_dtype=getattr(torch, DTYPES[arguments.dtype]))
     by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
     if by_class != (arguments.labels is not None):
-        raise InputError(f"--run {arguments.run}: a {type(pipe).__name__} takes {'--labels' if by_class else '--prompts'}")
+        wanted = "--labels" if by_class else "--prompts"
+        raise InputError(f"--run {arguments.run}: a {type(pipe).__name__} takes {wanted}")
     if by_class and max(arguments.labels) >= null_class(pipe.transformer):
         raise InputError(f"--labels {max(arguments.labels)}: the model has the classes 0 to "
                          f"{null_class(pipe.transformer) - 1}")
@@ -144,8 +145,8 @@ def _check_manifest(file: Path, settings: dict[str, Any], images: list[dict[str,
                          "folder") from None
     for name, value in settings.items():
         if settings_before.get(name) != value:
-            raise InputError(f"--out {file.parent}: was drawn with {name}={settings_before.get(name)!r}, not {value!r}: "
-                             "choose another folder")
+            raise InputError(f"--out {file.parent}: was drawn with {name}={settings_before.get(name)!r}, not "
+                             f"{value!r}: choose another folder")
     common = min(len(images_before), len(images))
     if images_before[:common] != images[:common]:
         raise InputError(f"--out {file.parent}: was drawn with other prompts: choose another folder")

@@ -31,12 +31,15 @@ class Network(Protocol):
 
     Attributes:
         name: of network and protocol. digest: of its weights.
-        prepare: from RGB to [C, H, W] of a fixed size; it can be pickled, and holds no weights.
     """
 
     name: str
     digest: str
-    prepare: Callable[[Image.Image], Tensor]
+
+    @property
+    def prepare(self) -> Callable[[Image.Image], Tensor]:
+        """From RGB to [C, H, W] of a fixed size; it can be pickled, and holds no weights."""
+        ...
 
     def features(self, images: Tensor) -> Mapping[str, Tensor]:
         """From [B, C, H, W] to features [B, D] each."""

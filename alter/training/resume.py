@@ -58,11 +58,11 @@ def find_run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path
         return _resumed(config, run_dir, resume_from, accelerator.is_main_process), run_dir, resume_from
     if config.output_dir:
         run_dir = Path(config.output_dir)
+        check_writable(run_dir, "output_dir", folder=True)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
             remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
             raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
-        check_writable(run_dir, "output_dir", folder=True)
         return _follow_links(config), run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
