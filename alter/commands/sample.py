@@ -96,6 +96,8 @@ def _load(arguments: argparse.Namespace) -> Any:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"--run {arguments.run}: {folder} is no pipeline: it has no model_index.json: name a finished "
                          "run")
+    if not any((folder / part).is_dir() for part in ("vae", "transformer")):
+        raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
     load = load_dense if arguments.dense else load_pipeline
     pipe: Any = load(folder, torch_dtype=getattr(torch, DTYPES[arguments.dtype]))
     by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
@@ -105,8 +107,9 @@ def _load(arguments: argparse.Namespace) -> Any:
     if by_class and max(arguments.labels) >= null_class(pipe.transformer):
         raise InputError(f"--labels {max(arguments.labels)}: the model has the classes 0 to "
                          f"{null_class(pipe.transformer) - 1}")
-    if not by_class and getattr(pipe, "vae", None) is None:
-        raise InputError(f"--run {arguments.run}: a pipeline without a VAE draws no images: name a run on images")
+    if by_class and pipe.vae is None and pipe.transformer.config.in_channels not in (1, 3):
+        raise InputError(f"--run {arguments.run}: {folder} has no VAE, and {pipe.transformer.config.in_channels} "
+                         "channels are no picture: add the folder vae/ to it, and name it in model_index.json")
     if solver is not None:
         pipe.scheduler = solver.from_config(pipe.scheduler.config)
     most = pipe.scheduler.config.num_train_timesteps

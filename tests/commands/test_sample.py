@@ -184,5 +184,13 @@ def test_a_run_on_latents_draws_no_images(folder, tmp_path, capsys):
         assert main(["sample", "--run", str(pipe), "--prompts", str(folder / "prompts.txt"), "--out",
                      str(tmp_path / "o"), *dense]) == 2
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
-        assert str(pipe) in line and not (tmp_path / "o").exists(), line
-        print(line)
+        assert line.endswith("has no VAE and draws no images: name a run on images")
+    assert not (tmp_path / "o").exists()
+
+
+def test_four_channels_are_no_picture(tmp_path, capsys):
+    pipe = ClassConditionalPipeline(make_dit(channels=4), DDPMScheduler(clip_sample=False))
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert main(["sample", "--run", str(tmp_path / "pipe"), "--dense", "--labels", "1", "--out",
+                 str(tmp_path / "o")]) == 2
+    assert "has no VAE, and 4 channels are no picture" in capsys.readouterr().err and not (tmp_path / "o").exists()

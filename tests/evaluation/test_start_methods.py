@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import HANGING, ROOT, save_noise
+from helpers import HANGING, ROOT, run_script, save_noise
 from PIL import Image
 from torch import nn
 
@@ -18,29 +18,36 @@ from alter.evaluation import networks
 from alter.evaluation.classifier import SmallClassifier
 
 
+def measured(folder):
+    """The FID; forgets the features it was made of, not the network."""
+    for features in {*(folder / "cache").glob("*.safetensors")} - {*(folder / "cache").glob("digits-*")}:
+        features.unlink()
+    return json.loads((folder / "metrics.json").read_text())["fid"]["value"]
+
+
 def test_evaluate_does_not_need_fork(tmp_path):
     save_noise(tmp_path / "a", count=8, seed=0)
     save_noise(tmp_path / "b", count=8, seed=1)
-    values = []
-    for method in ("fork", "spawn", "forkserver"):
+    arguments = ["--images", tmp_path / "a", "--reference", tmp_path / "b", "--metrics", "fid", "--feature-network",
+                 "demo", "--bootstrap", "0", "--cache", tmp_path / "cache", "--out", tmp_path / "metrics.json"]
+    assert run_script("evaluate", *arguments, "--workers", "0", ACCELERATE_USE_CPU="true").returncode == 0
+    values = [measured(tmp_path)]
+    for method in ("spawn", "forkserver"):
         (tmp_path / "sitecustomize.py").write_text(
             f"import multiprocessing\nmultiprocessing.set_start_method({method!r}, force=True)\n")
         done = subprocess.run(
-            [sys.executable, ROOT / "scripts/evaluate.py", "--images", tmp_path / "a", "--reference", tmp_path / "b",
-             "--metrics", "fid", "--feature-network", "demo", "--bootstrap", "0", "--workers", "1",
-             "--cache", tmp_path / "cache", "--out", tmp_path / "metrics.json"],
-            capture_output=True, text=True, cwd=tmp_path, timeout=HANGING,
+            [sys.executable, ROOT / "scripts/evaluate.py", *arguments, "--workers", "1"], capture_output=True,
+            text=True, cwd=tmp_path, timeout=HANGING,
             env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
         assert done.returncode == 0, done.stderr
-        values.append(json.loads((tmp_path / "metrics.json").read_text())["fid"]["value"])
-        for features in set((tmp_path / "cache").glob("*.safetensors")) - set((tmp_path / "cache").glob("digits-*")):
-            features.unlink()
+        values.append(measured(tmp_path))
     assert np.isfinite(values[0]) and values == pytest.approx(values[:1] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize("prepare", [
     networks.Demo(SmallClassifier(1, 8, 10), 8, 1).prepare, networks._resized_clean, networks._resized_legacy,
-    partial(networks._normalized, size=224, statistics=networks.IMAGENET), partial(networks._normalized_square, size=28),
+    partial(networks._normalized, size=224, statistics=networks.IMAGENET),
+    partial(networks._normalized_square, size=28),
 ])
 def test_what_loader_processes_are_handed(prepare):
     """It can be pickled, without weights, and does the same then."""
