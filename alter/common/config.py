@@ -139,8 +139,8 @@ class BudgetConfig:
         None, "Latencies measured by `alter latency` on the device that will use the experts; null: measured here."
     )
     sampler: str | None = key(
-        None, "Average p over the timesteps that this diffusers scheduler visits (for example "
-        "DPMSolverMultistepScheduler); null: over all training timesteps."
+        None, "Weigh each training timestep, in budget and losses, as the one nearest to it that this diffusers "
+        "scheduler visits (for example DPMSolverMultistepScheduler); null: all timesteps alike."
     )
     sampling_steps: int = key(20, "Denoising steps of `sampler`.", within="[1, 1000]")
 

@@ -47,14 +47,19 @@ def read_text(file: Path, field: str) -> str:
         raise InputError(f"{field}: {file}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{field}: {file}: cannot be read ({reason})") from None
+        raise InputError(f"{field}: {file}: cannot be read ({reason}): write it again, or allow it") from None
     except ValueError as error:
         raise InputError(f"{field}: {file} {error}: save the file as UTF-8") from None
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines, which \\n, \\r and \\r\\n alone end: str.splitlines cuts at U+2028 too, inside of a prompt."""
+    return re.split(r"\r\n|[\r\n]", text)
+
+
 def read_lines(file: Path, field: str) -> list[str]:
-    """The lines of `read_text`, which \\n and \\r alone end, stripped; blank ones are left out."""
-    return [line.strip() for line in re.split(r"[\r\n]", read_text(file, field)) if line.strip()]
+    """The lines of `read_text`, stripped, without the blank ones."""
+    return [line.strip() for line in split_lines(read_text(file, field)) if line.strip()]
 
 
 def folder_fault(path: str | Path) -> str | None:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from ..common.files import decode_text, read_text
+from ..common.files import decode_text, read_text, split_lines
 from .base import (
     IMAGE_SUFFIXES,
     Framing,
@@ -29,6 +28,7 @@ from .base import (
 )
 from .images import Unreadable
 
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 METADATA = ("metadata.jsonl", "metadata.jsonl.gz", "metadata.csv")
 
 
@@ -49,6 +49,9 @@ class ImageFolder(SourceDefaults):
         # Arrays: workers copy a page of memory for every object that they look at, and there may be millions.
         self.names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         folders = [name.split("/")[0] for name in names]
+        if set(map(str.lower, folders)) <= PARTS:
+            raise InputError(f"data.path={config.path!r}: its sub-folders are parts of a data set, no classes: set "
+                             f"it to {folder / folders[0]}")
         self.classes = number_classes(folders, config.path)
         self.labels = np.array([self.classes[name] for name in folders], dtype=np.int32)
         self.num_classes = 1 + max(self.classes.values())
@@ -183,7 +186,7 @@ def _read_metadata(file: Path, config: DataConfig) -> list[tuple[int, dict[str, 
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(re.split(r"\r\n|[\r\n]", read_text(file, "data.path")), start=1):
+    for number, line in enumerate(split_lines(read_text(file, "data.path")), start=1):
         if not line.strip():
             continue
         place = f"data.path: {file} line {number}"

@@ -222,6 +222,9 @@ def _read_json(file: Path) -> dict:
 
 def _load_npy(file: Path) -> Tensor:
     try:
-        return torch.from_numpy(np.load(file, allow_pickle=False))
+        values = torch.from_numpy(np.load(file, allow_pickle=False))
+        if values.is_complex():
+            raise ValueError("complex numbers")
+        return values
     except (OSError, ValueError, TypeError, EOFError, MemoryError) as error:
         raise Unreadable(f"cannot be read ({' '.join(str(error).split())[:200]})") from None

@@ -97,7 +97,7 @@ class Budget:
         kept_T = (mask_EL @ self.share_L)[expert_T]
         return self.fixed + float(np.average(kept_T, weights=self.weight_T(len(expert_T)))) / self.scale
 
-    def masks(self, logits: Logits, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    def masks(self, logits: Logits, keep_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Probable masks with this keep ratio, and the most probable expert of each timestep.
 
         Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within TOLERANCE and
@@ -106,16 +106,20 @@ class Budget:
         budget").
 
         Args:
-            keep_ratio: the wanted share, in `over`'s unit.
+            keep_ratio: the wanted share, in `over`'s unit; None: the expected one of these logits.
 
         Returns: mask_EL bool [E, L], expert_T int64 [T]; the same for equal logits on every machine and process.
         """
-        logits_EL = logits.mask_EL.detach().double().cpu().numpy()
-        expert_T = logits.router_TE.detach().argmax(-1).cpu().numpy()
+        mask_EL, router_TE = logits.mask_EL.detach().double(), logits.router_TE.detach()
+        parts = mask_EL.flatten(), router_TE.argmax(-1).double(), self.expected(logits).detach().double()[None]
+        known = torch.cat(parts).cpu().numpy()  # one host read
+        logits_EL = known[: mask_EL.numel()].reshape(mask_EL.shape)
+        expert_T = known[mask_EL.numel() : -1].astype(np.int64)
         served_E = np.bincount(expert_T, self.weight_T(len(expert_T)), minlength=len(logits_EL))
         cost_EL = served_E[:, None] / served_E.sum() * self.share_L / self.scale
         serving_E = np.isin(np.arange(len(logits_EL)), expert_T)
-        return _most_probable(logits_EL, cost_EL, serving_E, keep_ratio - self.fixed), expert_T
+        target = (float(known[-1]) if keep_ratio is None else keep_ratio) - self.fixed
+        return _most_probable(logits_EL, cost_EL, serving_E, target), expert_T
 
     def weight_T(self, num_timesteps: int) -> np.ndarray | None:
         """`timestep_weights` of the sampler's timesteps; None where all weigh the same."""

@@ -269,8 +269,7 @@ class Trainer:
         if self.experts is not None:
             return self.experts.mask_EL, self.experts.expert_T
         with torch.no_grad():
-            logits = self.parts.hypernetwork()
-            return self._agreed(self.parts.budget.masks(logits, float(self.parts.budget.expected(logits))))
+            return self._agreed(self.parts.budget.masks(self.parts.hypernetwork()))
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray]:
         """T_end: the most probable masks at the target itself."""

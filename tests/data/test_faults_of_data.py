@@ -54,6 +54,7 @@ def test_folders_without_images_are_no_classes(tmp_path):
 @pytest.mark.parametrize("names, reason", [
     (["1", "01"], "the class folders 01 and 1 are both label 1: rename one"),
     (["-1", "0"], "the class folder -1 is no label: number them from 0"),
+    (["train", "Val"], "its sub-folders are parts of a data set, no classes: set it to .*/(train|Val)$"),
     (["0", "20240101123000"], "the class folder 20240101123000 is no label"),
 ])
 def test_numbers_that_are_no_labels(tmp_path, names, reason):

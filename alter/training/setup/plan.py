@@ -301,9 +301,10 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
                          "use data.source=latents")
     by_class = "class_labels" in example_inputs(backbone, shape[-1])
     if by_class == (source.num_classes == 0):
-        kind = "class labels" if by_class else "text"
-        raise InputError(f"data.source={data.source!r}: the backbone is conditioned on {kind}, which this "
-                         "data does not have")
+        has, needs, give = ("captions", "class labels", "images in one folder per class, or latents with labels") \
+            if by_class else ("class labels", "text", "images with captions, or latents with text states")
+        raise InputError(f"data.source={data.source!r}: has {has}, and the backbone is conditioned on {needs}, which "
+                         f"this data does not have: give {give}")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
