@@ -60,7 +60,7 @@ def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Train
     template, on_cpu = CONFIGS / "models" / CASES[name][0], device.type == "cpu"
     size = small if on_cpu else CASES[name][1]
     cls, component = component_of(template)
-    values = {**cls.load_config(template / component), **(cut if on_cpu else {})}
+    values = {**cls.load_config(template / component), **(cut if on_cpu else {}), "sample_size": size}
     torch.manual_seed(0)
     with torch.device(device):
         backbone: Any = cls.from_config(values)
@@ -78,9 +78,9 @@ def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Train
         _save(folder / "empty_text.npy", torch.zeros(example["encoder_hidden_states"].shape[1:]))
     config = load_config(config_file, [
         f"backbone.pretrained={folder}", "backbone.revision=null", "data.source=latents", f"data.path={folder}",
-        f"data.resolution={size}", "data.holdout=0", f"train.batch_size={batch}", "train.gradient_accumulation=1",
-        f"train.mixed_precision={'no' if on_cpu else 'bf16'}", "log.tracker=none", "validate.every=null",
-        f"output_dir={folder / 'run'}", "teacher.precision=fp32",
+        f"data.resolution={size}", "data.holdout=0", "data.flip=false", f"train.batch_size={batch}",
+        "train.gradient_accumulation=1", f"train.mixed_precision={'no' if on_cpu else 'bf16'}", "log.tracker=none",
+        "validate.every=null", f"output_dir={folder / 'run'}", "teacher.precision=fp32",
     ])
     accelerator = make_accelerator(config)
     return Trainer(config, build(config, 1, device), accelerator, folder)
