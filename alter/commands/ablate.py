@@ -18,14 +18,14 @@ import torch
 
 from ..backbones.latency import device_name
 from ..common.errors import InputError
-from ..common.files import write_text
+from ..common.files import check_writable, read_text, write_text
 from ..common.load import load_config
 from ..evaluation.report.figures import plot_quality
 from ..training.ablation import UNSEARCHED, ablation_table, time_ratio, unsearched_experts
 from ..training.demo import make_demo
 from ..training.run import train
 from ..training.setup.parts import build
-from .options import add_config
+from .options import add_config, check_keep, user_path
 
 PAPER = ["experts.start=dense", "experts.offset=4"]  # where the search starts, whatever the file's own start
 SEARCHED = {
@@ -37,14 +37,16 @@ SEARCHED = {
     "started": ["experts.start=greedy", "experts.offset=2"],
     "started_static": ["experts.start=greedy", "experts.offset=2", "experts.count=1"],
 }
+_KEY = {"variant", "seed", "keep_ratio_target"}  # what tells rows apart
 VARIANTS = ("dense", *SEARCHED, *UNSEARCHED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, "YAML file of a demo's run")
-    parser.add_argument("--out", metavar="FILE",
+    parser.add_argument("--out", type=user_path, metavar="FILE",
                         help="JSON file of rows, continued if it is there (default docs/results/NAME.json)")
-    parser.add_argument("--runs", metavar="DIR", default="outputs/ablation", help="folder of the runs themselves")
+    parser.add_argument("--runs", type=user_path, metavar="DIR", default="outputs/ablation",
+                        help="folder of the runs themselves")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME",
                         help=f"of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -52,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out or f"docs/results/{Path(arguments.config).stem}.json")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: its folder does not exist")
-    if load_config(arguments.config, arguments.overrides).data.holdout == 0:
-        raise InputError("data.holdout=0: some samples are needed to measure the output error on")
-    rows = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
+    check_keep(arguments)
+    for seed in arguments.seeds:
+        if load_config(arguments.config, [*arguments.overrides, f"seed={seed}"]).data.holdout == 0:
+            raise InputError("data.holdout=0: some samples are needed to measure the output error on")
+    out = arguments.out or Path(f"docs/results/{Path(arguments.config).stem}.json")
+    check_writable(out, "--out")
+    check_writable(arguments.runs, "--runs", folder=True)
+    rows = _rows_of(out) if out.is_file() else []
     for keep, seed, variant in itertools.product(arguments.keep, arguments.seeds, arguments.variants):
         name = " ".join((variant, *arguments.overrides))
         if any((row["variant"], row["seed"], row["keep_ratio_target"]) == (name, seed, keep) for row in rows):
@@ -70,9 +74,20 @@ def run(arguments: argparse.Namespace) -> None:
     plot_quality(rows, out.with_suffix(".png"))
 
 
+def _rows_of(file: Path) -> list[dict[str, Any]]:
+    """The rows that an earlier call wrote."""
+    try:
+        rows = json.loads(read_text(file, "--out"))
+    except json.JSONDecodeError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and _KEY <= row.keys() for row in rows):
+        raise InputError(f"--out {file}: holds no rows of `alter ablate`: choose another file")
+    return rows
+
+
 def _train(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> Path:
     """Train the variant, unless that is done; returns the run directory."""
-    folder = Path(arguments.runs) / f"{Path(arguments.config).stem}-{name.replace('/', '_')}-{keep}-{seed}"
+    folder = arguments.runs / f"{Path(arguments.config).stem}-{name.replace('/', '_')}-{keep}-{seed}"
     run = folder / "run"
     if (run / "summary.json").is_file():
         return run

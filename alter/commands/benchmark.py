@@ -11,12 +11,12 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.files import check_writable, write_text
 from .benchmarking import CASES, KINDS
-from .options import announce_loading
+from .options import announce_loading, check_keep, check_least, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,17 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager"], help="default eager")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.65, 0.5], metavar="P", help="default 0.65 0.5")
     parser.add_argument("--masks", type=int, default=5, help="random draws at each keep ratio (default 5)")
-    parser.add_argument("--run", metavar="DIR", help="a finished run, whose masks are taken instead")
+    parser.add_argument("--run", type=user_path, metavar="DIR", help="a finished run, whose masks are taken instead")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], help="default 1")
     parser.add_argument("--runs", type=int, default=6, help="timed runs of each alternative (default 6)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of inference (default fp32)")
-    parser.add_argument("--json", metavar="FILE", required=True)
+    parser.add_argument("--json", type=user_path, metavar="FILE", required=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_least(arguments, 1, "masks", "batch", "runs")
+    check_keep(arguments)
+    check_writable(arguments.json, "--json")
     announce_loading()
     import torch
 
+    from .benchmarking.cases import trained_experts
     from .benchmarking.training import CUT
 
     on_gpu = torch.cuda.is_available()
@@ -45,11 +49,13 @@ def run(arguments: argparse.Namespace) -> None:
     untrained = [name for name in arguments.cases if name not in CUT]
     if set(arguments.kinds) & set(KINDS[2:]) and (untrained or arguments.run):
         raise InputError(f"--kinds train_*: for --cases {' '.join(CUT)}, and without --run")
+    if arguments.run is not None:
+        trained_experts(arguments.run)  # what is wrong with it is said before the backbones are made
     rows: list[dict[str, Any]] = []
     for row in _rows(arguments, torch.device("cuda" if on_gpu else "cpu")):
         rows.append(row)
         print(_line(row), flush=True)
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(rows, indent=1) + "\n")
     print("\nmeans (least to most):")
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:

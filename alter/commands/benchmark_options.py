@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.files import check_writable, write_text
 from ..common.load import load_config
-from .options import add_config, announce_loading
+from .options import add_config, announce_loading, check_least, user_path
 
 PLAIN = "none"
 
@@ -26,10 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], help="an option to measure")
     parser.add_argument("--steps", type=int, default=12, help="iterations timed in each phase (default 12)")
     parser.add_argument("--warmup", type=int, default=4, help="iterations before them (default 4)")
-    parser.add_argument("--out", metavar="FILE", required=True, help="JSON file to write")
+    parser.add_argument("--out", type=user_path, metavar="FILE", required=True, help="JSON file to write")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_least(arguments, 1, "steps")
+    check_least(arguments, 0, "warmup")
+    for option in ("", *arguments.option):
+        t_end = load_config(arguments.config, [*arguments.overrides, *option.split()]).train.t_end
+        steps = arguments.warmup + arguments.steps
+        if steps >= t_end:
+            raise InputError(f"--steps and --warmup: {steps} steps do not fit into train.search_steps={t_end}")
+    check_writable(arguments.out, "--out")
     announce_loading()
     import diffusers
     import torch
@@ -46,11 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
         for row in rows:
             row[f"{phase}_ratio"] = row[f"{phase}_seconds"] / plain
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    Path(arguments.out).write_text(json.dumps({
+    write_text(arguments.out, json.dumps({
         "config": arguments.config, "overrides": arguments.overrides, "device": device,
         "torch": torch.__version__, "diffusers": diffusers.__version__,
         "rows": rows,
-    }, indent=2) + "\n", encoding="utf-8")
+    }, indent=2) + "\n")
     for row in rows:
         print(f"{row['option']:32} search {row['search_ratio']:.2f}  tuning {row['tuning_ratio']:.2f}")
 
@@ -70,10 +79,8 @@ def _measure(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, build(config, 1, device), accelerator, Path(folder))
-        train, steps = config.train, arguments.warmup + arguments.steps
+        steps = arguments.warmup + arguments.steps
         micro_batches = trainer.micro_batches(2 * steps)
-        if steps >= train.t_end:
-            raise InputError(f"--steps and --warmup: {steps} steps do not fit into train.search_steps={train.t_end}")
         result: dict[str, Any] = {}
         for phase in ("search", "tuning"):
             if phase == "tuning":

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.errors import InputError
+from ..common.files import check_writable
+from .options import check_least, user_path
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -22,26 +24,28 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("direction", choices=("to-diffusers", "to-facebook"))
-    parser.add_argument("source", type=Path, help="the .pt file; to-facebook: a pipeline folder with transformer/")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make; to-facebook: .pt file to write")
+    parser.add_argument("source", type=user_path, help="the .pt file; to-facebook: a pipeline folder with transformer/")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to make; to-facebook: .pt file to write")
     parser.add_argument("--heads", type=int,
                         help="attention heads (default: those of DiT-S, -B, -L or -XL, by width); to-diffusers only")
-    parser.add_argument("--vae", type=Path, metavar="DIR",
+    parser.add_argument("--vae", type=user_path, metavar="DIR",
                         help="folder of its AutoencoderKL, such as sd-vae-ft-mse; to-diffusers only")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.direction == "to-facebook" and (arguments.heads, arguments.vae) != (None, None):
         raise InputError("--heads and --vae: are of to-diffusers: leave them out")
+    check_least(arguments, 1, "heads")
+    out: Path = arguments.out
+    if out.exists() and not (arguments.direction == "to-diffusers" and out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"--out {out}: exists: choose another name")
+    check_writable(out, "--out", folder=True)
     import torch
     from diffusers.utils import logging
 
     from ..backbones.facebook_dit import read_checkpoint, to_diffusers, to_facebook
 
     logging.set_verbosity(logging.CRITICAL)  # what diffusers complains of is refused, in one line
-    out: Path = arguments.out
-    if out.exists() and not (arguments.direction == "to-diffusers" and out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out {out}: exists: choose another name")
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

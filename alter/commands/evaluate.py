@@ -8,17 +8,21 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from ..common.errors import InputError
+from ..common.files import check_writable, read_lines, read_text
 from ..common.process import this_process
 from ..evaluation.image_sets import ImageSet
 from ..evaluation.networks import HUB, INCEPTION_FILE, ClipVision, Dino, Inception, Network, OpenClip
 from ..evaluation.preferences import PREFERENCES, preference_scores
 from ..evaluation.suite import METRICS, Features, Reference, evaluate, table
+from .options import check_least, user_path
 
+_COMPARED = ("protocol", "images_protocol", "network", "reference", "images")  # what columns must have in common
 CACHE = Path.home() / ".cache" / "alter"
 
 
@@ -27,46 +31,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = "\n".join(f"  {name:12} {protocol}" for name, protocol in protocols.items())
     parser.epilog = f"metrics:\n{known}"
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", metavar="DIR", help="folder, or .npz with arr_0")
-    source.add_argument("--run", metavar="DIR", help="a demo's run, whose images are drawn first")
-    source.add_argument("--compare", nargs="+", metavar="FILE", help="show these metrics.json side by side")
-    parser.add_argument("--reference", metavar="PATH", help="folder, ADM reference batch (.npz) or saved statistics")
+    source.add_argument("--images", type=user_path, metavar="DIR", help="folder, or .npz with arr_0")
+    source.add_argument("--run", type=user_path, metavar="DIR",
+                        help="a demo's run, whose images are drawn first")
+    source.add_argument("--compare", type=user_path, nargs="+", metavar="FILE",
+                        help="show these metrics.json side by side")
+    parser.add_argument("--reference", type=user_path, metavar="PATH",
+                        help="folder, ADM reference batch (.npz) or saved statistics")
     parser.add_argument("--metrics", nargs="+", choices=protocols, default=["fid", "kid", "is", "prc"],
                         metavar="NAME", help="see below (default fid kid is prc)")
-    parser.add_argument("--prompts", metavar="FILE", help="a line an image, in the order of the images' names "
-                        "(default: manifest.json of `alter sample`, if it is there)")
-    parser.add_argument("--out", metavar="FILE",
+    parser.add_argument("--prompts", type=user_path, metavar="FILE",
+                        help="a line an image, in the order of the images' names (default: manifest.json of "
+                        "`alter sample`, if it is there)")
+    parser.add_argument("--out", type=user_path, metavar="FILE",
                         help="JSON to write (default: <name of the images>-metrics.json beside them)")
-    parser.add_argument("--save-stats", metavar="FILE", help="write the reference's statistics to this .npz")
+    parser.add_argument("--save-stats", type=user_path, metavar="FILE",
+                        help="write the reference's statistics to this .npz")
     parser.add_argument("--num", type=int, help="refuse another number of images")
     parser.add_argument("--resize", type=int, metavar="SIDE", help="first make all images squares of this side "
                         "(bicubic, antialiased), as papers do that generate at 768 and measure at 256")
     parser.add_argument("--bootstrap", type=int, default=20, metavar="N", help="resamples for the intervals; 0: none")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help=f"default {CACHE}")
+    parser.add_argument("--cache", type=user_path, default=CACHE, metavar="DIR", help=f"default {CACHE}")
     parser.add_argument("--feature-network", choices=("standard", "demo"), default="standard",
                         help="demo: a classifier of digits, trained here, in Inception's place; for dry runs")
-    parser.add_argument("--inception-weights", type=Path, default=HUB / INCEPTION_FILE, metavar="FILE")
-    parser.add_argument("--dinov2-weights", type=Path, metavar="FILE",
+    parser.add_argument("--inception-weights", type=user_path, default=HUB / INCEPTION_FILE, metavar="FILE")
+    parser.add_argument("--dinov2-weights", type=user_path, metavar="FILE",
                         default=HUB / "vit_large_patch14_dinov2.lvd142m.safetensors")
     parser.add_argument("--dinov2-model", default="vit_large_patch14_dinov2", metavar="NAME", help="timm's name")
     parser.add_argument("--clip-model", default="ViT-g-14", metavar="NAME",
                         help="open_clip's name: ViT-g-14 (laion2b, as APTP and ALTER) or ViT-L-14-quickgelu (openai)")
-    parser.add_argument("--clip-model-path", type=Path, default=HUB / "open_clip_model.safetensors", metavar="FILE")
-    parser.add_argument("--cmmd-model-path", type=Path, default=HUB / "clip-vit-large-patch14-336", metavar="DIR")
-    parser.add_argument("--pickscore-path", type=Path, default=HUB / "PickScore_v1", metavar="DIR")
+    parser.add_argument("--clip-model-path", type=user_path, metavar="FILE",
+                        default=HUB / "open_clip_model.safetensors")
+    parser.add_argument("--cmmd-model-path", type=user_path, default=HUB / "clip-vit-large-patch14-336", metavar="DIR")
+    parser.add_argument("--pickscore-path", type=user_path, default=HUB / "PickScore_v1", metavar="DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:
     state = this_process()
     try:
         if arguments.compare:
-            results = {folder: _read_results(Path(folder)) for folder in arguments.compare}
+            results = {str(file): _read_results(file) for file in arguments.compare}
             print(table(results))
             for line in _differences(results):
                 print(f"warning: {line}", file=sys.stderr)
         else:
+            _check(arguments)
             _evaluate(arguments, state)
     except InputError:
         if state.is_main_process:
@@ -77,28 +88,37 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what does not depend on the images."""
+    check_least(arguments, 1, "num", "resize", "batch")
+    check_least(arguments, 0, "bootstrap", "workers")
+    check_writable(arguments.cache, "--cache", folder=True)
+    if arguments.out is not None:
+        check_writable(arguments.out, "--out")
+    if arguments.save_stats is not None:
+        check_writable(arguments.save_stats, "--save-stats")
+        if arguments.save_stats.suffix != ".npz":
+            raise InputError(f"--save-stats {arguments.save_stats}: name an .npz file")
+
+
 def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
     source, reference_source, out = arguments.images, arguments.reference, arguments.out
     prompts_file = arguments.prompts
     if arguments.run:
         from ..training.demo_images import draw_run
 
-        run = Path(arguments.run)
-        run = run if (run / "config.yaml").is_file() else run / "latest"
+        run = arguments.run if (arguments.run / "config.yaml").is_file() else arguments.run / "latest"
         if not (run / "config.yaml").is_file():
             raise InputError(f"--run {arguments.run}: no run: it has no config.yaml")
+        check_writable(run / "evaluation", "--run", folder=True)
         drawn = draw_run(run, run / "evaluation", state)
         source, reference_source = drawn / "images", reference_source or drawn / "real"
         prompts_file = prompts_file or drawn / "prompts.txt"
         out = out or run / "metrics.json"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = ImageSet(source, arguments.resize)
-    file = Path(out) if out else images.source.absolute().with_name(f"{images.source.absolute().name}-metrics.json")
-    for option, written in (("--out", file), ("--save-stats", Path(arguments.save_stats or file))):
-        if not written.parent.is_dir():
-            raise InputError(f"{option} {written}: its folder does not exist")
-    if arguments.save_stats and Path(arguments.save_stats).suffix != ".npz":
-        raise InputError(f"--save-stats {arguments.save_stats}: name an .npz file")
+    file = out or images.source.absolute().with_name(f"{images.source.absolute().name}-metrics.json")
+    check_writable(file, "--out")
     if arguments.num is not None and len(images) != arguments.num:
         raise InputError(f"--images {source}: holds {len(images)} images, not --num {arguments.num}")
     features = Features(lambda key: _network(key, arguments, state), arguments.cache, arguments.batch,
@@ -117,7 +137,7 @@ def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
     print(table({images.source.name: results}))
     print(f"written to {file}")
     if arguments.save_stats and reference is not None:
-        reference.save(Path(arguments.save_stats), [METRICS[name] for name in arguments.metrics if name in METRICS])
+        reference.save(arguments.save_stats, [METRICS[name] for name in arguments.metrics if name in METRICS])
 
 
 def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Network:
@@ -137,15 +157,17 @@ def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Ne
     return ClipVision(arguments.cmmd_model_path)
 
 
-def _prompts(file: str | Path | None, images: ImageSet) -> list[str] | None:
+def _prompts(file: Path | None, images: ImageSet) -> list[str] | None:
     if file is not None:
-        if not Path(file).is_file():
-            raise InputError(f"--prompts {file}: no such file")
-        return Path(file).read_text(encoding="utf-8").splitlines()
+        return read_lines(file, "--prompts")
     manifest = images.source / "manifest.json"
     if not manifest.is_file():
         return None
-    conditions = {image["file"]: image["condition"] for image in json.loads(manifest.read_text())["images"]}
+    try:
+        content = json.loads(read_text(manifest, "--images"))
+        conditions = {image["file"]: image["condition"] for image in content["images"]}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{manifest}: not as `alter sample` writes it ({error}): give --prompts") from None
     return [str(conditions[name]) for name in images.names] if set(images.names) <= conditions.keys() else None
 
 
@@ -154,7 +176,7 @@ def _differences(results: dict[str, dict]) -> list[str]:
     lines = []
     for name in dict.fromkeys(name for result in results.values() for name in result):
         found = [result[name] for result in results.values() if name in result]
-        for key in ("protocol", "images_protocol", "network", "reference", "images"):
+        for key in _COMPARED:
             if any(result[key] != found[0][key] for result in found):
                 lines.append(f"{name}: the columns differ in {key}: "
                              + ", ".join(dict.fromkeys(str(result[key]) for result in found)))
@@ -164,6 +186,19 @@ def _differences(results: dict[str, dict]) -> list[str]:
 def _read_results(file: Path) -> dict:
     file = file / "metrics.json" if file.is_dir() else file
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--compare {file}: no metrics.json that can be read ({error})") from None
+        results = json.loads(read_text(file, "--compare"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--compare {file}: no JSON ({error}): name what `alter evaluate` wrote") from None
+    if not isinstance(results, dict) or not all(_is_result(name, result) for name, result in results.items()):
+        raise InputError(f"--compare {file}: holds no metrics: name what `alter evaluate` wrote")
+    return results
+
+
+def _is_result(name: str, result: Any) -> bool:
+    """Whether `table` and `_differences` find in it what they need."""
+    if not isinstance(result, dict) or not result.keys() >= {*_COMPARED, "value"}:
+        return False
+    numbers = [result["value"], *(result.get(key) for key in ("precision", "recall") if name == "prc")]
+    interval = result.get("ci95", [0, 0])
+    return isinstance(interval, list) and len(interval) == 2 and all(
+        isinstance(number, (int, float)) for number in (*numbers, *interval))

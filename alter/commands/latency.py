@@ -5,29 +5,27 @@
 """
 
 import argparse
-from pathlib import Path
 
-from ..common.errors import InputError
+from ..common.files import check_writable
 from ..common.load import load_config
-from .options import add_config, announce_loading
+from .options import add_config, announce_loading, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--out", metavar="FILE", required=True, help="JSON file to write")
+    parser.add_argument("--out", type=user_path, metavar="FILE", required=True, help="JSON file to write")
 
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    if not Path(arguments.out).parent.is_dir():
-        raise InputError(f"--out {arguments.out}: its folder does not exist")
+    check_writable(arguments.out, "--out")
     announce_loading()
     import torch
 
     from ..training.setup.plan import measure
 
     latency = measure(config, "cuda" if torch.cuda.is_available() else "cpu")
-    latency.save(Path(arguments.out))
+    latency.save(arguments.out)
     print(f"{latency.place}: {latency.seconds_total * 1e3:.2f} ms a forward")
     for name, seconds, share in zip(latency.sites, latency.seconds, latency.share_L, strict=True):
         print(f"  {name:60} {seconds * 1e3:9.3f} ms  {share:6.2%}")

@@ -7,15 +7,15 @@ each time, to see how far an error of the output moves samples.
 
 import argparse
 import dataclasses
-from pathlib import Path
 
+from ..common.files import check_writable
 from ..common.load import load_config
-from .options import add_config, announce_loading, check_positive
+from .options import add_config, announce_loading, check_least, user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
     parser.add_argument("--bins", type=int, default=10, help="equal intervals of timesteps (default 10)")
     parser.add_argument("--samples", type=int, default=32, help="samples of each bin (default 32)")
     parser.add_argument("--trials", type=int, default=4,
@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_positive(arguments, "bins", "samples", "trials", "batch")
+    check_least(arguments, 1, "bins", "samples", "trials", "batch")
     config = load_config(arguments.config, arguments.overrides)
+    check_writable(arguments.out, "--out", folder=True)
     announce_loading()
     import torch
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(config, loss=loss)
     parts = build(config, device="cuda" if torch.cuda.is_available() else "cpu")
     table = measure_sensitivity(config, parts, arguments.bins, arguments.samples, arguments.batch, arguments.trials)
-    out = Path(arguments.out)
+    out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     write_sensitivity(table, out / SENSITIVITY)
     plot_sensitivity(table, out / "sensitivity.png")

@@ -1,10 +1,11 @@
-"""What several commands share: `--config` with its overrides, checks of numbers, a word before slow imports."""
+"""What several commands share: `--config` with its overrides, paths, checks of numbers, a word before slow imports."""
 
 import argparse
 import dataclasses
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from ..common.config import Config
 from ..common.errors import InputError
@@ -12,9 +13,16 @@ from ..common.errors import InputError
 
 def add_config(parser: argparse.ArgumentParser, meaning: str = "YAML file of the run") -> None:
     """`--config`, and overrides of its keys among the other arguments."""
-    parser.add_argument("--config", metavar="PATH", required=True,
+    parser.add_argument("--config", metavar="PATH", type=os.path.expanduser, required=True,
                         help=f"{meaning}, or the name of one that alter brings (demo_dit)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the file")
+
+
+def user_path(text: str) -> Path:
+    """The type of options that name a place; no shell expands the ~ of `--out=~/x`."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(os.path.expanduser(text))
 
 
 def refuse_dashes(words: Iterable[str]) -> None:
@@ -31,12 +39,20 @@ def refuse_dashes(words: Iterable[str]) -> None:
                              f"{text if '=' in text else f'{text}=VALUE'}")
 
 
-def check_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises InputError for an option below 1."""
+def check_least(arguments: argparse.Namespace, least: int, *names: str) -> None:
+    """Raises InputError for options with a value below `least`; those without a value pass."""
     for name in names:
         value = getattr(arguments, name.replace("-", "_"))
-        if value < 1:
-            raise InputError(f"--{name} {value}: choose at least 1")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < least:
+                raise InputError(f"--{name} {number}: choose at least {least}")
+
+
+def check_keep(arguments: argparse.Namespace) -> None:
+    """Raises InputError unless each of `--keep` is a share."""
+    for keep in arguments.keep:
+        if not 0 < keep <= 1:
+            raise InputError(f"--keep {keep}: choose a value in (0, 1]")
 
 
 def announce_loading() -> None:

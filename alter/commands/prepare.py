@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
+from ..common.files import check_writable, folder_fault, read_text
+from .options import check_least, user_path
 
 COUNT = {"coco2014": 30_000, "coco2017": 5_000}
 MOST_NAMED = 5
@@ -25,25 +27,25 @@ MOST_NAMED = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("set", choices=("coco2014", "coco2017", "cc3m", "imagenet"))
-    parser.add_argument("--captions", type=Path, metavar="FILE")
-    parser.add_argument("--images", type=Path, metavar="DIR")
-    parser.add_argument("--count", type=_positive, help="images (default: the protocol's)")
+    parser.add_argument("--captions", type=user_path, metavar="FILE")
+    parser.add_argument("--images", type=user_path, metavar="DIR")
+    parser.add_argument("--count", type=int, help="images (default: the protocol's)")
     parser.add_argument("--size", type=int, default=256, help="side of the reference images (default 256)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="folder to make")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_least(arguments, 1, "count", "size")
     out: Path = arguments.out
     if out.exists():
         raise InputError(f"--out {out}: exists: choose another folder")
-    if arguments.set != "imagenet" and (arguments.captions is None or arguments.images is None):
-        raise InputError(f"{arguments.set}: needs --captions and --images")
+    if arguments.set != "imagenet":
+        if arguments.captions is None or arguments.images is None:
+            raise InputError(f"{arguments.set}: needs --captions and --images")
+        fault = folder_fault(arguments.images)
+        if fault is not None:
+            raise InputError(f"--images {arguments.images}: {fault}: name the folder of the set's images")
+    check_writable(out, "--out", folder=True)
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -62,15 +64,19 @@ def _coco(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Chosen images with their caption: id, file and caption."""
     import numpy as np
 
-    content = _read_json(arguments.captions)
     try:
-        files = {image["id"]: image["file_name"] for image in content["images"]}
+        content = json.loads(read_text(arguments.captions, "--captions"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--captions {arguments.captions}: no JSON ({error}): name the set's official file") from None
+    try:
+        files = {image["id"]: str(image["file_name"]) for image in content["images"]}
         captions: dict[int, str] = {}
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
             captions.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
+        ids = sorted(files.keys() & captions.keys())
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"--captions {arguments.captions}: no COCO captions file ({error!r} is missing)") from None
-    ids = sorted(files.keys() & captions.keys())
+        raise InputError(f"--captions {arguments.captions}: no COCO captions file ({error!r}): name the set's official "
+                         "file") from None
     count = arguments.count or COUNT[arguments.set]
     if count > len(ids):
         raise InputError(f"--captions {arguments.captions}: {len(ids)} images with captions, {count} are needed: use "
@@ -81,12 +87,8 @@ def _coco(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _cc3m(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    if not arguments.captions.is_file():
-        raise InputError(f"--captions {arguments.captions}: no such file")
-    try:
-        rows = [line.split("\t") for line in arguments.captions.read_text(encoding="utf-8").split("\n")[:-1]]
-    except UnicodeDecodeError as error:
-        raise InputError(f"--captions {arguments.captions}: not UTF-8 text ({error})") from None
+    lines = read_text(arguments.captions, "--captions").removesuffix("\n").split("\n")
+    rows = [line.split("\t") for line in lines]
     wrong = [number for number, row in enumerate(rows, 1) if len(row) != 2]
     if wrong:
         raise InputError(f"--captions {arguments.captions}: line {wrong[0]}: expected a caption, a tab and an address")
@@ -126,10 +128,3 @@ def _refuse(names: list[str], problem: str) -> None:
     if names:
         shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
         raise InputError(f"{problem} ({shown}): mend that folder; nothing was written")
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--captions {file}: cannot be read ({' '.join(str(error).split())[:200]})") from None

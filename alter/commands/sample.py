@@ -7,20 +7,23 @@ arguments, it draws what is missing.
 
 import argparse
 import json
+import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from .options import announce_loading
+from ..common.files import check_writable, read_lines, read_text
+from .options import announce_loading, check_least, user_path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, help="run directory, or the pipeline folder itself")
+    parser.add_argument("--run", type=user_path, required=True, help="run directory, or the pipeline folder itself")
     conditions = parser.add_mutually_exclusive_group(required=True)
-    conditions.add_argument("--prompts", metavar="FILE", help="text file, a prompt a line")
+    conditions.add_argument("--prompts", type=user_path, metavar="FILE", help="text file, a prompt a line")
     conditions.add_argument("--labels", type=int, nargs="+", metavar="CLASS")
     parser.add_argument("--num", type=int, help="images; prompts or labels repeat in turn (default: one of each)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
@@ -30,24 +33,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images of one call on one process (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--dense", action="store_true", help="without experts: the fine-tuned weights run dense")
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    _check(arguments)
+    conditions = arguments.labels or _read_prompts(arguments.prompts)
     announce_loading()
     import torch
     from tqdm import tqdm
 
     from ..common.process import this_process
 
-    state, out = this_process(), Path(arguments.out)
-    conditions = arguments.labels or _read_prompts(Path(arguments.prompts))
+    state, out = this_process(), arguments.out
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
-    settings = {name: value for name, value in vars(arguments).items()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
                 if name not in ("prompts", "num", "batch", "out")}
-    pipe = _load(arguments).to(state.device)
     _check_manifest(out / "manifest.json", settings, images)
+    pipe = _load(arguments).to(state.device)
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+        if state.is_main_process:
+            print("the pipeline's safety checker is left out: it would blacken images", file=sys.stderr)
     state.wait_for_everyone()
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,29 +84,53 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> Any:
     import torch
-    from diffusers import DiffusionPipeline, DiTPipeline
+    from diffusers import DiTPipeline
 
     from ..backbones.sampling import scheduler_class
-    from ..experts.load import load_pipeline
+    from ..backbones.sites import null_class
+    from ..experts.load import load_dense, load_pipeline
+    from ..experts.pipeline import ClassConditionalPipeline
 
-    folder = Path(arguments.run)
-    folder = folder / "final" if (folder / "final").is_dir() else folder
-    if not (folder / "vae").is_dir():
-        raise InputError(f"--run {arguments.run}: {folder} is no pipeline with a vae: name a finished run on images")
-    load = DiffusionPipeline.from_pretrained if arguments.dense else load_pipeline
+    solver = arguments.scheduler and scheduler_class(arguments.scheduler, "--scheduler ")
+    folder = arguments.run / "final" if (arguments.run / "final").is_dir() else arguments.run
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"--run {arguments.run}: {folder} is no pipeline: it has no model_index.json: name a finished "
+                         "run")
+    if not any((folder / part).is_dir() for part in ("vae", "transformer")):
+        raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
+    load = load_dense if arguments.dense else load_pipeline
     pipe: Any = load(folder, torch_dtype=getattr(torch, DTYPES[arguments.dtype]))
-    if isinstance(pipe, DiTPipeline) != (arguments.labels is not None):
-        wanted = "--labels" if isinstance(pipe, DiTPipeline) else "--prompts"
+    by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
+    if by_class != (arguments.labels is not None):
+        wanted = "--labels" if by_class else "--prompts"
         raise InputError(f"--run {arguments.run}: a {type(pipe).__name__} takes {wanted}")
-    if arguments.scheduler is not None:
-        pipe.scheduler = scheduler_class(arguments.scheduler, "--scheduler ").from_config(pipe.scheduler.config)
+    if by_class and max(arguments.labels) >= null_class(pipe.transformer):
+        raise InputError(f"--labels {max(arguments.labels)}: the model has the classes 0 to "
+                         f"{null_class(pipe.transformer) - 1}")
+    if by_class and pipe.vae is None and pipe.transformer.config.in_channels not in (1, 3):
+        raise InputError(f"--run {arguments.run}: {folder} has no VAE, and {pipe.transformer.config.in_channels} "
+                         "channels are no picture: add the folder vae/ to it, and name it in model_index.json")
+    if solver is not None:
+        pipe.scheduler = solver.from_config(pipe.scheduler.config)
+    most = pipe.scheduler.config.num_train_timesteps
+    if arguments.steps > most:
+        raise InputError(f"--steps {arguments.steps}: the model has {most} timesteps: choose at most that")
     return pipe
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be drawn by any model, or be written."""
+    check_least(arguments, 1, "num", "steps", "batch")
+    check_least(arguments, 0, "labels", "seed")
+    if arguments.seed >= 2**32:  # the images' own seeds have 64 bits
+        raise InputError(f"--seed {arguments.seed}: choose one below {2**32}")
+    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
+        raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
+    check_writable(arguments.out, "--out", folder=True)
+
+
 def _read_prompts(file: Path) -> list[str]:
-    if not file.is_file():
-        raise InputError(f"--prompts {file}: no such file")
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = read_lines(file, "--prompts")
     if not prompts:
         raise InputError(f"--prompts {file}: holds no prompt")
     return prompts
@@ -108,11 +140,16 @@ def _check_manifest(file: Path, settings: dict[str, Any], images: list[dict[str,
     """Refuse to add to images that were drawn otherwise."""
     if not file.is_file():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(read_text(file, "--out"))
+        settings_before, images_before = dict(before["settings"]), list(before["images"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--out {file.parent}: its manifest.json is none of `alter sample` ({error}): choose another "
+                         "folder") from None
     for name, value in settings.items():
-        if before["settings"].get(name) != value:
-            raise InputError(f"--out {file.parent}: was drawn with {name}={before['settings'].get(name)!r}, not "
+        if settings_before.get(name) != value:
+            raise InputError(f"--out {file.parent}: was drawn with {name}={settings_before.get(name)!r}, not "
                              f"{value!r}: choose another folder")
-    common = min(len(before["images"]), len(images))
-    if before["images"][:common] != images[:common]:
+    common = min(len(images_before), len(images))
+    if images_before[:common] != images[:common]:
         raise InputError(f"--out {file.parent}: was drawn with other prompts: choose another folder")

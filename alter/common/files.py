@@ -6,6 +6,7 @@ import errno
 import gzip
 import os
 import re
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -72,6 +73,36 @@ def folder_fault(path: str | Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"cannot be listed ({getattr(error, 'strerror', None) or error})"
     return None
+
+
+def check_writable(path: Path, field: str, folder: bool = False) -> None:
+    """Refuse, before work starts, a place where its result could not be written; leaves nothing there.
+
+    Args:
+        field: what named the path, for the message: a key or an option.
+        folder: whether it is a folder, made with those above it; else a file, in a folder that exists.
+
+    Raises:
+        InputError: saying why.
+    """
+    if not folder and path.exists() and not path.is_file():
+        raise InputError(f"{field}: {path}: is {'a folder' if path.is_dir() else 'no file'}: name a file")
+    if not folder and not path.parent.is_dir():
+        raise InputError(f"{field}: {path}: its folder does not exist: make it, or choose another")
+    try:
+        with tempfile.TemporaryFile(dir=_nearest(path if folder else path.parent)):
+            pass
+    except OSError as error:
+        raise InputError(f"{field}: {path}: cannot be written ({error.strerror}): choose another place") from None
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest above it that exists."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _nearest(path.parent)
+    return path
 
 
 def write_text(file: Path, text: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,8 +27,10 @@ MOST = 1024  # images of one file of features, the unit of going on after an int
 
 
 class _Prepared(Dataset):
-    def __init__(self, images: ImageSet, network: Network, indices: list[int]) -> None:
-        self.images, self.network, self.indices = images, network, indices
+    """For loader processes: what they are handed can be pickled, and holds no weights."""
+
+    def __init__(self, images: ImageSet, prepare: Callable[[Image], Tensor], indices: list[int]) -> None:
+        self.images, self.prepare, self.indices = images, prepare, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -38,7 +41,7 @@ class _Prepared(Dataset):
             image, found = self.images.load(index)
         except Unreadable as error:
             return None, {"unreadable": f"{self.images.names[index]}: {error}"}
-        return self.network.prepare(image), found
+        return self.prepare(image), found
 
 
 def extract(images: ImageSet, network: Network, cache: Path, batch_size: int, workers: int,
@@ -79,8 +82,8 @@ def _extract_parts(images: ImageSet, network: Network, parts: dict[int, Path], s
               disable=not state.is_main_process, dynamic_ncols=True) as bar:
         for first, part in parts.items():
             indices = list(range(first, min(first + size, len(images))))
-            loader = DataLoader(_Prepared(images, network, indices), batch_size, num_workers=workers,
-                                collate_fn=lambda items: items)
+            loader = DataLoader(_Prepared(images, network.prepare, indices), batch_size, num_workers=workers,
+                                collate_fn=list)
             rows: dict[str, list[Tensor]] = {}
             counts: Counter[str] = Counter()
             for items in loader:

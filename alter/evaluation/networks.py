@@ -5,7 +5,8 @@ Weights come from files that the user has put there; nothing is downloaded, and 
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +36,9 @@ class Network(Protocol):
     name: str
     digest: str
 
-    def prepare(self, image: Image.Image) -> Tensor:
-        """From RGB to [C, H, W] of a fixed size."""
+    @property
+    def prepare(self) -> Callable[[Image.Image], Tensor]:
+        """From RGB to [C, H, W] of a fixed size; it can be pickled, and holds no weights."""
         ...
 
     def features(self, images: Tensor) -> Mapping[str, Tensor]:
@@ -63,9 +65,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights: Path, resize: str) -> None:
         super().__init__()
-        from cleanfid.resize import build_resizer
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
         state = read_weights(weights, "--inception-weights", f"{INCEPTION_FILE} (torch-fidelity's release v0.2.0)")
         checked = io.BytesIO()  # torch-fidelity unpickles what it is given: give it what was read without that
@@ -77,14 +77,7 @@ class Inception(nn.Module):
             raise InputError(f"--inception-weights {weights}: other weights than {INCEPTION_FILE} "
                              f"({' '.join(str(error).split())[:200]})") from None
         self.name, self.digest, self.resize = f"inception, {resize} resizing", file_digest(weights), resize
-        self._clean, self._legacy = build_resizer("clean"), interpolate_bilinear_2d_like_tensorflow1x
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        pixels = np.asarray(image)
-        if self.resize == "clean":
-            return torch.from_numpy(self._clean(pixels)).permute(2, 0, 1)
-        return self._legacy(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float(), size=(299, 299),
-                            align_corners=False)[0]
+        self.prepare = _resized_clean if resize == "clean" else _resized_legacy
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         x, spatial = (images - 128) / 128, None
@@ -112,10 +105,8 @@ class Dino(nn.Module):
             raise InputError(f"--dinov2-weights {weights}: not of {architecture} "
                              f"({' '.join(str(error).split())[:200]})") from None
         self.name, self.digest = f"timm {architecture}, 224 px", file_digest(weights)
+        self.prepare = partial(_normalized, size=224, statistics=IMAGENET)
         self.eval().requires_grad_(False)
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        return _normalized(image, 224, IMAGENET)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return {"token": self.net(images)}
@@ -143,10 +134,8 @@ class ClipVision(nn.Module):
         self.name = f"CLIP vision of {folder.name}, centre square of {self.size} px"
         files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
         self.digest = hashlib.sha256("".join(map(file_digest, files)).encode()).hexdigest()
+        self.prepare = partial(_normalized_square, size=self.size)
         self.eval().requires_grad_(False)
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        return _normalized(square(image, self.size), self.size, CLIP)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return {"embedding": self.net(pixel_values=images).image_embeds}
@@ -167,16 +156,13 @@ class OpenClip(nn.Module):
             raise InputError(f"--clip-model {architecture}: open_clip would download its tokenizer: use for example "
                              "ViT-g-14")
         try:
-            self.net, _, self._prepare = open_clip.create_model_and_transforms(architecture, pretrained=str(weights))
+            self.net, _, self.prepare = open_clip.create_model_and_transforms(architecture, pretrained=str(weights))
         except RuntimeError as error:
             raise InputError(f"--clip-model-path {weights}: not of {architecture} "
                              f"({' '.join(str(error).split())[:200]})") from None
         self._tokenize = open_clip.get_tokenizer(architecture)
         self.name, self.digest = f"open_clip {architecture}", file_digest(weights)
         self.eval().requires_grad_(False)
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        return self._prepare(image)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return {"embedding": self.net.encode_image(images)}
@@ -195,15 +181,9 @@ class Demo(nn.Module):
 
     def __init__(self, classifier: SmallClassifier, size: int, channels: int) -> None:
         super().__init__()
-        self.net, self.size, self.channels = classifier, size, channels
+        self.net, self.prepare = classifier, partial(_small, size=size, channels=channels)
         weights = b"".join(value.cpu().numpy().tobytes() for value in classifier.state_dict().values())
         self.name, self.digest = "demo classifier", hashlib.sha256(weights).hexdigest()
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        mode = "RGB" if self.channels == 3 else "L"
-        small = np.array(image.convert(mode).resize((self.size, self.size), Image.Resampling.BICUBIC))
-        pixels = torch.from_numpy(small.reshape(self.size, self.size, self.channels)).permute(2, 0, 1)
-        return pixels.float() / 127.5 - 1
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         pool = self.net.features(images)
@@ -233,3 +213,30 @@ def _normalized(image: Image.Image, size: int, statistics: tuple[tuple[float, ..
     mean, deviation = (torch.tensor(values)[:, None, None] for values in statistics)
     return (pixels - mean) / deviation
 
+
+def _normalized_square(image: Image.Image, size: int) -> Tensor:
+    return _normalized(square(image, size), size, CLIP)
+
+
+@cache
+def _clean_resizer() -> Callable[[np.ndarray], np.ndarray]:
+    from cleanfid.resize import build_resizer
+
+    return build_resizer("clean")
+
+
+def _resized_clean(image: Image.Image) -> Tensor:
+    return torch.from_numpy(_clean_resizer()(np.asarray(image))).permute(2, 0, 1)
+
+
+def _resized_legacy(image: Image.Image) -> Tensor:
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    return interpolate_bilinear_2d_like_tensorflow1x(pixels, size=(299, 299), align_corners=False)[0]
+
+
+def _small(image: Image.Image, size: int, channels: int) -> Tensor:
+    """The image squeezed to size × size, in [-1, 1]."""
+    small = np.array(image.convert("RGB" if channels == 3 else "L").resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(small.reshape(size, size, channels)).permute(2, 0, 1).float() / 127.5 - 1

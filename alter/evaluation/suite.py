@@ -73,7 +73,11 @@ class Reference:
         self.about: dict[str, Any] = {}
         if Path(source).suffix == ".npz":
             arrays = load_npz(Path(source))
-            self.about = json.loads(str(arrays.pop("about"))) if "about" in arrays else {}
+            try:
+                self.about = dict(json.loads(str(arrays.pop("about", "{}"))))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"--reference {source}: what it says of itself is no JSON ({error}): make it again "
+                                 "with --save-stats") from None
             self.statistics = {ADM.get(name, name): value for name, value in arrays.items() if name != "arr_0"}
             if "arr_0" not in arrays:
                 return
@@ -159,9 +163,9 @@ def evaluate(images: ImageSet, names: Sequence[str], features: Features, referen
         if against == "texts" and (prompts is None or len(prompts) != len(images)):
             raise InputError(f"--metrics {name}: needs a prompt for each of the {len(images)} images, in the order of "
                              f"their names, found {len(prompts or [])}: use --prompts")
-    sizes = [len(images), *([len(reference.images)] if reference and reference.images else [])]
-    if min(sizes) < 4:
-        raise InputError(f"{images.source}: a set of {min(sizes)} images is too small for any of these metrics")
+    for each in (images, reference.images if reference else None):
+        if each is not None and len(each) < 4:
+            raise InputError(f"{each.source}: a set of {len(each)} images is too small for any of these metrics")
     wanted = [METRICS[name] for name in names if name in METRICS]
     if any(metric.against == "texts" for metric in wanted) and images.repeated_names:
         raise InputError(f"{images.source}: several images are named {images.repeated_names[0]}: which prompt is whose "

@@ -41,15 +41,21 @@ def load_dense(source: str | Path, **kwargs: Any) -> Any:
     """
     hub = {name: kwargs[name] for name in _FROM_THE_HUB if name in kwargs}
     try:
-        index = DiffusionPipeline.load_config(str(source), **hub)
-        cls: Any = DiffusionPipeline
-        if index.get("_class_name") == ClassConditionalPipeline.__name__ or (
-                index.get("_class_name") == _DIT and not _for_dit_pipeline(str(source), index, hub)):
-            cls = ClassConditionalPipeline
+        ours = pipeline_class(source, **hub) == ClassConditionalPipeline.__name__
+        cls: Any = ClassConditionalPipeline if ours else DiffusionPipeline
         return cls.from_pretrained(str(source), **kwargs)
-    except (AttributeError, OSError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, ValueError) as error:
         raise InputError(f"{source}: no pipeline can be loaded ({' '.join(str(error).split())[:200]}): give a finished "
                          "run's final/, or a diffusers pipeline") from None
+
+
+def pipeline_class(source: str | Path, **hub: Any) -> str:
+    """The name of the class that `load_dense` makes of a pipeline; `hub`: of its arguments, those of the hub."""
+    index = DiffusionPipeline.load_config(str(source), **hub)
+    name = index["_class_name"]
+    if name == _DIT and not _for_dit_pipeline(str(source), index, hub):
+        return ClassConditionalPipeline.__name__
+    return name
 
 
 def _for_dit_pipeline(source: str, index: dict[str, Any], hub: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..backbones.sampling import sample_latents
 from ..common.config import Config
 from ..common.errors import InputError
+from ..common.files import write_text
 from ..common.load import load_config
 from ..data import shapes
 from ..data.base import Source
@@ -73,7 +74,8 @@ def draw_run(run: Path, out: Path, state: PartialState) -> Path:
     files = sorted(file for file in (run / "final").rglob("*") if file.suffix in (".json", ".safetensors"))
     made_of = "".join(map(file_digest, files)) + repr((config.evaluate, config.seed))
     key = hashlib.sha256(made_of.encode()).hexdigest()
-    if not (done.is_file() and json.loads(done.read_text())["key"] == key) and state.is_main_process:
+    current = json.dumps({"key": key}) + "\n"
+    if not (done.is_file() and done.read_bytes() == current.encode()) and state.is_main_process:
         parts = build(config, 1, state.device)
         reference = demo_reference(config, parts.source)
         if reference is None:
@@ -90,7 +92,7 @@ def draw_run(run: Path, out: Path, state: PartialState) -> Path:
         _write(parts.images(latents), out / "images")
         _write(reference.images, out / "real")
         (out / "prompts.txt").write_text("".join(f"{title}\n" for title in reference.titles), encoding="utf-8")
-        done.write_text(json.dumps({"key": key}) + "\n", encoding="utf-8")
+        write_text(done, current)
     state.wait_for_everyone()
     return out
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..common.config import Config
 from ..common.errors import InputError
-from ..common.files import write_text
+from ..common.files import check_writable, write_text
 from ..common.load import flatten, load_config, save_config
 from ..evaluation.report.records import HISTORY
 from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
@@ -58,6 +58,7 @@ def find_run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path
         return _resumed(config, run_dir, resume_from, accelerator.is_main_process), run_dir, resume_from
     if config.output_dir:
         run_dir = Path(config.output_dir)
+        check_writable(run_dir, "output_dir", folder=True)
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
             remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
@@ -65,7 +66,9 @@ def find_run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path
         return _follow_links(config), run_dir, None
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
     stamp = broadcast_object_list([stamp])[0]
-    return _follow_links(config), Path("outputs") / config.name / stamp, None
+    run_dir = Path("outputs") / config.name / stamp
+    check_writable(run_dir, "name", folder=True)
+    return _follow_links(config), run_dir, None
 
 
 def _found_run(config: Config, accelerator: Accelerator) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """One run, from its configuration to its summary: `train(load_config(...))`."""
 
 import contextlib
+import json
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from ..backbones.latency import Latency
 from ..backbones.pretrained import set_tf32
 from ..common.config import Config
 from ..common.errors import InputError
+from ..common.files import write_text
 from ..evaluation.report.figures import summary_table
 from ..evaluation.report.records import SENSITIVITY, write_sensitivity
 from ..experts.artefact import TemporalExperts
@@ -39,6 +41,7 @@ from .trainer import Trainer
 from .trial import describe_memory, measure_memory
 
 LATENCY = "latency.json"
+CLASSES = "classes.json"  # name → label, where the data name their classes
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def train(config: Config) -> FinishedRun:
         tqdm.write("loading models and data")
     parts = build(config, accelerator.num_processes, accelerator.device, latency)
     open_run_dir(config, accelerator, run_dir, resume_from)
+    if parts.source.classes and accelerator.is_main_process:
+        write_text(run_dir / CLASSES, json.dumps(parts.source.classes, indent=1) + "\n")
     if parts.latency is not None and accelerator.is_main_process:
         parts.latency.save(run_dir / LATENCY)
 

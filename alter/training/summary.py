@@ -26,6 +26,7 @@ from ..evaluation.report.runs import visited_timesteps
 from ..evaluation.report.words import achieved, row_label
 from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
+from ..experts.load import pipeline_class
 from .demo_images import DemoReference, demo_reference
 from .setup.parts import Parts
 
@@ -54,8 +55,7 @@ def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: in
     summary["seconds_total"] = time.perf_counter() - started
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot_experts(experts, run_dir / "experts.png")
-    index = final / "model_index.json"
-    pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else "DiffusionPipeline"
+    pipeline = pipeline_class(final) if (final / "model_index.json").is_file() else "DiffusionPipeline"
     card = model_card(config, experts, summary, pipeline, ADAPTERS if config.lora.rank else None)
     write_text(final / "README.md", card)
     return summary

@@ -84,7 +84,8 @@ class NonFiniteLoss(RuntimeError):
     pass
 
 
-FROM_A_LOADER = InputError("Caught InputError in a loader.\n  Traceback\nalter.common.errors.InputError: file: broken")
+FROM_A_LOADER = InputError("Caught InputError in a loader.\nTraceback (most recent call last):\n  File\n"
+                           "alter.common.errors.InputError: file: broken")
 
 
 @pytest.mark.parametrize("error, code, line", [
@@ -99,6 +100,12 @@ def test_errors_are_one_line_and_a_code(monkeypatch, capsys, error, code, line):
     stand_in(monkeypatch, raising(error))
     assert main(["train"]) == code
     assert capsys.readouterr().err.splitlines() == [line]
+
+
+def test_each_fault_is_a_line_of_its_own(monkeypatch, capsys):
+    stand_in(monkeypatch, raising(InputError("a: b\nc: d")))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: a: b", "error: c: d"]
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), ModuleNotFoundError("No module", name="alter.gone")])

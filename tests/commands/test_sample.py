@@ -3,20 +3,26 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import save_stable_diffusion
-from diffusers import StableDiffusionPipeline
+import torch
+from conftest import make_dit, make_unet, save_pipeline, save_stable_diffusion
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
+from alter import ClassConditionalPipeline, load_pipeline
 from alter.backbones.cost import count_cost
 from alter.commands import main
 from alter.commands.benchmarking.cases import draw_experts
 from alter.common.load import CONFIGS
+from alter.experts.load import load_dense
 
 SCRIPT = str(CONFIGS.parent / "scripts/sample.py")
 PROMPTS = ["a red circle", "a blue square", "a green triangle above a red square"]
@@ -96,9 +102,95 @@ def test_dense_images_differ_and_another_setting_is_not_mixed_in(folder, draw):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--labels", "3"], "a StableDiffusionPipeline takes --prompts"),
-    (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
+    (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: no such file"),
 ])
 def test_bad_input(folder, draw, arguments, message):
     code, error = draw("bad", *arguments)
     assert code == 2 and message in error
     assert not (folder / "bad").exists()
+
+
+@pytest.mark.parametrize("content, expected", [
+    ("a red circle\r\nb\r\n".encode("utf-16"), ["a red circle", "b"]),
+    ("\ufeffa red circle\nb\n".encode(), ["a red circle", "b"]),
+    ("a red\u2028circle\na\x0bb\n".encode(), ["a red\u2028circle", "a\x0bb"]),
+], ids=("UTF-16", "byte order mark", "separators inside"))
+def test_prompts_are_the_lines_of_a_file(folder, tmp_path, draw, content, expected):
+    (tmp_path / "p.txt").write_bytes(content)
+    assert draw(tmp_path / "out", "--prompts", str(tmp_path / "p.txt"))[0] == 0
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text(encoding="utf-8"))
+    assert [image["condition"] for image in manifest["images"]] == expected
+
+
+def test_no_safety_checker_blackens_images(folder, tmp_path, capsys):
+    pipe = shutil.copytree(folder / "run/final", tmp_path / "pipe")
+    small = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "projection_dim": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(
+        text_config={**small, "vocab_size": 40}, vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8))
+    checker.concept_embeds_weights.data.fill_(-5)  # everything is taken for what it looks for
+    checker.special_care_embeds_weights.data.fill_(-5)
+    checker.save_pretrained(pipe / "safety_checker")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(pipe / "feature_extractor")
+    index = json.loads((pipe / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+              "feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (pipe / "model_index.json").write_text(json.dumps(index))
+    for run, out in ((pipe, "checked"), (folder / "run", "plain")):
+        assert main(["sample", "--run", str(run), "--prompts", str(folder / "prompts.txt"), "--steps", "2",
+                     "--out", str(tmp_path / out)]) == 0
+    assert capsys.readouterr().err.count("the pipeline's safety checker is left out") == 1
+    drawn, plain = images(tmp_path, "checked"), images(tmp_path, "plain")
+    assert len(drawn) == 3 and all(np.array_equal(drawn[name], plain[name]) for name in plain)
+    assert all(image.max() > 0 for image in drawn.values())
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """A finished run of a DiT of ten classes, on pixels."""
+    final = tmp_path_factory.mktemp("dit") / "final"
+    pipe = ClassConditionalPipeline(make_dit(), DDPMScheduler(clip_sample=False))
+    pipe.save_pretrained(final)
+    draw_experts(count_cost(pipe.transformer, 8), 0.6, seed=0, count=3).save_pretrained(final)
+    return final
+
+
+@pytest.mark.parametrize("dense", [[], ["--dense"]])
+def test_classes_without_a_vae_and_other_than_1000(by_class, tmp_path, dense):
+    labels = ["--labels", "9", "0", "--num", "3", "--guidance", "2", "--seed", "4", *dense]
+    assert main(["sample", "--run", str(by_class.parent), "--out", str(tmp_path / "o"), "--steps", "2", *labels]) == 0
+    drawn = images(tmp_path, "o")
+    pipe = (load_dense if dense else load_pipeline)(by_class)
+    expected = pipe([9, 0, 9], 2.0, [torch.Generator().manual_seed(4 * 2**32 + i) for i in range(3)], 2).images
+    assert all(abs(drawn[f"{i:06d}.png"] - np.asarray(image).astype(int)).max() <= 1
+               for i, image in enumerate(expected))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--labels", "3", "10"], "--labels 10: the model has the classes 0 to 9"),
+    (["--labels", "3", "--steps", "1001"], "--steps 1001: the model has 1000 timesteps: choose at most that"),
+    (["--prompts", str(CONFIGS / "demo_dit.yaml")], "a ClassConditionalPipeline takes --labels"),
+])
+def test_what_a_class_conditional_model_cannot_draw(by_class, tmp_path, capsys, arguments, message):
+    assert main(["sample", "--run", str(by_class), "--out", str(tmp_path / "o"), *arguments]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_a_run_on_latents_draws_no_images(folder, tmp_path, capsys):
+    pipe = save_pipeline(tmp_path / "pipe", make_unet())
+    shutil.copy(folder / "run/final/experts.json", pipe)
+    for dense in ([], ["--dense"]):
+        assert main(["sample", "--run", str(pipe), "--prompts", str(folder / "prompts.txt"), "--out",
+                     str(tmp_path / "o"), *dense]) == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+        assert line.endswith("has no VAE and draws no images: name a run on images")
+    assert not (tmp_path / "o").exists()
+
+
+def test_four_channels_are_no_picture(tmp_path, capsys):
+    pipe = ClassConditionalPipeline(make_dit(channels=4), DDPMScheduler(clip_sample=False))
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert main(["sample", "--run", str(tmp_path / "pipe"), "--dense", "--labels", "1", "--out",
+                 str(tmp_path / "o")]) == 2
+    assert "has no VAE, and 4 channels are no picture" in capsys.readouterr().err and not (tmp_path / "o").exists()

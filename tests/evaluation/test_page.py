@@ -192,7 +192,7 @@ def test_several_runs_are_compared(run, copied):
 
 def test_content_is_escaped(copied):
     config = yaml.safe_load((copied / "config.yaml").read_text())
-    name = NASTY.replace("/", "")  # of a folder
+    name = NASTY.replace("/", "|")
     config = merge(config, {"name": name, "validate": {"labels": [], "prompts": [NASTY]}, "data": {"path": NASTY}})
     (copied / "config.yaml").write_text(yaml.safe_dump(config))
     (copied / "summary.json").write_text(json.dumps({NASTY: NASTY, "output_error": NASTY, "fd_dense": None}))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import make_dit, make_vae, save_latents, save_pipeline
 from diffusers import AutoencoderKL, DiTTransformer2DModel
-from helpers import HANGING, KEYS, ROOT, SHORT, run_script
+from helpers import HANGING, KEYS, ROOT, SHORT, run_script, save_noise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -288,3 +288,13 @@ def test_help_documents_the_keys(tmp_path):
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(InputError, match="train.steps=0"):
         script("--config", "configs/demo_dit.yaml", "--debug", "train.steps=0", cwd=tmp_path)
+
+
+def test_the_names_of_the_classes_are_written_beside_the_run(small_config, tmp_path):
+    for name in ("9", "2"):
+        save_noise(tmp_path / "images" / name, count=12, size=16, seed=int(name))
+    save_pipeline(tmp_path / "dit-pretrained", make_dit(channels=4))
+    make_vae().save_pretrained(tmp_path / "dit-pretrained/vae")
+    config = small_config(data={"source": "image_folder", "path": str(tmp_path / "images"), "resolution": 16},
+                          train={"steps": 1, "search_steps": 1})
+    assert json.loads((train(config).run_dir / "classes.json").read_text()) == {"2": 2, "9": 9}

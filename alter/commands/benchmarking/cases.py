@@ -12,6 +12,7 @@ from torch import nn
 from ...backbones.cost import CostTable, count_cost
 from ...backbones.pretrained import DTYPES, component_of
 from ...backbones.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
+from ...common.errors import InputError
 from ...common.load import CONFIGS
 from ...experts.artefact import TemporalExperts
 from . import CASES
@@ -28,7 +29,7 @@ class Case:
     size: int
 
 
-def load_case(name: str, device: torch.device, dtype: str, run: str | None = None) -> Case:
+def load_case(name: str, device: torch.device, dtype: str, run: Path | None = None) -> Case:
     """Random weights; `run`, if one is named, must have been trained on such a backbone."""
     folder, size = CASES[name]
     cls, component = component_of(CONFIGS / "models" / folder)
@@ -49,8 +50,10 @@ def draw_experts(cost: CostTable, keep: float, seed: int, count: int = 1) -> Tem
     return TemporalExperts.build(mask_EL, np.arange(T) * count // T, cost, keep, "total")
 
 
-def trained_experts(run: str) -> TemporalExperts:
-    return TemporalExperts.from_pretrained(Path(run) / "final")
+def trained_experts(run: Path) -> TemporalExperts:
+    if not (run / "final").is_dir():
+        raise InputError(f"--run {run}: has no final/: name a finished run")
+    return TemporalExperts.from_pretrained(run / "final")
 
 
 def draw_mask(cost: CostTable, keep: float, seed: list[int]) -> np.ndarray:

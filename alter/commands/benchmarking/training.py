@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from ...backbones.cost import CostTable
 from ...backbones.gates import SoftRows
 from ...backbones.pretrained import component_of
-from ...backbones.sites import embedders, example_inputs
+from ...backbones.sites import example_inputs
 from ...common.load import CONFIGS, load_config
 from ...data.batches import collate
 from ...training import trainer as trainer_module
@@ -64,8 +64,6 @@ def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Train
     torch.manual_seed(0)
     with torch.device(device):
         backbone: Any = cls.from_config(values)
-    for embedder in embedders(backbone):  # equal copies, as in every trained DiT
-        embedder.load_state_dict(embedders(backbone)[0].state_dict())
     backbone.save_pretrained(folder / component)
     DDPMScheduler.from_pretrained(template / "scheduler").save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
@@ -81,9 +79,8 @@ def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Train
     config = load_config(config_file, [
         f"backbone.pretrained={folder}", "backbone.revision=null", "data.source=latents", f"data.path={folder}",
         f"data.resolution={size}", "data.holdout=0", "data.flip=false", f"train.batch_size={batch}",
-        "train.gradient_accumulation=1",
-        f"train.mixed_precision={'no' if on_cpu else 'bf16'}", "log.tracker=none", "validate.every=null",
-        f"output_dir={folder / 'run'}", "teacher.precision=fp32",
+        "train.gradient_accumulation=1", f"train.mixed_precision={'no' if on_cpu else 'bf16'}", "log.tracker=none",
+        "validate.every=null", f"output_dir={folder / 'run'}", "teacher.precision=fp32",
     ])
     accelerator = make_accelerator(config)
     return Trainer(config, build(config, 1, device), accelerator, folder)

@@ -8,7 +8,19 @@ from huggingface_hub import hf_hub_download
 
 from ...common.config import Config
 from ...experts.artefact import TemporalExperts
+from ...experts.pipeline import ClassConditionalPipeline
 from .words import summary_table
+
+_OURS = """from alter import load_pipeline
+
+pipe = load_pipeline("path/to/this/folder")
+images = pipe([0, 1, 2], num_inference_steps=20).images"""
+_DIFFUSERS = """from alter import TemporalExperts
+from diffusers import {pipeline}
+
+pipe = {pipeline}.from_pretrained("path/to/this/folder")
+experts = TemporalExperts.from_pretrained("path/to/this/folder")
+experts.apply(pipe)  # without this line all layers run"""
 
 
 def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any], pipeline: str,
@@ -52,12 +64,7 @@ Licence: {licence or f"that of {base}; its card was not found or names none"}.
 ## Use
 
 ```python
-from alter import TemporalExperts
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained("path/to/this/folder")
-experts = TemporalExperts.from_pretrained("path/to/this/folder")
-experts.apply(pipe)  # without this line all layers run
+{_OURS if pipeline == ClassConditionalPipeline.__name__ else _DIFFUSERS.format(pipeline=pipeline)}
 ```
 
 {lora}## Experts
