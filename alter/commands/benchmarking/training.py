@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from ...backbones.cost import CostTable
 from ...backbones.gates import SoftRows
 from ...backbones.pretrained import component_of
-from ...backbones.sites import example_inputs
+from ...backbones.sites import embedders, example_inputs
 from ...common.load import CONFIGS, load_config
 from ...data.batches import collate
 from ...training import trainer as trainer_module
@@ -64,6 +64,8 @@ def _trainer(name: str, folder: Path, batch: int, device: torch.device) -> Train
     torch.manual_seed(0)
     with torch.device(device):
         backbone: Any = cls.from_config(values)
+    for embedder in embedders(backbone):  # equal copies, as in every trained DiT
+        embedder.load_state_dict(embedders(backbone)[0].state_dict())
     backbone.save_pretrained(folder / component)
     DDPMScheduler.from_pretrained(template / "scheduler").save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
