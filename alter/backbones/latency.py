@@ -57,7 +57,7 @@ class Latency:
             return cls.parse(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: no measured latencies ({' '.join(str(error).split())[:200]}): write one with "
-                             "scripts/latency.py") from None
+                             "`alter latency`") from None
 
     @classmethod
     def parse(cls, content: Any) -> "Latency":

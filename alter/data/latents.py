@@ -42,7 +42,7 @@ class EncodedShards(SourceDefaults):
             self.unreadable = {int(i): str(reason) for i, reason in index["unreadable"].items()}
             self.num_classes = None if index["num_classes"] is None else int(index["num_classes"])
             self.encoding = Encoding(
-                "scripts/encode_latents.py", float(index["scaling_factor"]), float(index["shift_factor"]), index["vae"],
+                "alter encode", float(index["scaling_factor"]), float(index["shift_factor"]), index["vae"],
                 index["text_encoder"], int(index["resolution"]), bool(index["mirrored"]))
             self.classes = {str(name): int(label) for name, label in index.get("classes", {}).items()}
             if self.size < 1 or self.count < 0:
@@ -112,7 +112,7 @@ class FastDiT(SourceDefaults):
         features, texts = sorted(folder.glob("*_features")), sorted(folder.glob("*_text"))
         conditions = texts or sorted(folder.glob("*_labels"))
         if len(features) != 1 or len(conditions) != 1:
-            raise InputError(f"data.path={config.path!r}: expected {INDEX} (scripts/encode_latents.py), dataset.json "
+            raise InputError(f"data.path={config.path!r}: expected {INDEX} (`alter encode`), dataset.json "
                              "(REPA), or one *_features folder and one *_labels or *_text folder (fast-DiT)")
         self.files = sorted(features[0].glob("*.npy"), key=lambda file: (len(file.stem), file.stem))
         if not self.files:

@@ -54,7 +54,7 @@ class Run:
     def verdict(self) -> str:
         """What the sensitivity table says about experts at this run's budget; of a run without one, that."""
         if self.table is None:
-            return ("No sensitivity of the layers (scripts/sensitivity.py measures it): the run has no "
+            return ("No sensitivity of the layers (`alter measure` measures it): the run has no "
                     f"{SENSITIVITY}.")
         experts = self.experts
         share_L = experts.latency.share_L if experts.latency else np.array(experts.macs) / experts.macs_total
