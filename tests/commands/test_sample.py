@@ -56,6 +56,7 @@ def images(folder, out):
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in (folder / out).glob("[0-9]*.png")}
 
 
+@pytest.mark.slow
 def test_processes_batches_and_interruptions_do_not_change_the_images(folder):
     prompts = ["--prompts", str(folder / "prompts.txt"), "--num", "5"]
     assert finish(start(folder, "one", *prompts))[0] == [0]

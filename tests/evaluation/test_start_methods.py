@@ -25,6 +25,7 @@ def measured(folder):
     return json.loads((folder / "metrics.json").read_text())["fid"]["value"]
 
 
+@pytest.mark.slow
 def test_evaluate_does_not_need_fork(tmp_path):
     save_noise(tmp_path / "a", count=8, seed=0)
     save_noise(tmp_path / "b", count=8, seed=1)

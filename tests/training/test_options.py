@@ -303,7 +303,7 @@ def test_a_finished_run_is_tuned_further_with_its_experts_on(small_config, tmp_p
         assert all(".attn" in name for name in moved)
 
 
-@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("absolute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_experts_of_latest_are_those_from_before_the_run(small_config, tmp_path, absolute):
     """The new run moves the link outputs/<name>/latest, and goes on from a checkpoint all the same."""
     first = train(small_config("sd", output_dir=None, name="x")).run_dir

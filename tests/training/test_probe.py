@@ -20,7 +20,7 @@ from alter.training.probe import Probe
 from alter.training.setup.parts import build
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("kind", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_errors_are_those_of_models_without_the_layer(small_config, kind):
     """Reference: the gates removed, and the layer's forward replaced by one that returns its input."""
     config = small_config(kind)

@@ -120,6 +120,7 @@ def test_every_documented_launch_gives_the_run_of_one_process(small_config, tmp_
     assert json.loads((several / "summary.json").read_text())["keep_ratio"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_through_the_launcher(small_config, tmp_path):
     """accelerate launch, a run with everything that processes share: masks, adapters, their average, validation images
     of one process, counts of unreadable images; and the refusal of a batch they cannot share."""

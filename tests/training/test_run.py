@@ -39,6 +39,7 @@ def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_demo_in_short(tmp_path, real_pictures):
     config = load_config("configs/demo_dit.yaml", SHORT)
     run = train(config).run_dir
