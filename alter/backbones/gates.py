@@ -6,6 +6,7 @@ branch stays outside compiled code. `remove()` restores the model.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,14 +72,20 @@ class HardRows:
 Rows = SoftRows | HardRows
 
 
-class _State:
+class _State(threading.local):
     """What the gates of one model share.
 
-    rows: those in force; None: dense. required: whether running dense is a mistake.
+    rows: those in force in this thread; None: dense. required: whether running dense is a mistake, in every thread.
     """
 
     rows: Rows | None = None
-    required: bool = False
+
+    def __init__(self, required: list[bool]) -> None:
+        self.required = required
+
+    def __reduce__(self) -> Any:
+        """A copy, in another process perhaps, begins without rows."""
+        return _State, (self.required,)
 
 
 @dataclass
@@ -101,7 +108,7 @@ class Simulator:
 
     def __init__(self, backbone: Any) -> None:
         self.backbone, self.sites = backbone, find_sites(backbone)
-        self._state = _State()
+        self._state = _State([False])
         self._layers: list[Any] = [backbone.get_submodule(site.name) for site in self.sites]
         self._uncompiled: list[tuple[Any, Any]] = []  # what `compile` replaced
         if any(hasattr(layer, "_alter_gate") for layer in self._layers):
@@ -127,7 +134,7 @@ class Simulator:
 
     def require_rows(self, required: bool) -> None:
         """Whether a layer refuses to run while no rows are in force."""
-        self._state.required = required
+        self._state.required[0] = required
 
     def compile(self, **options: Any) -> None:
         """torch.compile every site's layer with these options; the branches stay outside."""
@@ -231,7 +238,7 @@ def _through(gate: _Gate, layer: Callable, hidden_states: Tensor, *args: Any, **
     rows = gate.state.rows
     if rows is not None:
         output = rows.gate(gate.index, gate.site, layer, hidden_states, args, kwargs)
-    elif gate.state.required:
+    elif gate.state.required[0]:
         raise InputError(f"experts: {gate.site.name} was run outside a call of its backbone (by the backbone's "
                          "`forward`, or when gradient checkpointing computes it again), where no timestep chooses the "
                          "layers: call the backbone itself, or remove the experts")

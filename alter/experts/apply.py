@@ -2,10 +2,9 @@
 
 The choice is made once per forward, in Python, outside compiled code, from at most one host read of the timestep; the
 layers then run or not without a look at the device (backbones/gates.py). Nothing compares tensors. It holds until that
-forward ends; threads that share a backbone take turns.
+forward ends, in the thread that runs it.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +34,10 @@ class Applied:
     """Experts on a backbone until `remove`, or until the end of a `with` block, which yields the target."""
 
     def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
-        self.target = target
+        self.target, self.mask_EL, self.expert_T = target, mask_EL, expert_T
         backbone = backbone_of(target)
         installed: Installed | None = vars(backbone).get("_alter_applied")
+        self.installs = installed is None
         if installed is not None:
             check_same(installed, mask_EL, expert_T)
             return
@@ -52,7 +52,8 @@ class Applied:
         return self.target
 
     def __exit__(self, *_: Any) -> None:
-        remove(self.target)
+        if self.installs:  # else they were there before the block, and stay
+            remove(self.target, self.mask_EL, self.expert_T)
 
 
 def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray | None = None) -> None:
@@ -114,16 +115,6 @@ def backbone_of(target: Any) -> Any:
     return getattr(target, "_orig_mod", target)
 
 
-class _Turn:
-    """A lock that a copy of the backbone does not share."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __reduce__(self) -> Any:
-        return _Turn, ()
-
-
 class _Chooser:
     """Forward hooks that let the `timestep` argument choose the gates' rows for as long as the forward takes.
 
@@ -131,7 +122,7 @@ class _Chooser:
     """
 
     def __init__(self, simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray, scheduler: str | None) -> None:
-        self.simulator, self.scheduler, self.turn = simulator, scheduler, _Turn()
+        self.simulator, self.scheduler = simulator, scheduler
         self.masks, self.routes = torch.from_numpy(mask_EL), expert_T.tolist()
         self.rows_E = [HardRows(mask_L[None]) for mask_L in self.masks]
 
@@ -148,14 +139,11 @@ class _Chooser:
         else:
             sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             rows = HardRows(self.masks[experts], sample.device)
-        self.turn.lock.acquire()
         self.simulator.set(rows)
 
     @torch.compiler.disable
     def end(self, *_: Any) -> None:
-        if self.turn.lock._is_owned():  # type: ignore[attr-defined]  # not where `begin` itself has failed
-            self.simulator.set(None)
-            self.turn.lock.release()
+        self.simulator.set(None)
 
     def _expert(self, timestep: float) -> int:
         """Of the nearest training timestep."""

@@ -108,7 +108,8 @@ class Budget:
         Args:
             keep_ratio: the wanted share, in `over`'s unit; None: the expected one of these logits.
 
-        Returns: mask_EL bool [E, L], expert_T int64 [T]; the same for equal logits on every machine and process.
+        Returns: mask_EL bool [E, L], expert_T int64 [T]; for a given `keep_ratio` the same, for equal logits, on every
+            machine.
         """
         mask_EL, router_TE = logits.mask_EL.detach().double(), logits.router_TE.detach()
         parts = mask_EL.flatten(), router_TE.argmax(-1).double(), self.expected(logits).detach().double()[None]

@@ -6,6 +6,7 @@ holds no state of a random generator: the data's order and all noise are functio
 generators are seeded from them when an iteration begins, so that the step is all there is to store about them.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -73,8 +74,9 @@ def save_checkpoint(folder: Path, step: int, config: Config, tensors: dict[str, 
         publish(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for old in checkpoints(folder)[: -config.checkpoint.keep]:
-        shutil.rmtree(old.rename(folder / f"{_PARTIAL}{old.name}"), ignore_errors=True)
+    with contextlib.suppress(OSError):  # the new one is there; what is left over goes with the next
+        for old in checkpoints(folder)[: -config.checkpoint.keep]:
+            shutil.rmtree(old.rename(folder / f"{_PARTIAL}{old.name}"), ignore_errors=True)
     return final
 
 

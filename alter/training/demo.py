@@ -32,6 +32,7 @@ from ..data.open import open_source
 from ..method import losses
 from ..method.diffusion import draw, generator, training_target
 
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _DATA_SETTINGS = ("source", "resolution", "label_dropout", "holdout")  # that the dense model depends on
 
 
@@ -203,10 +204,15 @@ def make_tokenizer(template: Path) -> CLIPTokenizer:
     words = {word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()}
     encoding = Tokenizer(BPE(end_of_word_suffix="</w>"))
     letters = [*string.ascii_lowercase]
-    trainer = BpeTrainer(special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=letters,
+    trainer = BpeTrainer(special_tokens=[*_SPECIAL], initial_alphabet=letters,
                          end_of_word_suffix="</w>", show_progress=False)
     encoding.train_from_iterator([*sorted(words), *letters], trainer)
     model = json.loads(encoding.to_str())["model"]
     length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    # The trainer numbers single letters in another order each time; the text encoder learns the numbers.
+    merged = ["".join(pair) for pair in merges]
+    single = sorted(set(model["vocab"]) - {*_SPECIAL, *merged})
+    vocabulary = {token: number for number, token in enumerate((*_SPECIAL, *single, *merged))}
     made: Any = CLIPTokenizer
-    return made(model["vocab"], [tuple(pair) for pair in model["merges"]], model_max_length=length)
+    return made(vocabulary, merges, model_max_length=length)

@@ -139,6 +139,7 @@ def link_latest(config: Config, run_dir: Path) -> None:
     """Let outputs/<name>/latest mean this run, of which there is a checkpoint now; nothing where a folder was named."""
     if config.output_dir is None and config.resume is None:
         fresh = run_dir.with_name(f".latest-{os.getpid()}")
+        fresh.unlink(missing_ok=True)  # left by a process that was killed
         fresh.symlink_to(run_dir.name, target_is_directory=True)
         fresh.replace(run_dir.with_name("latest"))
 
@@ -172,7 +173,7 @@ def find_run(resume: str, output_dir: str | None, name: str) -> tuple[Path, Path
             raise InputError(f"resume={resume!r} is damaged ({reason}): use latest, or name another checkpoint")
         return checkpoint.parent.parent, checkpoint
     run = Path(output_dir) if output_dir else Path("outputs") / name / "latest"
-    found = checkpoints(run / "checkpoints")
+    found = checkpoints(run.resolve() / "checkpoints")  # another run of this name may move the link meanwhile
     if not found:
         raise InputError(f"resume=latest: no checkpoint in {run / 'checkpoints'}: set output_dir to the run, or leave "
                          "resume unset and start anew in an empty output_dir")

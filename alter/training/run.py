@@ -80,6 +80,8 @@ def train(config: Config) -> FinishedRun:
     if accelerator.is_main_process:
         tqdm.write("loading models and data")
     parts = build(config, accelerator.num_processes, accelerator.device, latency)
+    if resume_from:
+        check_inputs(parts, resume_from)
     open_run_dir(config, accelerator, run_dir, resume_from)
     if parts.source.classes and accelerator.is_main_process:
         write_text(run_dir / CLASSES, json.dumps(parts.source.classes, indent=1) + "\n")
@@ -91,8 +93,6 @@ def train(config: Config) -> FinishedRun:
         write_sensitivity(table, run_dir / SENSITIVITY)
         start_near(table, parts.budget, parts.hypernetwork)  # the trainer tells the other processes
     trainer = Trainer(config, parts, accelerator, run_dir)
-    if resume_from:
-        check_inputs(trainer, resume_from)
     begun = step_of(resume_from) if resume_from else 0
     if begun < config.train.steps:
         peaks = measure_memory(trainer, searching=parts.experts is None and begun < config.train.t_end)

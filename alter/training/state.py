@@ -23,7 +23,7 @@ _INPUTS = {"data": ("another number of samples, or other shards, in data.path", 
 
 def fingerprint(parts: Parts) -> dict[str, Any]:
     """Of what a checkpoint does not hold, and a resumed run must find as it was: the samples' places, and the weights
-    of teacher, VAE and text encoder, and of what is frozen."""
+    of VAE and text encoder, of what is frozen, and of the teacher unless `teacher.pretrained` names another."""
     stored = parts.source.shards or [len(parts.source)]
     return {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(),
             "weights": [weights_hash(parts.folder / part) for part in
@@ -64,15 +64,15 @@ def save_state(trainer: Any, needed: bool) -> Path:
     return path
 
 
-def check_inputs(trainer: Any, folder: Path) -> None:
-    """Is the checkpoint one of this data and these pretrained weights? To be asked before anything is computed.
+def check_inputs(parts: Parts, folder: Path) -> None:
+    """Is the checkpoint one of this data and these pretrained weights? To be asked before the run is touched.
 
     Raises:
         InputError: if not, or if it cannot be read.
     """
-    state = load_state(folder)
+    state, inputs = load_state(folder), fingerprint(parts)
     for name, (what, remedy) in _INPUTS.items():
-        if state[name] != trainer.inputs[name]:
+        if state[name] != inputs[name]:
             raise InputError(f"resume: {folder} was made with {what}: {remedy}, or start a new run")
 
 

@@ -87,6 +87,7 @@ class Trainer:
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
         self._masks: tuple[np.ndarray, np.ndarray] | None = None  # of the last iteration
+        self._linked = False  # by outputs/<name>/latest
         self.validator: Validator | None = None
         if config.validate.every and accelerator.is_main_process:
             self.validator = Validator(config, parts, accelerator, run_dir)
@@ -122,8 +123,10 @@ class Trainer:
                 stop, last = self.readout.stop, self.step == train.steps
                 if self.step % config.checkpoint.every == 0 or last or stop:
                     saved = save_state(self, needed=last or stop > 0)
-                    if self.accelerator.is_main_process and saved.is_dir():
-                        link_latest(config, self.run_dir)
+                    if self.accelerator.is_main_process and saved.is_dir() and (last or not self._linked):
+                        self._linked = True
+                        with self.journal.dispensable("the link latest"):
+                            link_latest(config, self.run_dir)
                     if stop and not last:
                         raise Interrupted(stop, saved)
         assert self.experts is not None

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -119,9 +118,9 @@ def test_every_damage_is_found_and_named(small_config, tmp_path, capsys):
             find_run(str(newest), None, "run")
         assert "\n" not in str(caught.value)
         capsys.readouterr()
-        assert find_run("latest", "run", "run") == (tmp_path / "run", Path("run/checkpoints/step-000004"))
+        assert find_run("latest", "run", "run") == (tmp_path / "run", second)
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == (f"warning: run/checkpoints/step-000006 is damaged ({reason}): set aside, and step-000004 is "
+        assert line == (f"warning: {newest} is damaged ({reason}): set aside, and step-000004 is "
                         "used")
         shutil.rmtree(newest)
         shutil.copytree("whole", newest)
