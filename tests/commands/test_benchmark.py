@@ -24,6 +24,7 @@ def rows(tmp_path, *arguments):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_rows_of_use(tmp_path):
     found = rows(tmp_path, "--cases", "demo_dit", "--masks", 2, "--runs", 1, "--batch", 1, 2)
     assert len(found) == 2 * 2 * 2 * 2 and all(KEYS <= row.keys() for row in found)

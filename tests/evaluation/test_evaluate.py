@@ -245,6 +245,7 @@ def test_the_demo_network_takes_any_image_and_is_trained_once(tmp_path):
     assert "body.0.weight" in load_file(file)
 
 
+@pytest.mark.slow
 def test_the_script_from_one_and_two_processes(tmp_path):
     images, real = save_images(tmp_path / "images", 40), save_images(tmp_path / "real", 30, seed=1)
     common = ["--images", images, "--reference", real, "--feature-network", "demo", "--bootstrap", 3]
