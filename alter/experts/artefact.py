@@ -164,7 +164,7 @@ class TemporalExperts:
         Returns: a context manager that removes the experts at the end of its block.
 
         Raises:
-            InputError: if the sites differ from this artefact's, or experts are already applied.
+            InputError: if the sites differ from this artefact's, or other experts are applied.
         """
         return Applied(target, self.sites, self.mask_EL, self.expert_T)
 
