@@ -13,18 +13,24 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .sites import Backbone, example_inputs, find_sites
+from .family import backbone_class
+from .inputs import example_inputs
+from .sites import find_sites
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of one forward with batch 1. `macs` and `parameters` have one entry per site: what skipping it saves."""
+    """Costs of one forward with batch 1. `macs` and `parameters` have one entry per site: what skipping it saves.
+
+    backbone: the name of its class.
+    """
 
     sites: tuple[str, ...]
     macs: tuple[int, ...]
     parameters: tuple[int, ...]
     macs_total: int
     parameters_total: int
+    backbone: str | None = None
 
     @property
     def share_L(self) -> np.ndarray:
@@ -53,7 +59,7 @@ class CostTable:
         return "\n".join(rows)
 
 
-def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
+def count_cost(backbone: Any, latent_size: int) -> CostTable:
     """Count the backbone's MACs at latents of `latent_size` × `latent_size`; its weights are not touched.
 
     Args:
@@ -82,7 +88,7 @@ def count_cost(backbone: Backbone, latent_size: int) -> CostTable:
     with counter, torch.no_grad():
         model(**example_inputs(model, latent_size))
     return CostTable(tuple(macs), tuple(macs.values()), tuple(parameters.values()), counter.get_total_flops() // 2,
-                     _size(model))
+                     _size(model), backbone_class(model).__name__)
 
 
 def _size(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ branch stays outside compiled code. `remove()` restores the model.
 """
 
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..common.errors import InputError
 from .sites import Site, find_sites
+
+_Streams = tuple[Tensor, ...]  # of a layer's output
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,17 @@ class SoftRows:
 
     mask_BL: Tensor
 
-    def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
-        output, around = layer(hidden_states, *args, **kwargs), site.bypass(hidden_states)
-        dtype = torch.promote_types(around.dtype, output.dtype)
-        mask = self.mask_BL[:, index].view(-1, *[1] * (output.dim() - 1)).to(dtype)
-        return torch.lerp(around.to(dtype), output.to(dtype), mask)
+    def gate(self, index: int, site: Site, layer: Callable, args: tuple, kwargs: dict[str, Any]) -> _Streams:
+        mask_B = self.mask_BL[:, index]
+
+        def blend(around: Tensor, output: Tensor | None) -> Any:
+            if output is None:  # a stream that ends in this layer
+                return None
+            dtype = torch.promote_types(around.dtype, output.dtype)
+            mask = mask_B.repeat_interleave(_rows_each(site, around, len(mask_B)))
+            return torch.lerp(around.to(dtype), output.to(dtype), mask.view(-1, *[1] * (output.dim() - 1)).to(dtype))
+
+        return tuple(map(blend, site.bypass(args, kwargs), layer(*args, **kwargs)))
 
 
 class HardRows:
@@ -43,6 +52,7 @@ class HardRows:
     """
 
     def __init__(self, mask_BL: Tensor, device: torch.device | str = "cpu") -> None:
+        self.batch = len(mask_BL)
         counts = mask_BL.sum(0).tolist()
         order_LB = mask_BL.T.int().argsort(dim=1, descending=True, stable=True).to(device, non_blocking=True)
         # True or False: the site runs for all samples or for none; else the indices of those that keep it.
@@ -50,23 +60,31 @@ class HardRows:
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)
         ]
 
-    def gate(self, index: int, site: Site, layer: Callable, hidden_states: Tensor, args, kwargs) -> Tensor:
+    def gate(self, index: int, site: Site, layer: Callable, args: tuple, kwargs: dict[str, Any]) -> _Streams:
         kept = self.kept[index]
         if kept is True:
-            return layer(hidden_states, *args, **kwargs)
-        around = site.bypass(hidden_states)
+            return layer(*args, **kwargs)
+        around = site.bypass(args, kwargs)
         if kept is False:
             return around
-        batch = len(hidden_states)
+        _check_distinct(site, around, self.batch, (args, kwargs))
+        rows = {self.batch: kept}  # by the length of what they are taken of
+        for stream in around:
+            each = _rows_each(site, stream, self.batch)  # several rows a sample: the frames of a video
+            rows[len(stream)] = (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
 
         def select(value: Tensor) -> Tensor:
-            return value.index_select(0, kept) if value.dim() > 0 and len(value) == batch else value
+            return value.index_select(0, rows[len(value)]) if value.dim() > 0 and len(value) in rows else value
 
-        # Conditioning may be nested: an IP-Adapter's image states come in a tuple beside the text's.
-        selected, args, kwargs = tree_map_only(Tensor, select, (hidden_states, args, kwargs))
-        output = layer(selected, *args, **kwargs)
-        dtype = torch.promote_types(around.dtype, output.dtype)
-        return around.to(dtype).index_copy(0, kept, output.to(dtype))
+        def scatter(around: Tensor, output: Tensor | None) -> Any:
+            if output is None:
+                return None
+            dtype = torch.promote_types(around.dtype, output.dtype)
+            return around.to(dtype).index_copy(0, rows[len(around)], output.to(dtype))
+
+        # Conditioning may be nested: rotary embeddings are tuples, an IP-Adapter's image states lie beside the text's.
+        args, kwargs = tree_map_only(Tensor, select, (args, kwargs))
+        return tuple(map(scatter, around, layer(*args, **kwargs)))
 
 
 Rows = SoftRows | HardRows
@@ -100,7 +118,7 @@ class Simulator:
     """Gates on every site of `backbone`, dense until rows are put in force.
 
     Args:
-        backbone: a UNet2DConditionModel or DiTTransformer2DModel, changed in place until `remove()`.
+        backbone: a UNet or transformer of diffusers, changed in place until `remove()`.
 
     Raises:
         InputError: if the backbone has no sites, or already has gates.
@@ -187,13 +205,14 @@ class FeatureTap:
     def __init__(self, backbone: Any, names: Sequence[str]) -> None:
         self._kept: dict[int, Tensor] = {}
         self._armed = False
+        sites = {site.name: site for site in find_sites(backbone)}
         for index, name in enumerate(names):
             module = backbone.get_submodule(name)
             keep = functools.partial(self._keep, index)
             if hasattr(module, "_alter_gate"):
                 module._alter_gate.observer = keep
             else:
-                module.register_forward_hook(lambda module, inputs, output, keep=keep: keep(output))
+                module.register_forward_hook(functools.partial(_observe, sites.get(name), keep))
 
     @contextmanager
     def capture(self) -> Iterator[list[Tensor]]:
@@ -208,9 +227,17 @@ class FeatureTap:
             self._armed = False
             self._kept = {}
 
-    def _keep(self, index: int, output: Any) -> None:
+    def _keep(self, index: int, output: Tensor) -> None:
         if self._armed:
-            self._kept[index] = output[0] if isinstance(output, tuple) else output
+            self._kept[index] = output
+
+
+def _observe(site: Site | None, keep: Callable[[Tensor], None], module: Any, inputs: Any, output: Any) -> None:
+    """The forward hook of a module without a gate: of a site, or of a UNet's block."""
+    if site is not None:
+        keep(site.image(site.unpack(output)))
+    else:
+        keep(output[0] if isinstance(output, tuple) else output)
 
 
 @functools.cache
@@ -233,17 +260,41 @@ def _new(cls: Any) -> Any:
     return object.__new__(_gated(cls))
 
 
-def _through(gate: _Gate, layer: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _through(gate: _Gate, layer: Callable, *args: Any, **kwargs: Any) -> Any:
     """The output of a layer behind its gate."""
-    rows = gate.state.rows
-    if rows is not None:
-        output = rows.gate(gate.index, gate.site, layer, hidden_states, args, kwargs)
-    elif gate.state.required[0]:
-        raise InputError(f"experts: {gate.site.name} was run outside a call of its backbone (by the backbone's "
+    rows, site = gate.state.rows, gate.site
+    if rows is None and gate.state.required[0]:
+        raise InputError(f"experts: {site.name} was run outside a call of its backbone (by the backbone's "
                          "`forward`, or when gradient checkpointing computes it again), where no timestep chooses the "
                          "layers: call the backbone itself, or remove the experts")
-    else:
-        output = layer(hidden_states, *args, **kwargs)
+
+    def streams(*args: Any, **kwargs: Any) -> _Streams:
+        return site.unpack(layer(*args, **kwargs))
+
+    outputs = streams(*args, **kwargs) if rows is None else rows.gate(gate.index, site, streams, args, kwargs)
     if gate.observer is not None:
-        gate.observer(output)
-    return output
+        gate.observer(site.image(outputs))
+    return site.pack(outputs)
+
+
+def _rows_each(site: Site, stream: Tensor, batch: int) -> int:
+    """How many rows of `stream` belong to one sample of `batch`, side by side."""
+    each, left = divmod(len(stream), batch)
+    if left or not each or (batch > 1 and not site.batched):
+        raise InputError(f"experts: {site.name} was given {len(stream)} rows for {batch} samples: this backbone does "
+                         "not keep the batch on the first axis, so that its samples cannot run different layers: call "
+                         "it with one timestep at a time")
+    return each
+
+
+def _check_distinct(site: Site, around: _Streams, batch: int, given: Any) -> None:
+    """Refuse a batch as large as the number of tokens where positions, one a token, could be taken for samples."""
+    tokens = [stream.shape[1] for stream in around if stream.dim() == 3]
+    if batch not in {*tokens, sum(tokens)}:
+        return
+    for path, value in tree_flatten_with_path(given)[0]:
+        name = keystr(path).lower()
+        if isinstance(value, Tensor) and value.dim() and len(value) == batch and re.search("rot|freq|rope|pos|ids",
+                                                                                            name):
+            raise InputError(f"experts: {site.name} has a batch of {batch} samples of as many tokens, which leaves "
+                             "open what its positions belong to: choose another batch size")

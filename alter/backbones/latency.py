@@ -17,7 +17,8 @@ from torch import nn
 
 from ..common.errors import InputError
 from ..common.files import write_text
-from .sites import example_inputs, find_sites
+from .inputs import example_inputs
+from .sites import find_sites
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
@@ -13,11 +14,15 @@ from torch import nn
 from ..common.errors import InputError
 from ..common.files import publish
 from ..method.diffusion import PREDICTION_TYPES
+from .dit import tie_embedders
+from .family import COMPONENTS, Backbone
+from .inputs import check_supported
 from .lora import plain_state
 from .sampling import noise_defaults
-from .sites import PIPELINE_COMPONENT, Backbone, check_supported, tie_embedders
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_UNNAMED = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel"}  # in configurations without a class
+_TRANSFORMERS = ("Transformer1DModel", "Transformer2DModel", "Transformer3DModel", "DiT2DModel", "DiTModel")
 
 
 def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
@@ -49,23 +54,27 @@ def component_of(folder: Path, field: str = "backbone.pretrained") -> tuple[type
     Raises:
         InputError: if there is none, it is of another class, or it needs what alter does not give it.
     """
-    known = [cls.__name__ for cls in PIPELINE_COMPONENT]
-    for cls, component in PIPELINE_COMPONENT.items():
+    for component in COMPONENTS:
         if (folder / component / "config.json").is_file():
             config = read_config(folder / component / "config.json", field)
-            found = config.get("_class_name", cls.__name__)
+            found = config.get("_class_name") or _UNNAMED.get(component, "")
             if found == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero":  # DiT's former name
                 found = DiTTransformer2DModel.__name__
-            if found != cls.__name__:
-                raise InputError(f"{field}={str(folder)!r}: a {found} has no sites known to alter, "
-                                 f"which prunes {' and '.join(known)}")
+            cls: Any = getattr(diffusers, found, None)
+            if cls is None or not _is_backbone({"_class_name": found}):
+                raise InputError(f"{field}={str(folder)!r}: a {found} is no backbone that this diffusers and alter "
+                                 "know: use a UNet2DConditionModel or a transformer")
             check_supported(found, config, field)
             return cls, component
-    if (folder / "config.json").is_file() and read_config(folder / "config.json", field).get("_class_name") in known:
+    if (folder / "config.json").is_file() and _is_backbone(read_config(folder / "config.json", field)):
         raise InputError(f"{field}={str(folder)!r} is the backbone alone: give the pipeline's folder, "
                          "which is the one above in most cases")
     raise InputError(f"{field}={str(folder)!r} has neither unet/ nor transformer/: "
                      "give a diffusers pipeline folder")
+
+
+def _is_backbone(config: dict[str, Any]) -> bool:
+    return str(config.get("_class_name")).endswith(("UNet2DConditionModel", *_TRANSFORMERS))
 
 
 def condition_of(folder: Path) -> str:
@@ -226,7 +235,7 @@ def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[s
         backbone: shared modules are written as equal copies; adapters must have been merged.
         left_out: files of `pretrained` that are not copied.
     """
-    component = PIPELINE_COMPONENT[type(backbone)]
+    component = component_of(pretrained)[1]
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(pretrained, partial, ignore=lambda _, names: {component, *left_out}.intersection(names))

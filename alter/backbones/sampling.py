@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..common.errors import InputError
-from ..method.diffusion import predict
+from .family import predict
 
 
 def scheduler_class(name: str, field: str) -> Any:

@@ -1,33 +1,33 @@
-"""The prunable layers ("sites") of a diffusers backbone (ALTER, arXiv 2505.21817).
+"""The prunable layers ("sites") of a diffusers backbone, and what each gives when it is skipped.
 
-DiT: every transformer block. UNet, as in ALTER's paper: every transformer block, and every resnet whose *hidden* input
-has as many channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the
-concatenation of the hidden state and a skip feature, hidden state first, so its bypass is the first channels of its
-input and skipping it drops the skip feature.
+Transformers: every block of the model's own lists that returns what it was given, changed; a skipped one returns it
+unchanged. Which arguments these are is read in the block's return statement.
+
+UNet, as in ALTER's paper (arXiv 2505.21817): every transformer block, and every resnet whose *hidden* input has as many
+channels as its output. A down or mid resnet's hidden input is its input; an up-block resnet receives the concatenation
+of the hidden state and a skip feature, hidden state first, so its bypass is the first channels of its input and
+skipping it drops the skip feature.
 """
 
+import ast
+import functools
+import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..common.errors import InputError
+from .family import backbone_class, family_of, parameters
 
-Backbone: TypeAlias = UNet2DConditionModel | DiTTransformer2DModel
-PIPELINE_COMPONENT = {UNet2DConditionModel: "unet", DiTTransformer2DModel: "transformer"}
-
-# Keys of a UNet's configuration that stand for further inputs.
-_MORE_THAN_TEXT = {
-    "addition_embed_type": "as in SDXL", "class_embed_type": "class labels", "num_class_embeds": "class labels",
-    "encoder_hid_dim_type": "image or projected text states", "encoder_hid_dim": "projected text states",
-    "time_cond_proj_dim": "a guidance embedding, as in latent consistency models",
-    "dual_cross_attention": "two texts",
-}
+_LISTS = ("blocks", "layers", "refiner")  # how the names of a transformer's lists of blocks end
+# Blocks whose return statement names no arguments.
+_STREAMS = {"Cosmos3VLTextMoTDecoderLayer": ("und_seq", "gen_seq")}
 
 
 @dataclass(frozen=True)
@@ -36,78 +36,63 @@ class Site:
 
     Attributes:
         name: its module path.
-        channels: C of its output [B, C, H, W]; None for a layer of tokens, [B, N, D].
+        channels: C of its output [B, C, H, W], for a UNet's resnet; None for a layer of tokens.
+        streams: name and place of the arguments that it returns, in this order; several are returned as a tuple.
+        batched: the batch is on their first axis, so that the layer can run on some samples alone.
     """
 
     name: str
     channels: int | None
+    streams: tuple[tuple[str, int], ...] = (("hidden_states", 0),)
+    batched: bool = True
 
-    def bypass(self, hidden_states: Tensor) -> Tensor:
-        """x_in, the layer's output when it is skipped: `hidden_states`, or its first channels."""
-        return hidden_states if self.channels is None else hidden_states[:, : self.channels]
+    def bypass(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """x_in of every stream, the layer's output when it is skipped; of a resnet its first channels."""
+        given = tuple(kwargs[name] if name in kwargs else args[place] for name, place in self.streams)
+        return given if self.channels is None else (given[0][:, : self.channels],)
+
+    def pack(self, outputs: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """The streams as the layer returns them."""
+        return outputs if len(self.streams) > 1 else outputs[0]
+
+    def unpack(self, output: Any) -> tuple[Tensor, ...]:
+        """The streams of what the layer returned."""
+        return output if len(self.streams) > 1 else (output,)
+
+    def image(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """The stream that becomes the image."""
+        names = [name for name, _ in self.streams]
+        return outputs[names.index("hidden_states") if "hidden_states" in names else -1]
 
 
 class Removed(nn.Module):
-    """Stands in a site whose layer was taken out of memory; it is still a site, which no expert may run."""
+    """Stands in a site whose layer was taken out of memory; it is still a site, which no expert may run.
 
-    def __init__(self, site: Site) -> None:
+    It keeps the layer's plain settings, which some models read in their blocks.
+    """
+
+    def __init__(self, site: Site, layer: nn.Module) -> None:
         super().__init__()
-        self.site, self.out_channels = site, site.channels
+        self.site = site
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and isinstance(value, int | float | str):
+                setattr(self, name, value)
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         raise InputError("experts: this backbone was trimmed and has no dense form: apply its experts first")
 
 
-def find_sites(backbone: nn.Module) -> tuple[Site, ...]:
-    """The sites of `backbone`, in the order of its named modules.
+def find_sites(backbone: nn.Module, field: str = "backbone.pretrained") -> tuple[Site, ...]:
+    """The sites of `backbone`, in the order of its modules.
 
     Raises:
-        InputError: if the model is of another class or has no prunable layer.
+        InputError: about `field`, if it has no prunable layer.
     """
-    if not isinstance(backbone, tuple(PIPELINE_COMPONENT)):
-        known = " or ".join(cls.__name__ for cls in PIPELINE_COMPONENT)
-        raise InputError(
-            f"backbone.pretrained: a {type(backbone).__name__} has no sites known to alter: use a {known}"
-        )
-    hidden_channels = _hidden_channels(backbone) if isinstance(backbone, UNet2DConditionModel) else {}
-    sites = []
-    for path, module in backbone.named_modules():
-        if isinstance(module, Removed):
-            sites.append(module.site)
-        elif isinstance(module, BasicTransformerBlock):
-            sites.append(Site(path, None))
-        elif isinstance(module, ResnetBlock2D) and not (module.up or module.down):
-            if hidden_channels.get(path) == module.out_channels:
-                sites.append(Site(path, module.out_channels))
+    sites = _unet_sites(backbone) if isinstance(backbone, UNet2DConditionModel) else _block_sites(backbone)
     if not sites:
-        raise InputError(f"backbone.pretrained: this {type(backbone).__name__} has no prunable layer")
+        raise InputError(f"{field}: this {type(backbone).__name__} has no layers known to be prunable (a transformer's "
+                         "blocks that return what they were given, changed): use another backbone")
     return tuple(sites)
-
-
-def check_supported(name: str, config: Mapping[str, Any], field: str = "backbone.pretrained") -> None:
-    """Refuse a backbone that needs more than alter gives it; reads its configuration alone.
-
-    Args:
-        name: of its class. config: as diffusers saves it; what is missing has diffusers' default.
-
-    Raises:
-        InputError: about `field`, naming what is not supported.
-    """
-    channels = config.get("in_channels", 4)
-    out = config.get("out_channels", 4 if name == UNet2DConditionModel.__name__ else channels) or channels
-    if name == UNet2DConditionModel.__name__:
-        needs = [f"{key}={config[key]!r} ({meaning})" for key, meaning in _MORE_THAN_TEXT.items() if config.get(key)]
-        if needs:
-            raise InputError(f"{field}: a UNet with {', '.join(needs)} is not supported yet: use one that "
-                             "is conditioned on text alone, such as Stable Diffusion 1.5 or 2.1")
-        width = config.get("cross_attention_dim", 1280)
-        if not isinstance(width, int):
-            raise InputError(f"{field}: a UNet with cross_attention_dim={width!r} is not supported yet: "
-                             "use one with the same width in all blocks")
-    if out not in (channels, 2 * channels):  # 2: a learned variance
-        raise InputError(f"{field}: a {name} with in_channels={channels} and out_channels={out} (inpainting, editing, "
-                         "upscaling) is not supported yet: use one that takes the latents alone, such as that of "
-                         "Stable Diffusion 1.5 or 2.1")
 
 
 def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts") -> tuple[Site, ...]:
@@ -127,7 +112,7 @@ def named_sites(backbone: nn.Module, names: Sequence[str], field: str = "experts
 def remove_layer(backbone: nn.Module, site: Site) -> None:
     """Take the site's layer out of `backbone`, in place, except for what others read in it."""
     layer: Any = backbone.get_submodule(site.name)
-    removed: Any = Removed(site)
+    removed: Any = Removed(site, layer)
     if site.name == "transformer_blocks.0" and isinstance(backbone, DiTTransformer2DModel):
         removed.norm1 = nn.Module()  # the output head embeds the timestep with the first block's embedder
         removed.norm1.emb = layer.norm1.emb
@@ -135,79 +120,62 @@ def remove_layer(backbone: nn.Module, site: Site) -> None:
     setattr(backbone.get_submodule(parent), child, removed)
 
 
-def feature_points(backbone: Backbone) -> tuple[str, ...]:
-    """Modules whose outputs L_featKD compares. UNet: each down, mid and up block. DiT: the middle block."""
-    if isinstance(backbone, DiTTransformer2DModel):
-        return (f"transformer_blocks.{len(backbone.transformer_blocks) // 2}",)
+def feature_points(backbone: nn.Module) -> tuple[str, ...]:
+    """Modules whose outputs L_featKD compares. UNet: each down, mid and up block. Transformer: the middle block."""
+    if not isinstance(backbone, UNet2DConditionModel):
+        sites = find_sites(backbone)
+        return (sites[len(sites) // 2].name,)
     down = [f"down_blocks.{i}" for i in range(len(backbone.down_blocks))]
     up = [f"up_blocks.{i}" for i in range(len(backbone.up_blocks))]
     return (*down, *(["mid_block"] if backbone.mid_block is not None else []), *up)
 
 
-def timestep_features(backbone: Backbone, num_timesteps: int) -> Tensor:
-    """The backbone's own sinusoidal embedding of every training timestep 0..T-1: float32 [T, D]."""
-    timesteps = torch.arange(num_timesteps)
-    if isinstance(backbone, DiTTransformer2DModel):
-        return backbone.transformer_blocks[0].norm1.emb.time_proj(timesteps).float()
-    return backbone.time_proj(timesteps).float()
+def _block_sites(backbone: nn.Module) -> list[Site]:
+    """The blocks of a diffusers transformer."""
+    sites, batched = [], family_of(backbone).batched
+    for name, blocks in backbone.named_children():
+        if isinstance(blocks, nn.ModuleList) and name.endswith(_LISTS):
+            for index, block in enumerate(blocks):
+                path = f"{name}.{index}"
+                if [child for child, _ in block.named_children()] == ["block"]:  # a wrapper, as in HiDream
+                    path, block = f"{path}.block", block.get_submodule("block")
+                if isinstance(block, Removed):
+                    sites.append(block.site)
+                elif streams := _streams(backbone_class(block)):
+                    sites.append(Site(path, None, streams, batched))
+    return sites
 
 
-def example_inputs(backbone: Backbone, latent_size: int, text_tokens: int = 77, batch: int = 1) -> dict[str, Any]:
-    """Keyword arguments of one forward, all zeros, on the backbone's device and in its dtype.
+@functools.cache
+def _streams(cls: Any) -> tuple[tuple[str, int], ...]:
+    """Name and place of the arguments that a block returns, changed, by its last return statement; () if of others.
 
-    Args:
-        latent_size: side of the latents, in latent pixels. text_tokens: of a text-conditioned backbone.
+    What is returned alone under another name is the first argument.
     """
-    like = {"device": backbone.device, "dtype": backbone.dtype}
-    sample = torch.zeros(batch, backbone.config.in_channels, latent_size, latent_size, **like)
-    timestep = torch.zeros(batch, dtype=torch.long, device=backbone.device)
-    if isinstance(backbone, DiTTransformer2DModel):
-        return {"hidden_states": sample, "timestep": timestep, "class_labels": torch.zeros_like(timestep)}
-    text = torch.zeros(batch, text_tokens, backbone.config.cross_attention_dim, **like)
-    return {"sample": sample, "timestep": timestep, "encoder_hidden_states": text}
+    places = parameters(cls)
+    names = _STREAMS.get(cls.__name__) or _returned(cls) or places[:1]
+    return tuple((name, places.index(name)) for name in names) if set(names) <= set(places) else ()
 
 
-def null_class(backbone: DiTTransformer2DModel) -> int:
-    """The row of the label table that means "no label"."""
-    return backbone.config.num_embeds_ada_norm
+def _returned(cls: Any) -> tuple[str, ...]:
+    """What the last return statement of a class's forward names, if it returns a tuple."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+    last = max((node for node in ast.walk(tree) if isinstance(node, ast.Return)), key=lambda node: node.lineno)
+    return tuple(map(ast.unparse, last.value.elts)) if isinstance(last.value, ast.Tuple) else ()
 
 
-def embedders(backbone: nn.Module) -> list[Any]:
-    """A DiT's timestep and label embedders, one copy per block, a shared one listed once; none for a UNet."""
-    if not isinstance(backbone, DiTTransformer2DModel):
-        return []
-    found = [block.norm1.emb for block in backbone.transformer_blocks if hasattr(block, "norm1")]
-    return list({id(embedder): embedder for embedder in found}.values())
-
-
-def tie_embedders(backbone: Backbone, field: str = "backbone.pretrained", new: bool = False) -> None:
-    """Let all blocks of a DiT use one timestep and label embedder, in place; a UNet is not changed.
-
-    diffusers gives every DiT block its own copy of what is one module in the original model. One shared
-    module keeps the copies equal while training and costs one optimizer state. Its built-in label dropout,
-    which would draw separately in every block, is switched off: labels are dropped once, in the trainer.
-
-    Args:
-        field: where the weights come from. new: they are random, so that unequal copies mean nothing.
-
-    Raises:
-        InputError: about `field`, if the copies are not equal, as after training them in plain diffusers.
-    """
-    if isinstance(backbone, DiTTransformer2DModel):
-        shared = backbone.transformer_blocks[0].norm1.emb
-        for index, block in enumerate(backbone.transformer_blocks):
-            if not (new or backbone.device.type == "meta") and not _equal(shared, block.norm1.emb):
-                raise InputError(f"{field}: its blocks 0 and {index} have unequal timestep or label embedders "
-                                 "(transformer_blocks.*.norm1.emb), of which alter keeps one: give weights in which "
-                                 "they are equal, such as those from before a fine-tuning by diffusers")
-        shared.class_embedder.dropout_prob = 0.0
-        for block in backbone.transformer_blocks:
-            block.norm1.emb = shared
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    return one is other or all(torch.equal(a, b) for a, b in pairs)
+def _unet_sites(unet: UNet2DConditionModel) -> list[Site]:
+    hidden_channels = _hidden_channels(unet)
+    sites = []
+    for path, module in unet.named_modules():
+        if isinstance(module, Removed):
+            sites.append(module.site)
+        elif isinstance(module, BasicTransformerBlock):
+            sites.append(Site(path, None))
+        elif isinstance(module, ResnetBlock2D) and not (module.up or module.down):
+            if hidden_channels.get(path) == module.out_channels:
+                sites.append(Site(path, module.out_channels, (("input_tensor", 0),)))
+    return sites
 
 
 def _hidden_channels(unet: UNet2DConditionModel) -> dict[str, int]:

@@ -86,8 +86,8 @@ def _load(arguments: argparse.Namespace) -> Any:
     import torch
     from diffusers import DiTPipeline
 
+    from ..backbones.dit import null_class
     from ..backbones.sampling import scheduler_class
-    from ..backbones.sites import null_class
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backbones.sites import Backbone
-from ..method.diffusion import draw, generator, predict, training_target
+from ..backbones.family import Backbone, predict
+from ..method.diffusion import draw, generator, training_target
 
 
 class SmallClassifier(nn.Module):

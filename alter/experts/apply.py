@@ -5,6 +5,7 @@ layers then run or not without a look at the device (backbones/gates.py). Nothin
 forward ends, in the thread that runs it.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ..backbones.family import COMPONENTS, backbone_class, family_of, timestep_argument
 from ..backbones.gates import HardRows, Simulator
-from ..backbones.sites import PIPELINE_COMPONENT, Site, named_sites
+from ..backbones.sites import Site, named_sites
 from ..common.errors import InputError
 from .trim import check_runnable
 
@@ -33,27 +36,26 @@ class Installed:
 class Applied:
     """Experts on a backbone until `remove`, or until the end of a `with` block, which yields the target."""
 
-    def __init__(self, target: Any, sites: Sequence[str], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
-        self.target, self.mask_EL, self.expert_T = target, mask_EL, expert_T
-        backbone = backbone_of(target)
+    def __init__(self, target: Any, backbone: Any, sites: Sequence[str], mask_EL: np.ndarray,
+                 expert_T: np.ndarray) -> None:
+        self.target, self.backbone, self.mask_EL, self.expert_T = target, backbone, mask_EL, expert_T
         installed: Installed | None = vars(backbone).get("_alter_applied")
         self.installs = installed is None
         if installed is not None:
             check_same(installed, mask_EL, expert_T)
             return
         check_fit(backbone, sites, mask_EL, expert_T)
-        scheduler = type(target.scheduler).__name__ if hasattr(target, "scheduler") else None
         simulator = Simulator(backbone)
         simulator.require_rows(True)
         backbone._alter_applied = Installed(mask_EL, expert_T, simulator, _register(
-            simulator, _Chooser(simulator, mask_EL, expert_T, scheduler)))
+            simulator, _Chooser(simulator, mask_EL, expert_T, target)))
 
     def __enter__(self) -> Any:
         return self.target
 
     def __exit__(self, *_: Any) -> None:
         if self.installs:  # else they were there before the block, and stay
-            remove(self.target, self.mask_EL, self.expert_T)
+            remove(self.backbone, self.mask_EL, self.expert_T)
 
 
 def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray | None = None) -> None:
@@ -103,41 +105,56 @@ def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> 
             hook.remove()
 
 
-def backbone_of(target: Any) -> Any:
-    """The UNet or DiT of a pipeline, or `target` itself; what `torch.compile` wraps is unwrapped."""
+def backbone_of(target: Any, component: str | None = None) -> Any:
+    """The backbone of a pipeline, or `target` itself; what `torch.compile` wraps is unwrapped.
+
+    component: its name in the pipeline; None: the first that there is of COMPONENTS.
+    """
     if not isinstance(target, nn.Module):
-        for component in PIPELINE_COMPONENT.values():
-            if isinstance(getattr(target, component, None), nn.Module):
-                target = getattr(target, component)
+        for name in (component,) if component else COMPONENTS:
+            if isinstance(getattr(target, name, None), nn.Module):
+                target = getattr(target, name)
                 break
         else:
-            raise InputError(f"experts: a {type(target).__name__} has no unet or transformer to apply them to")
+            raise InputError(f"experts: a {type(target).__name__} has no {component or 'unet or transformer'} to apply "
+                             "them to")
     return getattr(target, "_orig_mod", target)
 
 
 class _Chooser:
-    """Forward hooks that let the `timestep` argument choose the gates' rows for as long as the forward takes.
+    """Forward hooks that let the timestep argument choose the gates' rows for as long as the forward takes.
 
-    scheduler: class of the pipeline's, for messages.
+    target: the pipeline, whose scheduler knows the timestep before it was rounded to the backbone's precision; or the
+        backbone itself.
     """
 
-    def __init__(self, simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray, scheduler: str | None) -> None:
-        self.simulator, self.scheduler = simulator, scheduler
+    def __init__(self, simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray, target: Any) -> None:
+        self.simulator, self.family = simulator, family_of(simulator.backbone)
+        self.name, self.place = timestep_argument(backbone_class(simulator.backbone))
         self.masks, self.routes = torch.from_numpy(mask_EL), expert_T.tolist()
         self.rows_E = [HardRows(mask_L[None]) for mask_L in self.masks]
+        self.pipeline = weakref.ref(target) if hasattr(target, "scheduler") else None
+        self._visited: tuple[Any, list[float]] = (None, [])  # the scheduler's timesteps, and on the host
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, in another process perhaps, serves another pipeline."""
+        return {**vars(self), "pipeline": None, "_visited": (None, [])}
 
     # In a graph that the user compiles around the backbone: outside it, a break before any layer.
     @torch.compiler.disable
     def begin(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if "_is_replica" in vars(module):
             raise InputError("experts: nn.DataParallel's replicas share one choice of layers: use a process each GPU")
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = kwargs[self.name] if self.name in kwargs else args[self.place]
         given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
-        experts = [self._expert(value) for value in (given if isinstance(given, list) else [given])]
+        values = [self._training(value) for value in (given if isinstance(given, list) else [given])]
+        if isinstance(timestep, Tensor) and timestep.dtype in (torch.bfloat16, torch.float16):
+            values = self._unrounded(values, torch.finfo(timestep.dtype).eps)
+        experts = [self._expert(value) for value in values]
         if experts.count(experts[0]) == len(experts):
             rows = self.rows_E[experts[0]]
         else:
-            sample = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            sample = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim())
             rows = HardRows(self.masks[experts], sample.device)
         self.simulator.set(rows)
 
@@ -145,14 +162,36 @@ class _Chooser:
     def end(self, *_: Any) -> None:
         self.simulator.set(None)
 
+    def _training(self, value: float | list[float]) -> float:
+        """The training timestep; where every token has its own, that of the noisiest."""
+        if isinstance(value, list):
+            return max(map(self._training, value))
+        return self.family.training(value, len(self.routes))
+
+    def _unrounded(self, values: list[float], eps: float) -> list[float]:
+        """The scheduler's present timestep, if `values` are it but for rounding."""
+        scheduler: Any = getattr(self.pipeline() if self.pipeline else None, "scheduler", None)
+        timesteps, step = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
+        if not isinstance(timesteps, Tensor):
+            return values
+        if self._visited[0] is not timesteps:
+            self._visited = timesteps, timesteps.tolist()
+        visited = self._visited[1]
+        step = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
+        if step >= len(visited) or any(abs(visited[step] - value) > eps * len(self.routes) for value in values):
+            return values
+        return [visited[step]] * len(values)
+
     def _expert(self, timestep: float) -> int:
         """Of the nearest training timestep."""
-        last = len(self.routes) - 1
-        if not -0.5 <= timestep < last + 1:
-            raise InputError(f"experts: timestep={timestep} is outside the training timesteps 0 to {last}: "
-                             f"{self.scheduler or 'the scheduler'} counts noise in other units; use one that counts "
-                             "training timesteps, such as DPMSolverMultistepScheduler")
-        return self.routes[min(max(round(timestep), 0), last)]
+        count = len(self.routes)
+        if not -0.5 <= timestep <= count:  # a flow begins at T itself
+            target: Any = self.pipeline() if self.pipeline else None
+            scheduler = type(target.scheduler).__name__ if target is not None else "the scheduler"
+            raise InputError(f"experts: timestep={timestep} is outside the training timesteps 0 to {count - 1}: "
+                             f"{scheduler} counts noise in other units; use one that counts training timesteps, such "
+                             "as DPMSolverMultistepScheduler, or for a flow FlowMatchEulerDiscreteScheduler")
+        return self.routes[min(max(round(timestep), 0), count - 1)]
 
 
 def _register(simulator: Simulator, chooser: _Chooser) -> list[Any]:

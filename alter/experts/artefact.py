@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
 
 from ..backbones.cost import CostTable
+from ..backbones.family import COMPONENTS, backbone_class
 from ..backbones.gates import Simulator
 from ..backbones.latency import Latency
 from ..common.errors import InputError
@@ -35,6 +36,8 @@ class TemporalExperts:
         timesteps: those that the budget's sampler visits; each training timestep has the weight of the nearest of them
             (method/budget.py). None: all weigh the same.
         latency: the measured times that `keep_ratio_target` is a share of; None: it is one of MACs.
+        backbone: the name of its diffusers class; None: not recorded.
+        component: what the pipeline calls the backbone, where it is not the first of unet, transformer, transformer_2.
     """
 
     sites: tuple[str, ...]
@@ -46,6 +49,8 @@ class TemporalExperts:
     budget_over: str
     timesteps: tuple[int, ...] | None = None
     latency: Latency | None = None
+    backbone: str | None = None
+    component: str | None = None
 
     @property
     def macs_T(self) -> np.ndarray:
@@ -102,6 +107,7 @@ class TemporalExperts:
         measured = {} if self.latency is None else {"latency": {**asdict(self.latency), "time_ratio": self.time_ratio}}
         return _compact({
             "format": FORMAT,
+            **{name: value for name, value in (("backbone", self.backbone), ("component", self.component)) if value},
             "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
             "macs_total": self.macs_total,
             "budget": {"cost": "macs" if self.latency is None else "latency",
@@ -150,10 +156,11 @@ class TemporalExperts:
     @classmethod
     def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
               budget_over: str, timesteps: np.ndarray | None = None,
-              latency: Latency | None = None) -> "TemporalExperts":
+              latency: Latency | None = None, component: str | None = None) -> "TemporalExperts":
         """Join deterministic masks and routes with the costs of the sites."""
         return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
-                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()), latency)
+                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()), latency,
+                   cost.backbone, component)
 
     def apply(self, target: Any) -> Applied:
         """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
@@ -166,7 +173,7 @@ class TemporalExperts:
         Raises:
             InputError: if the sites differ from this artefact's, or other experts are applied.
         """
-        return Applied(target, self.sites, self.mask_EL, self.expert_T)
+        return Applied(target, self._backbone(target), self.sites, self.mask_EL, self.expert_T)
 
     def remove(self, target: Any) -> None:
         """Undo `apply`; the backbone is dense again.
@@ -174,7 +181,7 @@ class TemporalExperts:
         Raises:
             InputError: if these experts are not applied to it.
         """
-        remove(target, self.mask_EL, self.expert_T)
+        remove(self._backbone(target), self.mask_EL, self.expert_T)
 
     def compile(self, target: Any, **options: Any) -> None:
         """Apply the experts to `target`, if they are not, and torch.compile each of its prunable layers.
@@ -185,7 +192,7 @@ class TemporalExperts:
         Raises:
             InputError: as `apply`, or if other experts are applied.
         """
-        backbone = backbone_of(target)
+        backbone = self._backbone(target)
         if not hasattr(backbone, "_alter_applied"):
             self.apply(target)
         check_same(backbone._alter_applied, self.mask_EL, self.expert_T)
@@ -198,10 +205,10 @@ class TemporalExperts:
 
         Returns: bytes of parameters freed.
         """
-        backbone = backbone_of(target)
+        backbone = self._backbone(target)
         sites = check_fit(backbone, self.sites, self.mask_EL, self.expert_T)
         if hasattr(backbone, "_alter_applied"):
-            remove(target)
+            remove(backbone)
         freed = trim_layers(backbone, sites, self.mask_EL, self.used)
         self.apply(target)
         return freed
@@ -209,6 +216,15 @@ class TemporalExperts:
     def serving(self, simulator: Simulator) -> AbstractContextManager[None]:
         """As `apply`, inside a `with` block, for a backbone that `simulator` has gates on already."""
         return serving(simulator, self.mask_EL, self.expert_T)
+
+    def _backbone(self, target: Any) -> Any:
+        """The one that they are for, of a pipeline or alone; raises InputError for another class's."""
+        backbone = backbone_of(target, self.component)
+        found = backbone_class(backbone).__name__
+        if self.backbone not in (None, found):
+            raise InputError(f"experts: they were trained on a {self.backbone}, and this is a {found}: use the "
+                             "backbone that they were trained on")
+        return backbone
 
     @classmethod
     def _parse(cls, file: Path, content: Any) -> "TemporalExperts":
@@ -242,8 +258,13 @@ class TemporalExperts:
                 raise refuse("latency", f"missing or of the wrong type ({error})") from None
             if latency.sites != sites:
                 raise refuse("latency.sites", "are not those of `sites`")
+        backbone, component = content.get("backbone"), content.get("component")
+        if not isinstance(backbone, str | None):
+            raise refuse("backbone", "expected the name of a class")
+        if component not in (None, *COMPONENTS):
+            raise refuse("component", f"expected one of {', '.join(COMPONENTS)}")
         return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
-                   averaged and tuple(averaged), latency)
+                   averaged and tuple(averaged), latency, backbone, component)
 
 
 def _compact(content: dict[str, Any]) -> str:

@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransf
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..backbones.dit import null_class
+from ..backbones.family import predict
 from ..backbones.pretrained import shift_of
-from ..backbones.sites import null_class
 from ..common.errors import InputError
-from ..method.diffusion import predict
 
 
 class ClassConditionalPipeline(DiffusionPipeline):

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+from diffusers import ModelMixin
 from torch import nn
 
-from ..backbones.sites import PIPELINE_COMPONENT, Removed, Site, remove_layer
+from ..backbones.sites import Removed, Site, remove_layer
 from ..common.errors import InputError
 
 
@@ -28,7 +29,7 @@ def trim_layers(backbone: nn.Module, sites: Sequence[Site], mask_EL: np.ndarray,
         if not runs and not isinstance(backbone.get_submodule(site.name), Removed):
             remove_layer(backbone, site)
     kind: Any = type(backbone)
-    if kind in PIPELINE_COMPONENT:
+    if isinstance(backbone, ModelMixin) and not hasattr(kind, "_alter_trimmed"):
         backbone.__class__ = _trimmed(kind)
     return before - _size(backbone)
 
@@ -50,4 +51,5 @@ def _trimmed(cls: Any) -> Any:
         raise InputError("experts: a trimmed backbone is not saved: keep the folder that it was loaded from, and trim "
                          "again after loading")
 
-    return type(cls.__name__, (cls,), {"save_pretrained": save_pretrained, "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), {"save_pretrained": save_pretrained, "__module__": cls.__module__,
+                                       "_alter_trimmed": True})

@@ -6,7 +6,6 @@ and a resumed run needs no stored generator state.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,19 +72,6 @@ def training_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
     if kind == "epsilon":
         return noise
     return scheduler.get_velocity(latents, noise, timesteps) if kind == "v_prediction" else latents
-
-
-def predict(backbone, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    """The output of a diffusers backbone, in the precision of its weights; inputs may have any.
-
-    Args:
-        noisy_latents: [B, C, H, W]. timesteps: int64 [B]. conditioning: further keyword arguments, [B, ...] each.
-
-    Returns: [B, C or 2C, H, W]; 2C where the backbone learns the variance.
-    """
-    dtype = next(backbone.parameters()).dtype  # diffusers' `dtype` property walks over every module
-    cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in conditioning.items()}
-    return backbone(noisy_latents.to(dtype), timestep=timesteps, **cast).sample
 
 
 def min_snr_weight(scheduler, timesteps: Tensor, gamma: float) -> Tensor:

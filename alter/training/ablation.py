@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..backbones.family import predict
 from ..backbones.sampling import sample_latents
 from ..backbones.sites import Site
 from ..common.config import Config
@@ -17,7 +18,6 @@ from ..common.errors import InputError
 from ..common.load import load_config
 from ..experts.artefact import TemporalExperts
 from ..method.budget import Budget
-from ..method.diffusion import predict
 from ..method.hypernetwork import Logits
 from ..method.sensitivity import allocate
 from .demo_images import demo_reference, own_weights
@@ -64,13 +64,15 @@ def block_influence(config: Config, parts: Parts, samples: int = 64) -> np.ndarr
     probe, scores_L = Probe(config, parts, samples), np.zeros(len(parts.simulator.sites))
 
     def observe(layer: int, site: Site) -> Any:
-        def hook(module: Any, arguments: tuple, output: Any) -> None:
+        def hook(module: Any, arguments: tuple, keywords: dict[str, Any], output: Any) -> None:
+            output = site.image(site.unpack(output))
             dim = -1 if site.channels is None else 1
-            alike = torch.cosine_similarity(site.bypass(arguments[0]).float(), output.float(), dim=dim)
+            around = site.image(site.bypass(arguments, keywords))
+            alike = torch.cosine_similarity(around.float(), output.float(), dim=dim)
             scores_L[layer] += (1 - alike.mean().item()) * len(output) / samples
         return hook
 
-    hooks = [parts.backbone.get_submodule(site.name).register_forward_hook(observe(layer, site))
+    hooks = [parts.backbone.get_submodule(site.name).register_forward_hook(observe(layer, site), with_kwargs=True)
              for layer, site in enumerate(parts.simulator.sites)]
     for noisy, timesteps, conditioning, _ in probe.noised(0, parts.scheduler.config.num_train_timesteps):
         predict(parts.backbone, noisy, timesteps, conditioning)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..backbones.dit import null_class, tie_embedders
+from ..backbones.family import Backbone
 from ..backbones.pretrained import export
-from ..backbones.sites import Backbone, null_class, tie_embedders
 from ..backbones.text import TextEncoder
 from ..common.config import Config
 from ..common.errors import InputError

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backbones.family import predict
 from ..backbones.gates import HardRows
 from ..backbones.sampling import make_solver
 from ..common.config import Config
 from ..data.batches import WithSubstitutes, collate, split
-from ..method.diffusion import generator, predict, training_target
+from ..method.diffusion import generator, training_target
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
 

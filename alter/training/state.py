@@ -9,8 +9,8 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from ..backbones.family import COMPONENTS
 from ..backbones.pretrained import trained_parameters
-from ..backbones.sites import PIPELINE_COMPONENT
 from ..common.errors import InputError
 from ..data.latents import weights_hash
 from ..experts.artefact import TemporalExperts
@@ -27,7 +27,7 @@ def fingerprint(parts: Parts) -> dict[str, Any]:
     stored = parts.source.shards or [len(parts.source)]
     return {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(),
             "weights": [weights_hash(parts.folder / part) for part in
-                        (*PIPELINE_COMPONENT.values(), "vae", "text_encoder")]}
+                        (*COMPONENTS, "vae", "text_encoder")]}
 
 
 def save_state(trainer: Any, needed: bool) -> Path:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import merge_adapters, save_adapters
-from ..backbones.pretrained import export
+from ..backbones.pretrained import component_of, export
 from ..backbones.sampling import make_solver, sample_latents
-from ..backbones.sites import PIPELINE_COMPONENT
 from ..common.config import Config
 from ..common.files import write_text
 from ..data.batches import WithSubstitutes, collate, split
@@ -36,7 +35,7 @@ _SHOWN = 12  # images per row of samples.png, at most
 def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: int, counts: dict[str, int],
            run_dir: Path, started: float) -> dict[str, Any]:
     """Export final/, measure it, and write summary.json, samples.png and experts.png; returns the summary."""
-    final, component = run_dir / "final", PIPELINE_COMPONENT[type(parts.backbone)]
+    final, component = run_dir / "final", component_of(parts.folder)[1]
     parts.simulator.remove()
     parts.backbone.eval()
     if config.lora.rank is not None:

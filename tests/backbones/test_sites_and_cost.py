@@ -4,7 +4,9 @@ from conftest import make_dit, make_unet
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 
 from alter.backbones.cost import count_cost
-from alter.backbones.sites import find_sites, tie_embedders, timestep_features
+from alter.backbones.dit import tie_embedders
+from alter.backbones.inputs import timestep_features
+from alter.backbones.sites import find_sites
 from alter.common.errors import InputError
 from alter.common.load import CONFIGS
 
@@ -53,7 +55,7 @@ def test_sites_are_in_a_stable_order():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(InputError, match="AutoencoderKL has no sites"):
+    with pytest.raises(InputError, match="AutoencoderKL has no layers"):
         find_sites(AutoencoderKL(block_out_channels=(4,), norm_num_groups=2))
 
 

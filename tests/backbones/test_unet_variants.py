@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from alter import InputError, TemporalExperts
 from alter.backbones import pretrained
 from alter.backbones.cost import count_cost
+from alter.backbones.dit import tie_embedders
 from alter.backbones.gates import HardRows, Simulator
 from alter.backbones.pretrained import load_backbone, local_folder, meta_backbone
-from alter.backbones.sites import feature_points, find_sites, tie_embedders
+from alter.backbones.sites import feature_points, find_sites
 from alter.training.run import train
 from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build

@@ -11,8 +11,8 @@ from helpers import draw, experts_for
 from helpers import load_quietly as load
 
 from alter import InputError
+from alter.backbones.dit import embedders
 from alter.backbones.gates import HardRows, Simulator
-from alter.backbones.sites import embedders
 
 
 @pytest.fixture(scope="module")

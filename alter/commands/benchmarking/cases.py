@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ...backbones.cost import CostTable, count_cost
+from ...backbones.dit import embedders
 from ...backbones.pretrained import DTYPES, component_of
-from ...backbones.sites import Removed, Site, embedders, find_sites, named_sites, remove_layer
+from ...backbones.sites import Removed, Site, find_sites, named_sites, remove_layer
 from ...common.errors import InputError
 from ...common.load import CONFIGS
 from ...experts.artefact import TemporalExperts
@@ -76,20 +77,12 @@ def without_layers(case: Case, mask_L: np.ndarray) -> Any:
     for site, runs in zip(case.sites, mask_L, strict=True):
         if not runs:
             remove_layer(left, site)
-            left.get_submodule(site.name).__class__ = _Through if site.channels is None else _Around
+            left.get_submodule(site.name).__class__ = _Around
     return left
-
-
-class _Through(Removed):
-    """Nothing, where a layer of tokens was."""
-
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return hidden_states
 
 
 class _Around(Removed):
     """What bypasses a layer, where it was."""
 
-    def forward(self, hidden_states: torch.Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
-        output = self.site.bypass(hidden_states)
-        return output if return_dict else (output,)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.site.pack(self.site.bypass(args, kwargs))

@@ -11,9 +11,9 @@ import torch
 import torch._inductor.config
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
+from ...backbones.inputs import example_inputs
 from ...backbones.latency import measure_latency
 from ...backbones.sampling import sample_latents
-from ...backbones.sites import example_inputs
 from ...experts.artefact import TemporalExperts
 from .cases import Case, draw_experts, shallow_copy, trained_experts, without_layers
 from .timing import host_reads, interleave, peak_memory, ratio

@@ -19,9 +19,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from ...backbones.cost import CostTable
+from ...backbones.dit import embedders
 from ...backbones.gates import SoftRows
+from ...backbones.inputs import example_inputs
 from ...backbones.pretrained import component_of
-from ...backbones.sites import embedders, example_inputs
 from ...common.load import CONFIGS, load_config
 from ...data.batches import collate
 from ...training import trainer as trainer_module

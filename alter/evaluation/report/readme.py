@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
+from ...backbones.dit import null_class
 from ...backbones.sampling import make_solver, sample_latents
-from ...backbones.sites import null_class
 from ...common.errors import InputError
 from ...experts.artefact import TemporalExperts
 from .drawing import EXPERTS, INK, described, layers, styled

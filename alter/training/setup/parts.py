@@ -13,11 +13,14 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import Tensor, nn
 
 from ...backbones.cost import CostTable
+from ...backbones.dit import null_class, tie_embedders
+from ...backbones.family import Backbone, predict
 from ...backbones.gates import FeatureTap, Simulator
+from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
 from ...backbones.lora import add_adapters
 from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, shift_of
-from ...backbones.sites import Backbone, example_inputs, feature_points, null_class, tie_embedders, timestep_features
+from ...backbones.sites import feature_points
 from ...backbones.text import TextEncoder
 from ...common.config import Config
 from ...common.errors import InputError
@@ -26,7 +29,6 @@ from ...data.batches import Fit
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
-from ...method.diffusion import predict
 from ...method.hypernetwork import HyperNetwork
 from .plan import by_time, check_machine, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
@@ -71,7 +73,7 @@ class Parts:
     @property
     def fit(self) -> Fit:
         """What a sample must be like."""
-        by_class, empty = "class_labels" in example_inputs(self.backbone, 1), self.source.empty_text
+        by_class, empty = is_class_conditional(self.backbone), self.source.empty_text
         return Fit(self.latent_shape, null_class(self.backbone) if by_class else None,
                    None if empty is None else tuple(empty.shape))
 

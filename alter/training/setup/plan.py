@@ -13,6 +13,9 @@ from diffusers import AutoencoderKL, DDPMScheduler
 from torch import nn
 
 from ...backbones.cost import CostTable, count_cost
+from ...backbones.dit import embedders, null_class
+from ...backbones.family import COMPONENTS, Backbone
+from ...backbones.inputs import is_class_conditional
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
@@ -25,14 +28,7 @@ from ...backbones.pretrained import (
     set_tf32,
 )
 from ...backbones.sampling import scheduler_class
-from ...backbones.sites import (
-    PIPELINE_COMPONENT,
-    Backbone,
-    embedders,
-    example_inputs,
-    named_sites,
-    null_class,
-)
+from ...backbones.sites import named_sites
 from ...backbones.text import check_text
 from ...common.config import Config
 from ...common.errors import Faults, InputError
@@ -194,7 +190,7 @@ def known_folder(config: Config) -> Path | None:
     if Path(pretrained).exists():
         return local_folder(pretrained)
     ours = CONFIGS / "models" / (config.demo.model or pretrained)
-    return ours if any((ours / part).is_dir() for part in PIPELINE_COMPONENT.values()) else None
+    return ours if any((ours / part).is_dir() for part in COMPONENTS) else None
 
 
 def by_time(config: Config) -> bool:
@@ -284,7 +280,7 @@ def _check_validation(config: Config, backbone: Backbone) -> None:
     validate = config.validate
     if validate.every is None:
         return
-    by_class = "class_labels" in example_inputs(backbone, 1)
+    by_class = is_class_conditional(backbone)
     needed, other = ("labels", "prompts") if by_class else ("prompts", "labels")
     if not getattr(validate, needed) or getattr(validate, other):
         raise InputError(f"validate.every={validate.every}: for this backbone set validate.{needed}, and not "
@@ -299,7 +295,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     if not source.encoded and not (folder / "vae").is_dir():
         raise InputError(f"data.source={data.source!r} gives images, and {folder} has no vae: "
                          "use data.source=latents")
-    by_class = "class_labels" in example_inputs(backbone, shape[-1])
+    by_class = is_class_conditional(backbone)
     if by_class == (source.num_classes == 0):
         has, needs, give = ("captions", "class labels", "images in one folder per class, or latents with labels") \
             if by_class else ("class labels", "text", "images with captions, or latents with text states")

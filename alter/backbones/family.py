@@ -1,0 +1,122 @@
+"""How diffusers' backbones differ at their boundary: name, unit and direction of the timestep, sign of the output.
+
+All else that a pipeline tells its backbone (text states, pooled text, masks, ids of positions, guidance, sizes) is
+conditioning, which passes unchanged.
+"""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+Backbone: TypeAlias = Any  # a UNet2DConditionModel or a transformer of diffusers
+COMPONENTS = ("unet", "transformer", "transformer_2")  # of a pipeline, that may be a backbone
+_TIMESTEPS = ("timestep", "timesteps", "t")  # the argument's names
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a class of backbones expects and gives.
+
+    Attributes:
+        noise_level: the timestep is the noise level sigma in [0, 1], not a training timestep in [0, T].
+        reversed: it counts from pure noise to the clean image.
+        sign: of the output, against what the scheduler steps with.
+        listed: inputs and outputs are lists of samples [C, 1, h, w].
+        batched: blocks have the batch on their first axis, so that layers can run on some samples alone.
+    """
+
+    noise_level: bool = False
+    reversed: bool = False
+    sign: int = 1
+    listed: bool = False
+    batched: bool = True
+
+    def training(self, value: float, count: int) -> float:
+        """The training timestep, of `count`, that the backbone's `value` stands for; a flow's has fractions."""
+        timestep = value * count if self.noise_level else value
+        return count - timestep if self.reversed else timestep
+
+    def value(self, timesteps: Tensor, count: int) -> Tensor:
+        """The inverse, of timesteps [B]."""
+        timesteps = count - timesteps if self.reversed else timesteps
+        return timesteps.float() / count if self.noise_level else timesteps
+
+
+_SIGMA = Family(noise_level=True)
+_TO_CLEAN = Family(noise_level=True, reversed=True, sign=-1)
+FAMILIES = {
+    **dict.fromkeys(
+        ("AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
+         "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
+         "OvisImageTransformer2DModel", "PRXTransformer2DModel", "QwenImageTransformer2DModel"), _SIGMA),
+    **dict.fromkeys(
+        ("Ideogram4Transformer2DModel", "Lumina2Transformer2DModel", "LuminaNextDiT2DModel"), _TO_CLEAN),
+    "ZImageTransformer2DModel": Family(noise_level=True, reversed=True, sign=-1, listed=True),
+    "MochiTransformer3DModel": Family(reversed=True),
+    "ErnieImageTransformer2DModel": Family(batched=False),
+}
+
+
+def backbone_class(backbone: Any) -> Any:
+    """The diffusers class of a backbone, beneath what compiles, wraps or subclasses it."""
+    module = getattr(backbone, "_orig_mod", backbone)
+    module = getattr(module, "module", module)  # of DistributedDataParallel
+    classes = [cls for cls in type(module).__mro__ if "forward" in vars(cls)]
+    return next((cls for cls in classes if cls.__module__.startswith("diffusers.")), classes[0])
+
+
+def family_of(backbone: Any) -> Family:
+    """By the name of its class."""
+    return FAMILIES.get(backbone_class(backbone).__name__, Family())
+
+
+@functools.cache
+def parameters(cls: Any) -> tuple[str, ...]:
+    """The names of the arguments of a class's forward, without self."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+@functools.cache
+def timestep_argument(cls: Any) -> tuple[str, int]:
+    """The name of a backbone class's timestep and its place among the arguments of forward."""
+    name = next(name for name in _TIMESTEPS if name in parameters(cls))
+    return name, parameters(cls).index(name)
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The precision of a model's weights, which may be quantised in part."""
+    # diffusers' `dtype` property walks over every module
+    return next(value.dtype for value in model.parameters() if value.is_floating_point())
+
+
+def predict(backbone: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any],
+            count: int = 1000) -> Tensor:
+    """What the scheduler steps with, from a diffusers backbone in the precision of its weights; inputs may have any.
+
+    Args:
+        noisy_latents: as the scheduler steps them, [B, C, h, w], [B, C, F, h, w] or, where the pipeline packs them,
+            [B, tokens, C].
+        timesteps: training timesteps [B], int64 or, of a flow, float32 in [0, count].
+        conditioning: further keyword arguments; nested tensors are cast too. count: T, of training timesteps.
+
+    Returns: as `noisy_latents`; with twice the channels where the backbone learns the variance.
+    """
+    cls = backbone_class(backbone)
+    family = FAMILIES.get(cls.__name__, Family())
+    dtype = floating_dtype(backbone)
+
+    def cast(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    latents = noisy_latents.to(dtype)
+    output = backbone(**{parameters(cls)[0]: list(latents.unsqueeze(2)) if family.listed else latents,
+                         timestep_argument(cls)[0]: family.value(timesteps, count),
+                         **tree_map_only(Tensor, cast, dict(conditioning))}).sample
+    output = torch.stack(output).squeeze(2) if family.listed else output
+    return output if family.sign == 1 else -output
