@@ -1,0 +1,231 @@
+"""What conditions a backbone, and its latents, made by the pipeline that the backbone belongs to.
+
+The pipeline is loaded with a backbone that has no weights, called as a user calls it, and stopped when it calls its
+backbone: the arguments that it gives there are the conditioning. So no family of models needs code of its own.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..common.errors import InputError
+from .family import COMPONENTS, Backbone, backbone_class, parameters, timestep_argument
+from .pretrained import component_of, variant_of
+
+_TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
+_ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
+# How a pipeline is told to draw without guidance, in the order of preference; Z-Image counts from 0.
+_UNGUIDED = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
+_UNGUIDED_AT_ZERO = ("ZImage",)
+_AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A batch's arguments for the backbone, besides latents and timestep; those in dictionaries under dotted names.
+
+    Attributes:
+        rows: of each sample; tensors with the batch on the first axis, or lists of B.
+        shared: of all samples: positions, sizes, settings.
+    """
+
+    rows: dict[str, Any]
+    shared: dict[str, Any]
+
+    def arguments(self) -> dict[str, Any]:
+        """As the backbone takes them."""
+        nested: dict[str, Any] = {}
+        for name, value in {**self.shared, **self.rows}.items():
+            place, parts = nested, name.split(".")
+            for part in parts[:-1]:
+                place = place.setdefault(part, {})
+            place[parts[-1]] = value
+        return nested
+
+
+class Conditioner:
+    """A pipeline folder without the weights of its backbone.
+
+    Args:
+        folder: of the pipeline. dtype: of text encoders and VAE.
+        size: (height, width) of the images in pixels, or (frames, height, width) of videos.
+        guidance: for backbones that are told their guidance (FLUX.1-dev): the value that they will sample with.
+
+    Raises:
+        InputError: if a part of the pipeline cannot be loaded, or it stops before it calls its backbone.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype, size: tuple[int, ...],
+                 guidance: float | None = None) -> None:
+        self.folder, self.size, self.guidance = folder, size, guidance
+        self.pipe, self.backbone = load_hollow(folder, device, dtype)
+        one, two = (self._call([""] * count) for count in (1, 2))
+        self.rows = frozenset(name for name in two if _length(two[name]) == 2 and _length(one[name]) == 1)
+        self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], dropped: Tensor | None = None) -> Conditioning:
+        """Of B `prompts`; those in `dropped`, bool [B], become what the pipeline guides away from: the empty prompt."""
+        drops = [False] * len(prompts) if dropped is None else dropped.tolist()
+        told = self._call(["" if drop else prompt for prompt, drop in zip(prompts, drops, strict=True)])
+        rows = {name: value for name, value in told.items() if name in self.rows}
+        if self.zeroes and any(drops):
+            for name in _ZEROED:
+                if name in rows:
+                    rows[name][dropped.to(rows[name].device)] = 0  # type: ignore[union-attr]
+        return Conditioning(rows, {name: value for name, value in told.items() if name not in rows})
+
+    def too_long(self, prompts: Sequence[str]) -> int:
+        """How many of `prompts` are cut, being longer than the first tokenizer takes."""
+        tokenizer = self.pipe.tokenizer
+        if tokenizer is None:
+            return 0
+        return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(list(prompts), verbose=False).input_ids)
+
+    def _call(self, prompts: list[str]) -> dict[str, Any]:
+        """What the pipeline tells its backbone, under dotted names."""
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        wanted = {"num_frames": self.size[0]} if len(self.size) == 3 else {}
+        wanted |= {"prompt": prompts, "height": self.size[-2], "width": self.size[-1], "num_inference_steps": 2,
+                   "output_type": "latent", "generator": torch.Generator().manual_seed(0),
+                   **_AS_GIVEN, **self._guidance(accepted)}
+        given = {name: value for name, value in wanted.items() if name in accepted}
+        told = stop_at_backbone(self.pipe, self.backbone, given)
+        cls = backbone_class(self.backbone)
+        left_out = (parameters(cls)[0], timestep_argument(cls)[0], "return_dict")
+        return _flat({name: value for name, value in told.items() if name not in left_out})
+
+    def _guidance(self, accepted: Mapping[str, Any]) -> dict[str, float]:
+        if getattr(self.backbone.config, "guidance_embeds", False):
+            told = {"guidance_scale": self.guidance} if self.guidance is not None else {}
+            return told | {"true_cfg_scale": 1.0}
+        if type(self.pipe).__name__.startswith(_UNGUIDED_AT_ZERO):
+            return {"guidance_scale": 0.0}
+        name = next((name for name in _UNGUIDED if name in accepted), None)
+        return {} if name is None else {name: _UNGUIDED[name]}
+
+
+def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, Backbone]:
+    """A pipeline whose backbones have no weights, and the one that is trained.
+
+    Raises:
+        InputError: if another part of it cannot be loaded.
+    """
+    found = {name: folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()}
+    cls, component = component_of(folder)
+    hollows = {name: hollow(cls, path, device, dtype) for name, path in found.items()}
+    try:
+        index = DiffusionPipeline.load_config(folder)
+        unwanted = {name: None for name in ("safety_checker", "image_encoder") if name in index}
+        parts = [path for path in folder.iterdir() if path.is_dir() and path.name not in found and variant_of(path)]
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16" if parts else None,
+                                                 **hollows, **unwanted)
+        pipe.to(device)
+    except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"backbone.pretrained: {folder}: its pipeline cannot be loaded "
+                         f"({' '.join(str(error).split())[:300]})") from None
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, hollows[component]
+
+
+def hollow(cls: Any, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Backbone:
+    """A backbone whose parameters have no elements, on `device`, for pipelines that only ask where and what it is."""
+    with torch.device("meta"):
+        backbone = cls.from_config(cls.load_config(folder))
+    for module in backbone.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), False)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = torch.empty(0, dtype=value.dtype, device=device)
+    return backbone
+
+
+class _Stopped(BaseException):
+    """Not an Exception, which a pipeline might catch."""
+
+
+def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, by name, with which `pipe(**given)` calls its backbone for the first time; it does not run.
+
+    Raises:
+        InputError: if the pipeline refuses, or ends without calling it.
+    """
+    names, told = parameters(backbone_class(backbone)), {}
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        told.update({**dict(zip(names, args, strict=False)), **kwargs})
+        raise _Stopped
+
+    others = [getattr(pipe, name) for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
+    hooks = [other.register_forward_pre_hook(stop, with_kwargs=True) for other in others]
+    try:
+        pipe(**given)
+    except _Stopped:
+        return {name: value for name, value in told.items() if value is not None}
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"backbone.pretrained: its {type(pipe).__name__} refuses to encode a prompt "
+                         f"({' '.join(str(error).split())[:300]})") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise InputError(f"backbone.pretrained: its {type(pipe).__name__} drew without calling its backbone")
+
+
+def join(samples: Sequence[dict[str, Any]], backbone: Backbone) -> dict[str, Any]:
+    """The rows of a batch from those of samples [1, ...]; text of several lengths is padded with zeros, and masked.
+
+    Raises:
+        InputError: if the backbone takes no mask, without which padded text would count.
+    """
+    texts = [name for name in samples[0] if len({_tokens(sample[name]) for sample in samples}) > 1]
+    mask = next((name for name in _TEXT_MASKS if name in parameters(backbone_class(backbone))), None)
+    if texts and mask is None:
+        raise InputError(f"data.path: prompts of several lengths ({', '.join(texts)}), and a "
+                         f"{type(backbone).__name__} takes no mask of text: encode them at one length")
+    if texts and mask is not None and mask not in samples[0]:
+        samples = [{**sample, mask: torch.ones(1, _tokens(sample[texts[0]]), dtype=torch.bool)} for sample in samples]
+        texts = [*texts, mask]
+    joined: dict[str, Any] = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, list):
+            joined[name] = [item for value in values for item in value]
+        elif name in texts:
+            most = max(map(_tokens, values))
+            joined[name] = torch.cat([nn.functional.pad(
+                value, (0,) * (2 * (value.dim() - 2)) + (0, most - _tokens(value))) for value in values])
+        else:
+            joined[name] = torch.cat(values)
+    return joined
+
+
+def _tokens(value: Any) -> int:
+    return value.shape[1] if isinstance(value, Tensor) and value.dim() > 1 else 0
+
+
+def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in told.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _length(value: Any) -> int | None:
+    """Of the first axis of a tensor or list."""
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() else None
+    return len(value) if isinstance(value, list) else None
