@@ -1,6 +1,7 @@
 """Tiny real diffusers models, and pipeline folders and data made of them."""
 
 import functools
+import gc
 import json
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from helpers import known_cost
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import alter.training.journal
+import alter.training.setup.plan
 import alter.training.summary
 from alter.common.load import CONFIGS, load_config
 from alter.data.shapes import write_shapes
-from alter.evaluation.classifier import train_classifier
+from alter.evaluation.classifier import errors_by_timestep, train_classifier
 from alter.evaluation.report.figures import plot_experts, plot_samples
 from alter.training.demo import make_tokenizer
 
@@ -30,10 +33,14 @@ _PICTURES = (
 
 
 @pytest.fixture(autouse=True, scope="session")
-def brief_endings():
-    """Whole runs measure their samples and draw pictures; in most tests that they do is enough."""
+def brief_runs():
+    """Whole runs count costs, measure their samples and draw pictures; in most tests that they do is enough."""
+    gc.collect()
+    gc.freeze()  # what is imported by now is never garbage; looking through it takes a third of a second
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(alter.training.setup.plan, "count_cost", known_cost)
         patch.setattr(alter.training.summary, "train_classifier", functools.partial(train_classifier, steps=20))
+        patch.setattr(alter.training.summary, "errors_by_timestep", functools.partial(errors_by_timestep, bins=4))
         for module, name, _ in _PICTURES:
             patch.setattr(module, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))
         yield
@@ -150,31 +157,36 @@ def merge(base: dict, changes: dict) -> dict:
     return merged
 
 
-@pytest.fixture
-def small_config(tmp_path):
-    """A factory: a small run on a tiny DiT with digits ("dit"), a tiny UNet with text states ("unet") or a tiny
-    Stable Diffusion with captioned images ("sd")."""
+def config_factory(folder: Path):
+    """Makes configurations, with what they need in `folder`: a small run on a tiny DiT with digits ("dit"), a tiny UNet
+    with text states ("unet") or a tiny Stable Diffusion with captioned images ("sd")."""
     def make(kind="dit", **changes):
-        folder = tmp_path / f"{kind}-pretrained"
-        if not folder.exists() and kind == "sd":
-            save_stable_diffusion(folder)
-        elif not folder.exists():
-            save_pipeline(folder, make_dit() if kind == "dit" else make_unet())
-        content = merge(SMALL, {"backbone": {"pretrained": str(folder)}, "output_dir": str(tmp_path / "run")})
+        pretrained = folder / f"{kind}-pretrained"
+        if not pretrained.exists() and kind == "sd":
+            save_stable_diffusion(pretrained)
+        elif not pretrained.exists():
+            save_pipeline(pretrained, make_dit() if kind == "dit" else make_unet())
+        content = merge(SMALL, {"backbone": {"pretrained": str(pretrained)}, "output_dir": str(folder / "run")})
         if kind == "dit":
             content = merge(content, {"data": {"source": "digits", "resolution": 8}})
         elif kind == "sd":
-            shapes = tmp_path / "shapes"
+            shapes = folder / "shapes"
             if not shapes.exists():
                 write_shapes(shapes, 24, 0)
             content = merge(content, {"data": {"path": str(shapes), "resolution": 32}})
         else:
-            latents = tmp_path / "latents"
+            latents = folder / "latents"
             if not latents.exists():
                 save_latents(latents, (4, 16, 16), text=(7, 12))
             content = merge(content, {"data": {"source": "latents", "path": str(latents), "resolution": 16}})
-        file = tmp_path / "small.yaml"
+        file = folder / "small.yaml"
         file.write_text(yaml.safe_dump(merge(content, changes)))
         return load_config(file)
 
     return make
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    """A `config_factory` for this test."""
+    return config_factory(tmp_path)
