@@ -48,7 +48,10 @@ forward() { # signal name, exit code when nothing runs yet
   for status in "$ALTER_STATUS_DIR"/*; do # a file with a code in it is of a trainer that has ended
     [ -e "$status" ] && [ ! -s "$status" ] && kill "-$1" "${status##*/}" 2>/dev/null && found=1
   done
-  [ -n "$found" ] || kill -TERM "$!" 2>/dev/null || true
+  if [ -z "$found" ]; then
+    early=$2
+    kill -TERM "$!" 2>/dev/null || true
+  fi
 }
 # Before accelerate starts: a signal in between would leave it behind.
 trap 'forward INT 130' INT
@@ -81,4 +84,4 @@ for pid in $(ls -tr "$ALTER_STATUS_DIR"); do # oldest first: the first to fail i
   recorded=$(<"$ALTER_STATUS_DIR/$pid")
   [ -z "$recorded" ] || [ "$recorded" = 0 ] || exit "$recorded"
 done
-exit "$code"
+exit "${early:-$code}"

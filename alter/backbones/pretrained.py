@@ -25,6 +25,10 @@ _UNNAMED = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DMode
 _TRANSFORMERS = ("Transformer1DModel", "Transformer2DModel", "Transformer3DModel", "DiT2DModel", "DiTModel")
 
 
+class _AnyPipeline(DiffusionPipeline):
+    """Downloads a pipeline of any class; DiffusionPipeline itself only those that diffusers knows, and so not ours."""
+
+
 def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
     """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first.
 
@@ -38,9 +42,9 @@ def local_folder(pretrained: str, revision: str | None = None, field: str = "bac
                          f"StableDiffusionPipeline.from_single_file({pretrained!r}).save_pretrained('FOLDER'), and "
                          "give that folder")
     try:
-        folder = Path(DiffusionPipeline.download(pretrained, revision=revision))
+        folder = Path(_AnyPipeline.download(pretrained, revision=revision))
         if not [*folder.glob("*/*.safetensors"), *folder.glob("*/*.bin")]:  # diffusers takes fp16 files if asked alone
-            folder = Path(DiffusionPipeline.download(pretrained, revision=revision, variant="fp16"))
+            folder = Path(_AnyPipeline.download(pretrained, revision=revision, variant="fp16"))
         return folder
     except (AttributeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

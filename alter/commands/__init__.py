@@ -1,9 +1,11 @@
 """The console command `alter COMMAND ...`; of its commands, only the one that is asked for is imported."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,14 @@ COMMANDS = {  # module, extra that it needs, what it does
 HEAVY = ("evaluate", "ablate")  # their options are named after what modules that import torch define
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal came that means what Ctrl-C means."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: this process's arguments) asks for; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -48,8 +58,9 @@ def _main(words: list[str]) -> int:
             from .options import announce_loading
 
             announce_loading()
-        command = import_module(f".{module}", __name__)
-        return command.run(_parse(name, command, words[1:])) or 0
+        with _stoppable() if name == "train" else contextlib.nullcontext():
+            command = import_module(f".{module}", __name__)
+            return command.run(_parse(name, command, words[1:])) or 0
     except Exception as error:
         if debug or not _expected(error):
             raise
@@ -63,9 +74,27 @@ def _main(words: list[str]) -> int:
         for line in lines:
             print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else getattr(error, "signum", -127) + 128
-    except KeyboardInterrupt:
-        print(f"error: stopped at once{'; the last checkpoint stays' if name == 'train' else ''}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        stays = "; the last checkpoint, if there is one, stays" if name == "train" else ""
+        print(f"error: stopped at once{stays}", file=sys.stderr)
+        return getattr(stop, "signum", signal.SIGINT) + 128
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 stop what is inside as Ctrl-C does, so that it can leave its exit code."""
+    def stop(signum: int, _: Any) -> None:
+        raise _Stopped(signum)
+
+    try:
+        usual = {name: signal.signal(name, stop) for name in (signal.SIGTERM, signal.SIGUSR1)}
+    except ValueError:  # not the main thread, which alone receives signals
+        usual = {}
+    try:
+        yield
+    finally:
+        for name, handler in usual.items():
+            signal.signal(name, handler)
 
 
 def _overview() -> argparse.ArgumentParser:

@@ -70,8 +70,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration; `load_config` reads it back to an equal object."""
-    content = schema.plain(dataclasses.asdict(config))
-    write_text(path, yaml.safe_dump(content, sort_keys=False))
+    write_text(path, as_yaml(config))
+
+
+def as_yaml(config: Config) -> str:
+    """Every key and its value, resolved."""
+    return yaml.safe_dump(schema.plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def reference() -> str:

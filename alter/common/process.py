@@ -4,15 +4,19 @@ import contextlib
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from .errors import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+Result = TypeVar("Result")
 
 
 def this_process() -> PartialState:
@@ -20,6 +24,24 @@ def this_process() -> PartialState:
     accelerate by itself would take each for the only one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
                         timeout=timedelta(hours=12))  # processes meet only when all work is done
+
+
+def on_main_process(function: Callable[[], Result]) -> Result:
+    """What `function` returns on the main process, which alone calls it, on every process.
+
+    Raises:
+        InputError: that of `function`, on every process.
+    """
+    outcome: Any = None
+    if PartialState().is_main_process:
+        try:
+            outcome = function()
+        except InputError as error:
+            outcome = error
+    outcome = broadcast_object_list([outcome])[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
 
 
 def peak_memory() -> tuple[int, int]:

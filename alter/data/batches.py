@@ -5,6 +5,7 @@ micro-batch takes its slice of every global batch; a resumed run starts the stre
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -213,6 +214,8 @@ def make_loader(source: Source | WithSubstitutes, batches: Any, workers: int) ->
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Put the worker into a separate process group, so that a signal to the trainer does not end it: the trainer
-    needs it to finish the step."""
+    """Put the worker into a separate process group, and past the signals that SLURM sends to every process of a task,
+    so that a signal to the trainer does not end it: the trainer needs it to finish the step."""
     os.setpgid(0, 0)
+    for name in (signal.SIGINT, signal.SIGUSR1):  # SIGTERM ends workers
+        signal.signal(name, signal.SIG_IGN)

@@ -128,8 +128,11 @@ class TemporalExperts:
         return api.upload_file(path_or_fileobj=self._to_json().encode(), path_in_repo=FILE_NAME, repo_id=repo_id)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "TemporalExperts":
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, **hub: Any) -> "TemporalExperts":
         """Read `experts.json` from a folder or, if there is no such folder, from a hub id.
+
+        Args:
+            hub: further arguments of huggingface_hub's `hf_hub_download`, for example `token` or `cache_dir`.
 
         Raises:
             InputError: naming the field that is missing or wrong.
@@ -142,7 +145,7 @@ class TemporalExperts:
                 raise InputError(f"{source}: holds no {FILE_NAME}: name a folder that training has finished")
         else:
             try:
-                file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision))
+                file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision, **hub))
             except (OSError, ValueError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise InputError(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} "

@@ -9,7 +9,7 @@ from ..common.errors import InputError
 from .artefact import TemporalExperts
 from .pipeline import ClassConditionalPipeline
 
-_FROM_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_FROM_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _DIT = "DiTPipeline"  # diffusers'
 _IMAGENET = 1000  # its null class
 
@@ -24,7 +24,7 @@ def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
     Raises:
         InputError: if there is no `experts.json`, or it does not fit the backbone.
     """
-    experts = TemporalExperts.from_pretrained(source, kwargs.get("revision"))
+    experts = TemporalExperts.from_pretrained(source, **_hub(kwargs))
     pipe = load_dense(source, **kwargs)
     experts.apply(pipe)
     return pipe
@@ -39,14 +39,17 @@ def load_dense(source: str | Path, **kwargs: Any) -> Any:
     Raises:
         InputError: if there is no pipeline.
     """
-    hub = {name: kwargs[name] for name in _FROM_THE_HUB if name in kwargs}
     try:
-        ours = pipeline_class(source, **hub) == ClassConditionalPipeline.__name__
+        ours = pipeline_class(source, **_hub(kwargs)) == ClassConditionalPipeline.__name__
         cls: Any = ClassConditionalPipeline if ours else DiffusionPipeline
         return cls.from_pretrained(str(source), **kwargs)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         raise InputError(f"{source}: no pipeline can be loaded ({' '.join(str(error).split())[:200]}): give a finished "
                          "run's final/, or a diffusers pipeline") from None
+
+
+def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _FROM_THE_HUB if name in kwargs}
 
 
 def pipeline_class(source: str | Path, **hub: Any) -> str:

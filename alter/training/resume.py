@@ -6,16 +6,15 @@ import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import check_writable, write_text
-from ..common.load import flatten, load_config, save_config
+from ..common.load import as_yaml, flatten, load_config, save_config
+from ..common.process import on_main_process
 from ..evaluation.report.records import HISTORY
 from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
 
@@ -54,35 +53,43 @@ def _through_link(folder: str) -> bool:
 def find_run_dir(config: Config, accelerator: Accelerator) -> tuple[Config, Path, Path | None]:
     """The configuration, the run directory, the same on every process, and the checkpoint to go on from."""
     if config.resume:
-        run_dir, resume_from = _found_run(config, accelerator)
+        run_dir, resume_from = on_main_process(
+            lambda: find_run(str(config.resume), config.output_dir, config.name))
         return _resumed(config, run_dir, resume_from, accelerator.is_main_process), run_dir, resume_from
-    if config.output_dir:
-        run_dir = Path(config.output_dir)
-        check_writable(run_dir, "output_dir", folder=True)
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
-            remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
-            raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
-        return _follow_links(config), run_dir, None
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
-    stamp = broadcast_object_list([stamp])[0]
-    run_dir = Path("outputs") / config.name / stamp
-    check_writable(run_dir, "name", folder=True)
-    return _follow_links(config), run_dir, None
+    config = _follow_links(config)
+    return config, on_main_process(lambda: _new_run_dir(config)), None
 
 
-def _found_run(config: Config, accelerator: Accelerator) -> tuple[Path, Path]:
-    """`find_run`'s answer, or its InputError, on every process; one process reads the checkpoints."""
-    found: Any = None
-    if accelerator.is_main_process:
-        try:
-            found = find_run(str(config.resume), config.output_dir, config.name)
-        except InputError as error:
-            found = error
-    found = broadcast_object_list([found])[0]
-    if isinstance(found, InputError):
-        raise found
-    return found
+def _new_run_dir(config: Config) -> Path:
+    """Where a run that is not resumed writes; nothing is made there yet."""
+    if config.output_dir is None:
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S-%f")
+        run_dir = Path("outputs") / config.name / stamp
+        check_writable(run_dir, "name", folder=True)
+        return run_dir
+    run_dir = Path(config.output_dir)
+    check_writable(run_dir, "output_dir", folder=True)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if _stopped_early(config, run_dir):
+            tqdm.write(f"{run_dir}: this run was stopped before its first checkpoint: it begins anew")
+            return run_dir
+        resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
+        remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
+        raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
+    return run_dir
+
+
+def _stopped_early(config: Config, run_dir: Path) -> bool:
+    """Whether a folder is that of this very run, stopped when there was nothing to keep yet."""
+    file = run_dir / CONFIG
+    if not file.is_file() or checkpoints(run_dir / "checkpoints") or (run_dir / "final").exists():
+        return False
+    try:
+        recorded = load_config(file)
+    except InputError:
+        return False
+    written_by_a_run = as_yaml(recorded) == file.read_text(encoding="utf-8")
+    return written_by_a_run and not _changes(recorded, config)[0]
 
 
 def _resumed(config: Config, run_dir: Path, resume_from: Path, is_main_process: bool) -> Config:
@@ -99,6 +106,17 @@ def _resumed(config: Config, run_dir: Path, resume_from: Path, is_main_process: 
         section: began[section] if value and began[section] and _through_link(value) else value
         for section, value in _folders(config).items()
     })
+    refused, taken = _changes(recorded, config)
+    if refused:
+        raise InputError(f"{', '.join(refused)}, with which the run began: keep that, or start a new run")
+    if is_main_process:
+        for line in taken:
+            tqdm.write(line)
+    return config
+
+
+def _changes(recorded: Config, config: Config) -> tuple[list[str], list[str]]:
+    """How a configuration differs from that with which a run began: what makes it another run, and what does not."""
     before, now = flatten(recorded), flatten(config)
     refused, taken = [], []
     for name, value in now.items():
@@ -109,12 +127,7 @@ def _resumed(config: Config, run_dir: Path, resume_from: Path, is_main_process: 
             taken.append(f"{name}: {before[name]!r} → {value!r}")
         else:
             refused.append(f"{name}={value!r} differs from {before[name]!r}")
-    if refused:
-        raise InputError(f"{', '.join(refused)}, with which the run began: keep that, or start a new run")
-    if is_main_process:
-        for line in taken:
-            tqdm.write(line)
-    return config
+    return refused, taken
 
 
 def open_run_dir(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: Path | None) -> None:
@@ -123,13 +136,12 @@ def open_run_dir(config: Config, accelerator: Accelerator, run_dir: Path, resume
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / CONFIG)
         print(f"run directory: {run_dir}", flush=True)
-        if resume_from is not None:
-            step = step_of(resume_from)
-            for later in checkpoints(run_dir / "checkpoints"):
-                if step_of(later) > step:  # passed over as damaged, or of a branch that is left
-                    set_aside(later, "damaged" if config.resume == "latest" else "abandoned")
-            for name in ("metrics.jsonl", "unreadable.jsonl", HISTORY):
-                _forget_after(run_dir / name, step)
+        step = step_of(resume_from) if resume_from else 0
+        for later in checkpoints(run_dir / "checkpoints"):
+            if step_of(later) > step:  # passed over as damaged, or of a branch that is left
+                set_aside(later, "damaged" if config.resume == "latest" else "abandoned")
+        for name in ("metrics.jsonl", "unreadable.jsonl", HISTORY):
+            _forget_after(run_dir / name, step)
     accelerator.wait_for_everyone()
     accelerator.project_configuration.logging_dir = str(run_dir)
     accelerator.init_trackers(config.name if config.log.tracker == "wandb" else "tensorboard")

@@ -25,6 +25,7 @@ from ..backbones.pretrained import set_tf32
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
+from ..common.process import on_main_process
 from ..evaluation.report.figures import summary_table
 from ..evaluation.report.records import SENSITIVITY, write_sensitivity
 from ..experts.artefact import TemporalExperts
@@ -71,12 +72,10 @@ def train(config: Config) -> FinishedRun:
     latency = Latency.load(run_dir / LATENCY) if resume_from and by_time(config) else None
     check(config, accelerator.num_processes, latency)
     set_seed(config.seed)
-    if config.demo.model and accelerator.is_main_process:
-        make_demo(config, accelerator.device)
-    accelerator.wait_for_everyone()
+    if config.demo.model:
+        on_main_process(lambda: make_demo(config, accelerator.device))
     if latency is None and by_time(config):
-        measured = plan_latency(config, accelerator.device) if accelerator.is_main_process else None
-        latency = broadcast_object_list([measured])[0]
+        latency = on_main_process(lambda: plan_latency(config, accelerator.device))
     if accelerator.is_main_process:
         tqdm.write("loading models and data")
     parts = build(config, accelerator.num_processes, accelerator.device, latency)

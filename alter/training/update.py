@@ -44,7 +44,7 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict()}
+                "scaler": self.scaler.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any], lr: float, betas: tuple[float, float],
                         weight_decay: float) -> None:
@@ -53,6 +53,7 @@ class Update:
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:  # a disabled one has no state
             self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
         self.schedule.base_lrs = [lr]
         for group in self.optimizer.param_groups:
             group["lr"] *= lr / group["initial_lr"]

@@ -1,6 +1,7 @@
 """The console command: its list, its help, what it says of bad input, and the launcher's part of the contract."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -92,7 +93,7 @@ FROM_A_LOADER = InputError("Caught InputError in a loader.\nTraceback (most rece
     (InputError("a: b"), 2, "error: a: b"), (FROM_A_LOADER, 2, "error: file: broken"),
     (Interrupted("stopped by SIGTERM"), 143, "error: stopped by SIGTERM"),
     (NonFiniteLoss("at step 1"), 1, "error: at step 1"),
-    (KeyboardInterrupt(), 130, "error: stopped at once; the last checkpoint stays"),
+    (KeyboardInterrupt(), 130, "error: stopped at once; the last checkpoint, if there is one, stays"),
     (ModuleNotFoundError("No module", name="sklearn.datasets"), 2,
      'error: alter train needs sklearn: pip install "alter[train]"'),
 ])
@@ -127,6 +128,18 @@ def test_the_launcher_reads_the_exit_code_from_a_file(monkeypatch, tmp_path, act
     monkeypatch.setenv("ALTER_STATUS_DIR", str(tmp_path))
     assert main(["train"]) == code
     assert (tmp_path / str(os.getpid())).read_text() == str(code)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+def test_a_signal_while_models_load_leaves_its_code(monkeypatch, capsys, tmp_path, signum):
+    stand_in(monkeypatch, lambda: signal.raise_signal(signum))
+    monkeypatch.setenv("ALTER_STATUS_DIR", str(tmp_path))
+    before = signal.getsignal(signum)
+    assert main(["train"]) == 128 + signum
+    assert (tmp_path / str(os.getpid())).read_text() == str(128 + signum)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: stopped at once; the last checkpoint, if there is one, stays"
+    assert signal.getsignal(signum) is before
 
 
 def test_the_launcher_learns_of_a_crash(monkeypatch, tmp_path):

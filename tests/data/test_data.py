@@ -1,6 +1,8 @@
 """The order of the samples, the sources on disk, and the loader over them."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -295,3 +297,12 @@ def test_the_loader_gives_the_samples_of_the_batches(tmp_path, workers):
         assert torch.equal(batch["images"], torch.stack([sample["images"] for sample in expected]))
         assert batch["captions"] == [sample["captions"] for sample in expected]
         assert batch["skipped"] == [line for sample in expected for line in sample["skipped"]]
+
+
+def test_a_signal_to_every_process_of_a_task_leaves_the_loaders_at_work():
+    batches = list(GlobalBatches(Order(np.arange(40), 0), 2, 1, 0, 1, 0, 20))
+    loaded = iter(make_loader(Digits(), batches, workers=1))
+    next(loaded)
+    for signum in (signal.SIGUSR1, signal.SIGINT):
+        os.kill(loaded._workers[0].pid, signum)
+    assert len(list(loaded)) == 19

@@ -12,6 +12,7 @@ from alter import InputError, load_config, train
 from alter.common.load import save_config
 from alter.training.checkpoint import checkpoints, damage, load_checkpoint, save_checkpoint
 from alter.training.resume import find_run
+from alter.training.state import restore_state, save_state
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +67,17 @@ def test_a_checkpoint_holds_everything_and_no_code(small_config, tmp_path):
     assert json.loads((saved / "checksums.json").read_text()).keys() == files
     _, optimizers, state = load_checkpoint(saved)
     assert optimizers.keys() == {"backbone_update", "hyper_update"}
-    assert all(held.keys() == {"optimizer", "schedule", "scaler"} for held in optimizers.values())
+    assert all(held.keys() == {"optimizer", "schedule", "scaler", "skipped"} for held in optimizers.values())
     assert (state["step"], state["frozen"], state["counts"]["skipped_samples"]) == (6, True, 0)
     assert state["versions"].keys() == {"alter", "python", "torch", "diffusers", "accelerate"}
     assert load_config(saved / "config.yaml") == config
+
+
+def test_a_resumed_run_goes_on_counting_skipped_updates(small_config, tmp_path):
+    first, second = (make_trainer(small_config("dit"), tmp_path) for _ in range(2))
+    first.backbone_update.skipped, first.hyper_update.skipped = 49, 3
+    restore_state(second, save_state(first, needed=True))
+    assert (second.backbone_update.skipped, second.hyper_update.skipped) == (49, 3)
 
 
 def truncate(checkpoint):
@@ -165,7 +173,7 @@ def test_a_changed_model_is_refused_and_harmless_changes_are_named(small_config,
 
 def test_a_run_without_a_checkpoint_says_what_to_do(small_config, tmp_path):
     (tmp_path / "run").mkdir()
-    save_config(small_config("dit"), tmp_path / "run/config.yaml")
+    save_config(small_config("dit", seed=1), tmp_path / "run/config.yaml")
     with pytest.raises(InputError, match="resume=latest: no checkpoint in .*start anew in an empty output_dir"):
         train(small_config("dit", resume="latest"))
     with pytest.raises(InputError, match="output_dir=.* is not empty: choose another, or empty it: it holds no check"):

@@ -11,7 +11,7 @@ from ...experts.artefact import TemporalExperts
 from ...experts.pipeline import ClassConditionalPipeline
 from .words import summary_table
 
-_OURS = """from alter import load_pipeline
+_OURS = """from alter import load_pipeline  # diffusers' own pipelines do not fit this model
 
 pipe = load_pipeline("path/to/this/folder")
 images = pipe([0, 1, 2], num_inference_steps=20).images"""
