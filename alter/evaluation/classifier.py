@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.family import Backbone, predict
-from ..method.diffusion import draw, generator, training_target
+from ..method.diffusion import gaussian, training_target
 
 
 class SmallClassifier(nn.Module):
@@ -72,7 +72,7 @@ def errors_by_timestep(student: Backbone, teacher: Backbone, scheduler, latents:
     errors = []
     for i in range(bins):
         timestep = torch.tensor([(2 * i + 1) * total // (2 * bins)])
-        noise = draw(len(latents), tuple(latents.shape[1:]), total, 0.0, generator(seed, i, 4)).noise.to(latents)
+        noise = gaussian(tuple(latents.shape[1:]), range(len(latents)), seed, i, 4).to(latents)
         timesteps = timestep.expand(len(latents)).to(latents.device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         ours, theirs = (predict(model, noisy, timesteps, conditioning).float() for model in (student, teacher))

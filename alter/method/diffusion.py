@@ -1,13 +1,15 @@
-"""The forward process: timesteps, noising, and the target of each prediction type.
+"""The forward process: what is random in an update, noising, and the target of each prediction type.
 
-All randomness of an update is drawn on the CPU for the whole global batch from a generator that depends on
-(seed, step) alone, and then sliced: the numbers are the same for any number of processes and micro-batches,
-and a resumed run needs no stored generator state.
+All randomness is drawn on the CPU. Timesteps and dropped conditions of the whole global batch depend on (seed, step)
+alone, so that every process knows them all; the noise of a sample depends on (seed, step, its place in the global
+batch), and a process draws that of its own samples. So the numbers are the same for any number of processes and
+micro-batches, and a resumed run needs no stored generator state.
 """
 
-import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,48 +18,66 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random in one update, on the CPU, for the global batch of B samples.
+    """What is random in one update, on the CPU, for B samples of the global batch.
 
     Attributes:
         timesteps: training timesteps, int64 [B].
-        noise: float32 [B, C, H, W].
-        posterior: unit Gaussian, float32 [B, C, H, W], with which latents are sampled from the VAE's moments.
         dropped: bool [B]; samples that lose their conditioning.
+        key: (seed, step, stream). samples: places of these samples in the global batch, of length B.
     """
 
     timesteps: Tensor
-    noise: Tensor
-    posterior: Tensor
     dropped: Tensor
+    key: tuple[int, int, int]
+    samples: range
 
     def __getitem__(self, rows: slice) -> "Draw":
-        return Draw(self.timesteps[rows], self.noise[rows], self.posterior[rows], self.dropped[rows])
+        return Draw(self.timesteps[rows], self.dropped[rows], self.key, self.samples[rows])
+
+    def noise(self, shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
+        """Unit Gaussian, float32 [B, *shape].
+
+        Args:
+            shape: of one sample's latents. offset: standard deviation of a further term, constant over each channel of
+                latents [C, ...].
+        """
+        noise = gaussian(shape, self.samples, *self.key)
+        if offset:
+            noise += offset * gaussian((shape[0], *[1] * (len(shape) - 1)), self.samples, *self.key, use=1)
+        return noise
+
+    def posterior(self, shape: tuple[int, ...]) -> Tensor:
+        """Unit Gaussian, float32 [B, *shape], with which latents are sampled from the VAE's moments."""
+        return gaussian(shape, self.samples, *self.key, use=2)
 
 
-def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The CPU generator of one step, a function of (seed, step, stream); `stream` separates uses within the step."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + stream * 0x94D049BB133111EB) % 2**63
-    return torch.Generator().manual_seed(mixed)
+def generator(seed: int, step: int, stream: int = 0, *within: int) -> torch.Generator:
+    """The CPU generator of one step, a function of (seed, step, stream, within); `stream` separates uses of a step."""
+    state = np.random.SeedSequence((seed, step, stream), spawn_key=within).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
-def draw(batch_size: int, latent_shape: tuple[int, ...], num_timesteps: int, dropout: float,
-         source: torch.Generator, noise_offset: float = 0.0) -> Draw:
-    """Timesteps uniform in [0, num_timesteps), unit Gaussian noise, conditioning dropped.
+def gaussian(shape: tuple[int, ...], samples: Iterable[int], seed: int, step: int, stream: int = 0,
+             use: int = 0) -> Tensor:
+    """Unit Gaussian, float32 [B, *shape]; that of each of the B `samples` depends on its number, not on the others.
 
     Args:
-        batch_size: B. latent_shape: of one sample, (C, H, W).
-        dropout: probability in [0, 1] of dropping a sample's conditioning.
-        source: CPU generator.
-        noise_offset: standard deviation of a further term that is constant over each channel of `noise`.
+        seed, step, stream: as for `generator`. use: separates uses for one sample.
     """
-    drawn = Draw(
-        torch.randint(num_timesteps, (batch_size,), generator=source),
-        torch.randn(batch_size, *latent_shape, generator=source),
-        torch.randn(batch_size, *latent_shape, generator=source),
-        torch.rand(batch_size, generator=source) < dropout,
-    )
-    offset = torch.randn(batch_size, latent_shape[0], 1, 1, generator=source)
-    return dataclasses.replace(drawn, noise=drawn.noise + noise_offset * offset)
+    return torch.stack([torch.randn(shape, generator=generator(seed, step, stream, sample, use))
+                        for sample in samples])
+
+
+def draw(batch_size: int, num_timesteps: int, dropout: float, seed: int, step: int, stream: int = 0) -> Draw:
+    """Timesteps uniform in [0, num_timesteps) and dropped conditions of a global batch; its noise is yet to be drawn.
+
+    Args:
+        batch_size: B. dropout: probability in [0, 1] of dropping a sample's conditioning.
+        seed, step, stream: as for `generator`.
+    """
+    source = generator(seed, step, stream)
+    return Draw(torch.randint(num_timesteps, (batch_size,), generator=source),
+                torch.rand(batch_size, generator=source) < dropout, (seed, step, stream), range(batch_size))
 
 
 def training_target(scheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -147,16 +147,15 @@ def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, 
     scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(template / "scheduler"), clip_sample=False)
     optimizer, schedule = _adamw(parameters, demo.lr, demo.steps)
     ema = EMAModel(parameters, decay=0.998, foreach=True)
-    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     batches = GlobalBatches(Order(indices, config.seed), demo.batch_size, 1, 0, 1, 0, demo.steps)
     bar = tqdm(make_loader(source, batches, 0), desc=f"dense teacher → {folder}", unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar):
-        noise = draw(demo.batch_size, shape, scheduler.config.num_train_timesteps, config.data.label_dropout,
-                     generator(config.seed, step, 5))
-        latents, conditioning = inputs(batch, noise.dropped)
-        timesteps, added = noise.timesteps.to(latents.device), noise.noise.to(latents)
-        pred = model(scheduler.add_noise(latents, added, timesteps), timestep=timesteps, **conditioning).sample
-        loss = losses.mse_per_sample(pred, training_target(scheduler, latents, added, timesteps)).mean()
+        drawn = draw(demo.batch_size, scheduler.config.num_train_timesteps, config.data.label_dropout, config.seed,
+                     step, stream=5)
+        latents, conditioning = inputs(batch, drawn.dropped)
+        timesteps, noise = drawn.timesteps.to(latents.device), drawn.noise(tuple(latents.shape[1:])).to(latents)
+        pred = model(scheduler.add_noise(latents, noise, timesteps), timestep=timesteps, **conditioning).sample
+        loss = losses.mse_per_sample(pred, training_target(scheduler, latents, noise, timesteps)).mean()
         _step(loss, parameters, optimizer, schedule)
         ema.step(parameters)
         if step % config.log.every == 0:

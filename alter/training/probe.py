@@ -1,6 +1,7 @@
 """What a mask does to the dense model's output, and what that does to its samples."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..backbones.gates import HardRows
 from ..backbones.sampling import make_solver
 from ..common.config import Config
 from ..data.batches import WithSubstitutes, collate, split
-from ..method.diffusion import generator, training_target
+from ..method.diffusion import gaussian, training_target
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
 
@@ -35,9 +36,9 @@ class Probe:
             keys = [(k, int(indices[k])) for k in range(first, min(first + batch_size, samples))]
             batch: Any = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                           for name, value in collate([source[key] for key in keys]).items()}
-            random = generator(config.seed, first, 3)
-            latents = parts.latents(batch, torch.randn(len(keys), *parts.latent_shape, generator=random))
-            noise = torch.randn(latents.shape, generator=random).to(latents)
+            gaussians = partial(gaussian, samples=range(first, first + len(keys)), seed=config.seed, step=0, stream=3)
+            latents = parts.latents(batch, partial(gaussians, use=2))
+            noise = gaussians(tuple(latents.shape[1:])).to(latents)
             conditioning = parts.conditioning(batch, torch.zeros(len(keys), dtype=torch.bool))
             self._batches.append((first, latents, noise, conditioning))
         parts.backbone.eval()

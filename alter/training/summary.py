@@ -72,7 +72,7 @@ def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 
         count = min(batch_size, len(held_out) - first)
         batch = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                  for name, value in batch.items()}
-        latents = parts.latents(batch, torch.zeros(count, *parts.latent_shape))
+        latents = parts.latents(batch)
         conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
         errors.append(count / len(held_out) * errors_by_timestep(
             parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first))

@@ -175,16 +175,16 @@ class Trainer:
         """Noise the iteration's micro-batches and ask the teacher, once for both updates."""
         config, parts = self.config, self.parts
         count, size = config.train.gradient_accumulation, config.train.micro_batch(self.accelerator.num_processes)
-        whole = draw(config.train.batch_size, parts.latent_shape, parts.scheduler.config.num_train_timesteps,
-                     config.data.label_dropout, generator(config.seed, self.step), config.train.noise_offset)
+        whole = draw(config.train.batch_size, parts.scheduler.config.num_train_timesteps, config.data.label_dropout,
+                     config.seed, self.step)
         first = self.accelerator.process_index * count * size
         return [
             self.prepare_batch(next(micro_batches), whole[slice(first + k * size, first + (k + 1) * size)])
             for k in range(count)
         ]
 
-    def prepare_batch(self, raw: dict[str, Any], noise: Draw) -> Batch:
-        """One micro-batch from raw samples, as `data.collate` joins them, and their noise."""
+    def prepare_batch(self, raw: dict[str, Any], drawn: Draw) -> Batch:
+        """One micro-batch from raw samples, as `data.collate` joins them, and what is random about them."""
         parts, device = self.parts, self.accelerator.device
         if skipped := raw.pop("skipped"):
             self.readout.own["skipped_samples"] += len(skipped)
@@ -193,21 +193,22 @@ class Trainer:
             self.readout.own["truncated_prompts"] += parts.text.too_long(raw["captions"])
         raw = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                for name, value in raw.items()}
-        latents = parts.latents(raw, noise.posterior).to(self.dtype)
-        timesteps = noise.timesteps.to(device, non_blocking=True)
-        added = noise.noise.to(device, self.dtype, non_blocking=True)
-        noisy = parts.scheduler.add_noise(latents, added, timesteps)
+        latents = parts.latents(raw, drawn.posterior).to(self.dtype)
+        timesteps = drawn.timesteps.to(device, non_blocking=True)
+        noise = drawn.noise(tuple(latents.shape[1:]), self.config.train.noise_offset)
+        noise = noise.to(device, self.dtype, non_blocking=True)
+        noisy = parts.scheduler.add_noise(latents, noise, timesteps)
         conditioning = {
             name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in parts.conditioning(raw, noise.dropped).items()
+            for name, value in parts.conditioning(raw, drawn.dropped).items()
         }
         if self.config.backbone.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-        target = training_target(parts.scheduler, latents, added, timesteps)
+        target = training_target(parts.scheduler, latents, noise, timesteps)
         if not self.config.loss.distils:
-            return Batch(noisy, noise.timesteps, conditioning, target, None, [])
+            return Batch(noisy, drawn.timesteps, conditioning, target, None, [])
         with self.accelerator.autocast():
-            return Batch(noisy, noise.timesteps, conditioning, target, *parts.teach(noisy, timesteps, conditioning))
+            return Batch(noisy, drawn.timesteps, conditioning, target, *parts.teach(noisy, timesteps, conditioning))
 
     def update_hypernetwork(self, batches: list[Batch]) -> dict[str, float]:
         """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""

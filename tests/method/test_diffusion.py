@@ -13,10 +13,23 @@ def test_draws_repeat_and_differ_by_step_and_stream():
     assert len({tuple(first(*key)) for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]}) == 4
 
 
-def test_a_slice_of_the_global_draw_does_not_depend_on_how_it_is_sliced():
-    whole = draw(8, (1, 2, 2), 1000, 0.5, generator(0, 0))
-    assert torch.equal(whole[slice(2, 6)].noise[1:3], whole[slice(3, 5)].noise)
+@pytest.mark.parametrize("shape", [(1, 2, 2), (4, 3, 2, 2), (5, 16)], ids=["image", "video", "tokens"])
+def test_a_samples_noise_does_not_depend_on_the_slice_that_it_is_drawn_in(shape):
+    whole = draw(8, 1000, 0.5, seed=0, step=3)
+    for part, again in ((whole, whole[2:6][1:3]), (whole[2:6], draw(8, 1000, 0.5, 0, 3)[2:6])):
+        first = 3 if part is whole else 0
+        for kind in ("noise", "posterior"):
+            some, same = getattr(part, kind)(shape), getattr(again, kind)(shape)
+            assert some.shape == (len(part.timesteps), *shape)
+            assert torch.equal(some[first : first + len(same)], same)
     assert whole.timesteps.min() >= 0 and whole.timesteps.max() < 1000
+
+
+def test_noise_is_unit_gaussian_and_differs_between_samples_steps_and_uses():
+    drawn = [draw(4, 1000, 0.0, 0, step) for step in (0, 1)]
+    several = torch.cat([getattr(one, kind)((3, 32, 32)) for one in drawn for kind in ("noise", "posterior")])
+    alike = torch.corrcoef(several.flatten(1)) - torch.eye(16)
+    assert alike.abs().max() < 0.1 and abs(several.std() - 1) < 0.01 and abs(several.mean()) < 0.01
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -64,8 +77,7 @@ def test_min_snr_agrees_with_diffusers_snr_and_is_finite_at_zero_terminal_snr():
 
 
 def test_noise_offset_adds_one_number_to_every_channel():
-    plain, offset = (draw(64, (3, 8, 8), 1000, 0.0, generator(0, 0), amount) for amount in (0.0, 0.5))
-    added = offset.noise - plain.noise
+    drawn = draw(64, 1000, 0.0, 0, 0)
+    added = drawn.noise((3, 8, 8), 0.5) - drawn.noise((3, 8, 8))
     assert torch.allclose(added, added.mean((2, 3), keepdim=True).expand_as(added), atol=1e-5)
     assert 0.4 < float(added[:, :, 0, 0].std()) < 0.6
-    assert torch.equal(plain.timesteps, offset.timesteps) and torch.equal(plain.dropped, offset.dropped)

@@ -1,7 +1,7 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -93,16 +93,22 @@ class Parts:
             self.offload.offload()
 
     @torch.no_grad()
-    def latents(self, batch: Mapping[str, Any], posterior: Tensor) -> Tensor:
-        """The batch's latents float32 [B, C, h, w]; those of images and of moments are sampled with `posterior`."""
+    def latents(self, batch: Mapping[str, Any], posterior: Callable[..., Tensor] | None = None) -> Tensor:
+        """The batch's latents float32 [B, C, h, w].
+
+        posterior: from the shape (C, h, w) of a sample's latents to the noise [B, C, h, w] with which they are sampled,
+            if the batch holds images or moments; None: their mean is taken.
+        """
         if "latents" in batch:
             return batch["latents"]
         if "moments" in batch:
             mean, std = batch["moments"].chunk(2, dim=1)
-            return mean + std * posterior.to(mean)
+            return mean if posterior is None else mean + std * posterior(tuple(mean.shape[1:])).to(mean)
         assert self.vae is not None
         moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = moments.mean.float() + moments.std.float() * posterior.to(moments.mean.device)
+        latents = moments.mean.float()
+        if posterior is not None:
+            latents = latents + moments.std.float() * posterior(tuple(latents.shape[1:])).to(latents)
         return (latents - shift_of(self.vae)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
