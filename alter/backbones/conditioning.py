@@ -78,7 +78,7 @@ class Conditioner:
         if self.zeroes and any(drops):
             for name in _ZEROED:
                 if name in rows:
-                    rows[name][dropped.to(rows[name].device)] = 0  # type: ignore[union-attr]
+                    rows[name][torch.tensor(drops, device=rows[name].device)] = 0
         return Conditioning(rows, {name: value for name, value in told.items() if name not in rows})
 
     def too_long(self, prompts: Sequence[str]) -> int:
@@ -91,7 +91,7 @@ class Conditioner:
     def _call(self, prompts: list[str]) -> dict[str, Any]:
         """What the pipeline tells its backbone, under dotted names."""
         accepted = inspect.signature(self.pipe.__call__).parameters
-        wanted = {"num_frames": self.size[0]} if len(self.size) == 3 else {}
+        wanted: dict[str, Any] = {"num_frames": self.size[0]} if len(self.size) == 3 else {}
         wanted |= {"prompt": prompts, "height": self.size[-2], "width": self.size[-1], "num_inference_steps": 2,
                    "output_type": "latent", "generator": torch.Generator().manual_seed(0),
                    **_AS_GIVEN, **self._guidance(accepted)}
@@ -161,7 +161,8 @@ def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any]) -> di
     Raises:
         InputError: if the pipeline refuses, or ends without calling it.
     """
-    names, told = parameters(backbone_class(backbone)), {}
+    names = parameters(backbone_class(backbone))
+    told: dict[str, Any] = {}
 
     def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         told.update({**dict(zip(names, args, strict=False)), **kwargs})

@@ -36,11 +36,11 @@ def refused(function, *arguments):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=60),
-     "a UNet with addition_embed_type='text_time' (as in SDXL) is not supported yet"),
+     "a UNet with addition_embed_type='text_time' (as in SDXL) is not trained yet"),
     (dict(in_channels=9),
-     "with in_channels=9 and out_channels=4 (inpainting, editing, upscaling) is not supported yet"),
+     "with in_channels=9 and out_channels=4 (inpainting, editing, upscaling) is not trained yet"),
     (dict(in_channels=8), "a UNet2DConditionModel with in_channels=8 and out_channels=4"),
-    (dict(num_class_embeds=10), "num_class_embeds=10 (class labels) is not supported yet"),
+    (dict(num_class_embeds=10), "num_class_embeds=10 (class labels) is not trained yet"),
     (dict(class_embed_type="timestep"), "class_embed_type='timestep' (class labels)"),
     (dict(time_cond_proj_dim=8), "time_cond_proj_dim=8 (a guidance embedding"),
     (dict(encoder_hid_dim=6, encoder_hid_dim_type="text_proj"), "encoder_hid_dim_type='text_proj'"),
