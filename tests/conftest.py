@@ -117,7 +117,7 @@ def save_stable_diffusion(folder: Path, prediction_type="v_prediction") -> Path:
     save_pipeline(folder, make_unet(), prediction_type)
     template = CONFIGS / "models/demo/sd-shapes"
     make_vae().save_pretrained(folder / "vae")
-    make_tokenizer(template).save_pretrained(folder / "tokenizer")
+    make_tokenizer(template / "text_encoder").save_pretrained(folder / "tokenizer")
     text = CLIPTextConfig.from_pretrained(template / "text_encoder")
     text.hidden_size, text.intermediate_size, text.num_attention_heads = 12, 24, 2
     CLIPTextModel(text).save_pretrained(folder / "text_encoder")

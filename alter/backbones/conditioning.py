@@ -5,7 +5,8 @@ backbone: the arguments that it gives there are the conditioning. So no family o
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..common.errors import InputError
-from .family import COMPONENTS, Backbone, backbone_class, parameters, timestep_argument
+from ..method.diffusion import generator
+from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
 from .pretrained import component_of, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
@@ -56,15 +59,17 @@ class Conditioner:
         folder: of the pipeline. dtype: of text encoders and VAE.
         size: (height, width) of the images in pixels, or (frames, height, width) of videos.
         guidance: for backbones that are told their guidance (FLUX.1-dev): the value that they will sample with.
+        max_tokens: the pipeline's `max_sequence_length`; None: its default.
 
     Raises:
         InputError: if a part of the pipeline cannot be loaded, or it stops before it calls its backbone.
     """
 
     def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype, size: tuple[int, ...],
-                 guidance: float | None = None) -> None:
-        self.folder, self.size, self.guidance = folder, size, guidance
+                 guidance: float | None = None, max_tokens: int | None = None) -> None:
+        self.size, self.guidance, self.max_tokens = size, guidance, max_tokens
         self.pipe, self.backbone = load_hollow(folder, device, dtype)
+        self.component = component_of(folder)[1]
         one, two = (self._call([""] * count) for count in (1, 2))
         self.rows = frozenset(name for name in two if _length(two[name]) == 2 and _length(one[name]) == 1)
         self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
@@ -81,6 +86,53 @@ class Conditioner:
                     rows[name][torch.tensor(drops, device=rows[name].device)] = 0
         return Conditioning(rows, {name: value for name, value in told.items() if name not in rows})
 
+    @torch.no_grad()
+    def draw(self, backbone: Backbone, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int,
+             scheduler: Any = None, batch_size: int = 8) -> Tensor:
+        """What the pipeline draws for N `prompts` with a backbone that has weights, of any precision.
+
+        Args:
+            steps: denoising steps. guidance_scale: as the pipeline takes it; at 1 without, unless the backbone is told.
+            seed: sample i depends on it, on i and on its prompt alone. scheduler: in place of the pipeline's own.
+            batch_size: prompts of one call.
+
+        Returns: float32 [N, C, H, W], of videos [N, F, C, H, W], in [-1, 1], on the CPU.
+        """
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        own, done = self.pipe.scheduler, []
+        with self._lent(backbone):
+            self.pipe.scheduler = scheduler or own
+            for first in range(0, len(prompts), batch_size):
+                some = list(prompts[first : first + batch_size])
+                wanted = {**self._shape(), "prompt": some, "num_inference_steps": steps, "output_type": "pt",
+                          "generator": [generator(seed, first + i, 7) for i in range(len(some))],
+                          **_AS_GIVEN, **self._guided(accepted, guidance_scale, len(some))}
+                output = self.pipe(**{name: value for name, value in wanted.items() if name in accepted})
+                done.append((output.frames if hasattr(output, "frames") else output.images).float().cpu() * 2 - 1)
+            self.pipe.scheduler = own
+        return torch.cat(done)
+
+    @contextmanager
+    def _lent(self, backbone: Backbone) -> Iterator[None]:
+        """The pipeline with `backbone` in it; tensors change their precision where theirs differ."""
+        inside, outside = floating_dtype(backbone), floating_dtype(self.backbone)
+
+        def recast(given: Any, before: torch.dtype, after: torch.dtype) -> Any:
+            return tree_map_only(Tensor, lambda value: value.to(after) if value.dtype == before else value, given)
+
+        hooks = []
+        if inside != outside:
+            hooks = [backbone.register_forward_pre_hook(
+                         lambda module, args, kwargs: recast((args, kwargs), outside, inside), with_kwargs=True),
+                     backbone.register_forward_hook(lambda module, args, output: recast(output, inside, outside))]
+        setattr(self.pipe, self.component, backbone)
+        try:
+            yield
+        finally:
+            setattr(self.pipe, self.component, self.backbone)
+            for hook in hooks:
+                hook.remove()
+
     def too_long(self, prompts: Sequence[str]) -> int:
         """How many of `prompts` are cut, being longer than the first tokenizer takes."""
         tokenizer = self.pipe.tokenizer
@@ -91,17 +143,25 @@ class Conditioner:
     def _call(self, prompts: list[str]) -> dict[str, Any]:
         """What the pipeline tells its backbone, under dotted names."""
         accepted = inspect.signature(self.pipe.__call__).parameters
-        wanted: dict[str, Any] = {"num_frames": self.size[0]} if len(self.size) == 3 else {}
-        wanted |= {"prompt": prompts, "height": self.size[-2], "width": self.size[-1], "num_inference_steps": 2,
-                   "output_type": "latent", "generator": torch.Generator().manual_seed(0),
-                   **_AS_GIVEN, **self._guidance(accepted)}
+        wanted = {**self._shape(), "prompt": prompts, "num_inference_steps": 2, "output_type": "latent",
+                  "generator": torch.Generator().manual_seed(0), **_AS_GIVEN, **self._unguided(accepted)}
         given = {name: value for name, value in wanted.items() if name in accepted}
         told = stop_at_backbone(self.pipe, self.backbone, given)
         cls = backbone_class(self.backbone)
         left_out = (parameters(cls)[0], timestep_argument(cls)[0], "return_dict")
         return _flat({name: value for name, value in told.items() if name not in left_out})
 
-    def _guidance(self, accepted: Mapping[str, Any]) -> dict[str, float]:
+    def _shape(self) -> dict[str, Any]:
+        frames = {"num_frames": self.size[0]} if len(self.size) == 3 else {}
+        tokens = {} if self.max_tokens is None else {"max_sequence_length": self.max_tokens}
+        return {**frames, **tokens, "height": self.size[-2], "width": self.size[-1]}
+
+    def _guided(self, accepted: Mapping[str, Any], scale: float, count: int) -> dict[str, Any]:
+        if "true_cfg_scale" in accepted and not getattr(self.backbone.config, "guidance_embeds", False):
+            return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
+        return {"guidance_scale": scale}
+
+    def _unguided(self, accepted: Mapping[str, Any]) -> dict[str, float]:
         if getattr(self.backbone.config, "guidance_embeds", False):
             told = {"guidance_scale": self.guidance} if self.guidance is not None else {}
             return told | {"true_cfg_scale": 1.0}

@@ -42,10 +42,10 @@ class Family:
         timestep = value * count if self.noise_level else value
         return count - timestep if self.reversed else timestep
 
-    def value(self, timesteps: Tensor, count: int) -> Tensor:
-        """The inverse, of timesteps [B]."""
-        timesteps = count - timesteps if self.reversed else timesteps
-        return timesteps.float() / count if self.noise_level else timesteps
+    def value(self, timesteps: Tensor) -> Tensor:
+        """The inverse, of timesteps [B], of 1000 as every pipeline of such families counts."""
+        timesteps = 1000 - timesteps if self.reversed else timesteps
+        return timesteps.float() / 1000 if self.noise_level else timesteps
 
 
 _SIGMA = Family(noise_level=True)
@@ -95,15 +95,14 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next(value.dtype for value in model.parameters() if value.is_floating_point())
 
 
-def predict(backbone: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any],
-            count: int = 1000) -> Tensor:
+def predict(backbone: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
     """What the scheduler steps with, from a diffusers backbone in the precision of its weights; inputs may have any.
 
     Args:
         noisy_latents: as the scheduler steps them, [B, C, h, w], [B, C, F, h, w] or, where the pipeline packs them,
             [B, tokens, C].
-        timesteps: training timesteps [B], int64 or, of a flow, float32 in [0, count].
-        conditioning: further keyword arguments; nested tensors are cast too. count: T, of training timesteps.
+        timesteps: training timesteps [B], int64 or, of a flow, float32 in [0, 1000].
+        conditioning: further keyword arguments; nested tensors are cast too.
 
     Returns: as `noisy_latents`; with twice the channels where the backbone learns the variance.
     """
@@ -116,7 +115,7 @@ def predict(backbone: Any, noisy_latents: Tensor, timesteps: Tensor, conditionin
 
     latents = noisy_latents.to(dtype)
     output = backbone(**{parameters(cls)[0]: list(latents.unsqueeze(2)) if family.listed else latents,
-                         timestep_argument(cls)[0]: family.value(timesteps, count),
+                         timestep_argument(cls)[0]: family.value(timesteps),
                          **tree_map_only(Tensor, cast, dict(conditioning))}).sample
     output = torch.stack(output).squeeze(2) if family.listed else output
     return output if family.sign == 1 else -output

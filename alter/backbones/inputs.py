@@ -13,7 +13,7 @@ from .family import backbone_class, family_of, floating_dtype, parameters, times
 
 # Keys of a UNet's configuration that stand for further inputs.
 _MORE_THAN_TEXT = {
-    "addition_embed_type": "as in SDXL", "class_embed_type": "class labels", "num_class_embeds": "class labels",
+    "class_embed_type": "class labels", "num_class_embeds": "class labels",
     "encoder_hid_dim_type": "image or projected text states", "encoder_hid_dim": "projected text states",
     "time_cond_proj_dim": "a guidance embedding, as in latent consistency models",
     "dual_cross_attention": "two texts",
@@ -70,6 +70,11 @@ def latent_shape(backbone: Any, latent_size: int, frames: int = 1) -> tuple[int,
     """Of one sample as the scheduler steps it: (C, h, w), (C, F, h, w), (F, C, h, w) or (tokens, C)."""
     shape = _Inputs(backbone, latent_size, 0, 1, frames).shape()
     return (shape[0], *shape[2:]) if family_of(backbone).listed else shape
+
+
+def takes_one_text(backbone: Any) -> bool:
+    """Whether the states of one CLIP encoder are all its text, as in Stable Diffusion 1 and 2."""
+    return isinstance(backbone, UNet2DConditionModel) and not backbone.config.get("addition_embed_type")
 
 
 def text_width(backbone: Any) -> int | None:

@@ -155,7 +155,16 @@ def latent_size(folder: Path, resolution: int) -> int:
 def vae_factor(folder: Path) -> int:
     """Pixels a side of one latent pixel; 1 without a VAE."""
     file = folder / "vae" / "config.json"
-    return 2 ** (len(read_config(file).get("block_out_channels", [64])) - 1) if file.is_file() else 1
+    if not file.is_file():
+        return 1
+    config = read_config(file)
+    for name in ("spatial_compression_ratio", "scale_factor_spatial"):
+        if config.get(name):
+            return config[name]
+    if "temperal_downsample" in config:  # Wan, Qwen-Image; the key is spelt so
+        return 2 ** len(config["temperal_downsample"])
+    widths = config.get("encoder_block_out_channels") or config.get("block_out_channels", [64])
+    return 2 ** (len(widths) - 1)
 
 
 def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
@@ -167,12 +176,10 @@ def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
     file, channels = folder / "vae" / "config.json", backbone.config.in_channels
     if file.is_file():
         vae = read_config(file)
-        if vae.get("_class_name", AutoencoderKL.__name__) != AutoencoderKL.__name__:
-            raise InputError(f"{file}: a {vae['_class_name']} is not supported yet: use a pipeline with an "
-                             "AutoencoderKL")
-        if vae.get("latent_channels", 4) != channels:
-            raise InputError(f"{file}: latent_channels={vae.get('latent_channels', 4)} do not fit the backbone's "
-                             f"in_channels={channels}: use the VAE that it was trained with")
+        given = vae.get("latent_channels", vae.get("z_dim", 4))
+        if channels not in (given, 4 * given):  # 4: packed by 2 x 2
+            raise InputError(f"{file}: latent_channels={given} do not fit the backbone's in_channels={channels}: use "
+                             "the VAE that it was trained with")
     if isinstance(backbone, DiTTransformer2DModel):  # its position embedding has one size
         made_for, size = backbone.config.sample_size, latent_size(folder, resolution)
         if size != made_for:

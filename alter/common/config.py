@@ -86,6 +86,9 @@ class DataConfig:
     max_unreadable: float = key(
         0.01, "Share of unusable samples (replaced, and listed in unreadable.jsonl) above which a run stops.",
         within="[0, 1]")
+    max_tokens: int | None = key(
+        None, "Tokens to which a prompt is padded or cut, as the pipeline's `max_sequence_length`; null: its own "
+        "default. Sample with the same.", within="[1, inf)")
     label_dropout: float = key(
         0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]")
     holdout: int | None = key(

@@ -30,19 +30,19 @@ class Fit:
     """What the backbone requires of a sample.
 
     Attributes:
-        latent_shape: (C, h, w).
+        latent_shape: of one sample, [C, h, w], [C, F, h, w] or [tokens, C].
         classes: labels must be below it; None: not checked.
         text_shape: (tokens, D) of encoder_hidden_states, if they are stored.
     """
 
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     classes: int | None = None
     text_shape: tuple[int, ...] | None = None
 
     def check(self, sample: dict[str, Any]) -> None:
         """Raises Unreadable unless the sample fits and all its numbers are finite."""
-        channels, *sides = self.latent_shape
-        for name, shape in (("latents", (channels, *sides)), ("moments", (2 * channels, *sides))):
+        first, *others = self.latent_shape
+        for name, shape in (("latents", (first, *others)), ("moments", (2 * first, *others))):
             if name in sample and tuple(sample[name].shape) != shape:
                 raise Unreadable(f"{name} of shape {tuple(sample[name].shape)} do not fit the backbone's {shape}")
         for name in ("latents", "moments", "encoder_hidden_states"):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..backbones.family import predict
-from ..backbones.sampling import sample_latents
 from ..backbones.sites import Site
 from ..common.config import Config
 from ..common.errors import InputError
@@ -97,16 +96,13 @@ def time_ratio(run: Path, device: torch.device, images: int = 32, rounds: int = 
     everything_kept = dataclasses.replace(parts.experts, mask_EL=np.ones_like(parts.experts.mask_EL))
     batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value
                   for name, value in reference.batch.items()}
-    everything = torch.ones(images, dtype=torch.bool)
-    given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
     parts.simulator.remove()
     parts.backbone.eval()
 
     def seconds(experts: TemporalExperts) -> float:
         with experts.apply(parts.backbone):
             started = time.perf_counter()
-            sample_latents(parts.backbone, parts.scheduler, parts.latent_shape, given, nothing,
-                           config.evaluate.sampling_steps, config.seed, config.evaluate.guidance_scale).cpu()
+            parts.draw(parts.backbone, batch, config.evaluate.sampling_steps, config.seed)
             return time.perf_counter() - started
 
     pairs = [(seconds(parts.experts), seconds(everything_kept)) for _ in range(rounds + 1)][1:]  # the first warms up

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer
@@ -17,13 +18,12 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ..backbones.dit import null_class, tie_embedders
 from ..backbones.family import Backbone
-from ..backbones.pretrained import export
+from ..backbones.pretrained import component_of, export
 from ..backbones.schedules import load_scheduler, make_noising, tokens_of
-from ..backbones.text import TextEncoder
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
@@ -57,10 +57,8 @@ def make_demo(config: Config, device: torch.device) -> None:
     if made:
         return
     torch.manual_seed(config.seed)
-    if (template / "transformer").is_dir():
-        _make_dit(config, folder, template, device)
-    else:
-        _make_stable_diffusion(config, folder, template, device)
+    make = _make_text_to_image if [*template.glob("text_encoder*")] else _make_dit
+    make(config, folder, template, device)
     write_text(record, json.dumps(settings, indent=1) + "\n")
 
 
@@ -93,8 +91,8 @@ def _make_dit(config: Config, folder: Path, template: Path, device: torch.device
     export(folder, template, model)
 
 
-def _make_stable_diffusion(config: Config, folder: Path, template: Path, device: torch.device) -> None:
-    """Autoencoder first; then UNet and text encoder together, on its latents."""
+def _make_text_to_image(config: Config, folder: Path, template: Path, device: torch.device) -> None:
+    """Autoencoder first; then backbone and text encoders together, on its latents, through the pipeline's own class."""
     parts = folder.with_name(f".parts-of-{folder.name}")
     shutil.rmtree(parts, ignore_errors=True)
     shutil.copytree(template, parts)
@@ -107,11 +105,12 @@ def _make_stable_diffusion(config: Config, folder: Path, template: Path, device:
         moments = torch.cat([vae.encode(part.to(device)).latent_dist.parameters.cpu() for part in images.split(256)])
     row_of = {int(index): row for row, index in enumerate(indices)}
 
-    make_tokenizer(template).save_pretrained(parts / "tokenizer")
-    CLIPTextModel(CLIPTextConfig.from_pretrained(template / "text_encoder")).save_pretrained(parts / "text_encoder")
-    text = TextEncoder(parts, device, torch.float32)
-    text.model.requires_grad_(True).train()
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(template / "unet")).to(device).train()
+    cls, component = component_of(template)
+    backbone = cls.from_config(cls.load_config(template / component))
+    names = [_make_text_encoder(parts, path.name) for path in sorted(template.glob("text_encoder*"))]
+    pipe: Any = DiffusionPipeline.from_pretrained(parts, **{component: backbone}).to(device)
+    encoders = [getattr(pipe, name).train() for name in names]
+    backbone.train()
 
     class Encoded:
         """The data set with every image's latent moments in place of its pixels."""
@@ -126,13 +125,27 @@ def _make_stable_diffusion(config: Config, folder: Path, template: Path, device:
         mean, logvar = batch["moments"].to(device).chunk(2, dim=1)
         latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
         prompts = ["" if drop else caption for caption, drop in zip(batch["captions"], dropped.tolist(), strict=True)]
-        return latents, {"encoder_hidden_states": text.encode(prompts)}
+        if component == "unet":
+            return latents, {"encoder_hidden_states": pipe.encode_prompt(prompts, device, 1, False)[0]}
+        states, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
+                                                  max_sequence_length=config.data.max_tokens)
+        return latents, {"encoder_hidden_states": states, "pooled_projections": pooled}
 
-    parameters = [*unet.parameters(), *text.model.parameters()]
-    _train_dense(config, folder, template, unet, parameters, inputs, Encoded())
-    text.model.save_pretrained(parts / "text_encoder")
-    export(folder, parts, unet)
+    parameters = [parameter for module in (backbone, *encoders) for parameter in module.parameters()]
+    _train_dense(config, folder, template, backbone, parameters, inputs, Encoded())
+    for name, encoder in zip(names, encoders, strict=True):
+        encoder.save_pretrained(parts / name)
+    export(folder, parts, backbone)
     shutil.rmtree(parts)
+
+
+def _make_text_encoder(parts: Path, name: str) -> str:
+    """A CLIP text encoder with random weights in `parts`, where its configuration is, and its tokenizer; its name."""
+    configuration = CLIPTextConfig.from_pretrained(parts / name)
+    make: Any = getattr(transformers, configuration.architectures[0])
+    make(configuration).save_pretrained(parts / name)
+    make_tokenizer(parts / name).save_pretrained(parts / name.replace("text_encoder", "tokenizer"))
+    return name
 
 
 def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, parameters: Iterable[nn.Parameter],
@@ -145,7 +158,8 @@ def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, 
     demo, source = config.demo, source or open_source(config)
     parameters = list(parameters)
     indices, _ = split(source, config.data.holdout, config.seed)
-    noising = make_noising(load_scheduler(template), tokens_of(template, config.data.resolution)).to(model.device)
+    tokens = tokens_of(template, config.data.resolution)
+    noising = make_noising(load_scheduler(template), tokens, config.flow).to(model.device)
     optimizer, schedule = _adamw(parameters, demo.lr, demo.steps)
     ema = EMAModel(parameters, decay=0.998, foreach=True)
     batches = GlobalBatches(Order(indices, config.seed), demo.batch_size, 1, 0, 1, 0, demo.steps)
@@ -199,8 +213,8 @@ def _step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.O
     optimizer.zero_grad()
 
 
-def make_tokenizer(template: Path) -> CLIPTokenizer:
-    """A byte-pair encoding that makes one token of every word of the captions."""
+def make_tokenizer(encoder: Path) -> CLIPTokenizer:
+    """A byte-pair encoding that makes one token of every word of the captions, for the text encoder in that folder."""
     words = {word for words in (*shapes.KINDS, *shapes.RADII, *shapes.RELATIONS, "a") for word in words.split()}
     encoding = Tokenizer(BPE(end_of_word_suffix="</w>"))
     letters = [*string.ascii_lowercase]
@@ -208,7 +222,7 @@ def make_tokenizer(template: Path) -> CLIPTokenizer:
                          end_of_word_suffix="</w>", show_progress=False)
     encoding.train_from_iterator([*sorted(words), *letters], trainer)
     model = json.loads(encoding.to_str())["model"]
-    length = json.loads((template / "text_encoder/config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
+    length = json.loads((encoder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     merges = [tuple(pair) for pair in model["merges"]]
     # The trainer numbers single letters in another order each time; the text encoder learns the numbers.
     merged = ["".join(pair) for pair in merges]

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..backbones.sampling import sample_latents
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
@@ -83,13 +82,9 @@ def draw_run(run: Path, out: Path, state: PartialState) -> Path:
         done.unlink(missing_ok=True)
         batch = {name: value.to(state.device) if isinstance(value, Tensor) else value
                  for name, value in reference.batch.items()}
-        everything = torch.ones(len(reference.asked), dtype=torch.bool)
         with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
-            latents = sample_latents(
-                parts.backbone.eval(), parts.scheduler, parts.latent_shape, parts.conditioning(batch, ~everything),
-                parts.conditioning(batch, everything), config.evaluate.sampling_steps, config.seed,
-                config.evaluate.guidance_scale)
-        _write(parts.images(latents), out / "images")
+            images = parts.draw(parts.backbone.eval(), batch, config.evaluate.sampling_steps, config.seed)
+        _write(images, out / "images")
         _write(reference.images, out / "real")
         (out / "prompts.txt").write_text("".join(f"{title}\n" for title in reference.titles), encoding="utf-8")
         write_text(done, current)

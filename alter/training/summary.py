@@ -13,7 +13,6 @@ from torch import Tensor
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import merge_adapters, save_adapters
 from ..backbones.pretrained import component_of, export
-from ..backbones.sampling import sample_latents
 from ..backbones.schedules import make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
@@ -89,8 +88,6 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
     classifier = train_classifier(demo.images, demo.targets, 0)  # the same for runs of every seed
     real = classifier.features(demo.images).numpy()
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in demo.batch.items()}
-    everything = torch.ones(len(demo.asked), dtype=torch.bool)
-    given, nothing = parts.conditioning(batch, ~everything), parts.conditioning(batch, everything)
     steps = evaluate.sampling_steps
     summary: dict[str, Any] = {
         "sampling_steps": steps, "guidance_scale": evaluate.guidance_scale, "samples": evaluate.samples,
@@ -100,8 +97,7 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
                                ("experts", parts.backbone, steps)):
         if model is None or not evaluate.dense and model is parts.teacher:
             continue
-        images = parts.images(sample_latents(model, parts.scheduler, parts.latent_shape, given, nothing, count,
-                                             config.seed, evaluate.guidance_scale))
+        images = parts.draw(model, batch, count, config.seed)
         features = classifier.features(images).numpy()
         summary[f"fd_{name}"] = frechet_distance(features, real)
         summary[f"fd_halves_{name}"] = [frechet_distance(half, real) for half in np.array_split(features, 2)]

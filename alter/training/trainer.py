@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backbones.family import predict
 from ..backbones.gates import HardRows, Rows, SoftRows
 from ..backbones.pretrained import trained_parameters
 from ..common.config import Config
@@ -41,7 +42,7 @@ class Batch:
     noisy_latents: Tensor
     timesteps: Tensor
     rows: Tensor
-    conditioning: dict[str, Tensor]
+    conditioning: dict[str, Any]
     target: Tensor
     teacher_pred: Tensor | None
     teacher_features: list[Tensor]
@@ -190,18 +191,15 @@ class Trainer:
         if skipped := raw.pop("skipped"):
             self.readout.own["skipped_samples"] += len(skipped)
             self.journal.unreadable(self.step + 1, skipped)
-        if parts.text is not None and "captions" in raw:
-            self.readout.own["truncated_prompts"] += parts.text.too_long(raw["captions"])
+        if parts.conditioner is not None and "captions" in raw:
+            self.readout.own["truncated_prompts"] += parts.conditioner.too_long(raw["captions"])
         raw = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                for name, value in raw.items()}
         latents = parts.latents(raw, drawn.posterior).to(self.dtype)
         timesteps = drawn.timesteps.to(device, non_blocking=True)
         noise = drawn.noise(tuple(latents.shape[1:]), self.config.train.noise_offset).to(latents, non_blocking=True)
         noisy = parts.noising.noised(latents, noise, timesteps)
-        conditioning = {
-            name: value.to(self.dtype) if value.is_floating_point() else value
-            for name, value in parts.conditioning(raw, drawn.dropped).items()
-        }
+        conditioning = parts.conditioning(raw, drawn.dropped)
         if self.config.backbone.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         target = parts.noising.target(latents, noise, timesteps)
@@ -332,7 +330,7 @@ class Trainer:
         timesteps = batch.timesteps.to(batch.noisy_latents.device, non_blocking=True)
         with self.parts.simulator.use(rows), self.accelerator.autocast(), \
                 self.parts.student_tap.capture() as features:
-            pred = model(batch.noisy_latents, timesteps, **batch.conditioning).sample
+            pred = predict(model, batch.noisy_latents, timesteps, batch.conditioning)
         loss = self.config.loss
         denoise = losses.mse_per_sample(pred[:, : batch.target.shape[1]], batch.target)
         weight = self.parts.noising.weight(timesteps)

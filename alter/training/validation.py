@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from ..backbones.sampling import sample_latents
 from ..common.config import Config
 from ..evaluation.report.samples import save_strip
 from .setup.parts import Parts
@@ -27,18 +26,10 @@ class Validator:
         device = parts.backbone.device
         prompts, labels = list(config.validate.prompts), list(config.validate.labels)
         self.captions = prompts or [f"class {label}" for label in labels]
-        batch = {"captions": prompts} if prompts else {"labels": torch.tensor(labels, device=device)}
-        everything = torch.ones(len(prompts or labels), dtype=torch.bool)
-        self.conditioning = parts.conditioning(batch, ~everything)
-        self.unconditional = parts.conditioning(batch, everything)
+        self.batch = {"captions": prompts} if prompts else {"labels": torch.tensor(labels, device=device)}
 
     def __call__(self, backbone, step: int, title: str) -> None:
-        evaluate = self.config.evaluate
-        latents = sample_latents(
-            backbone, self.parts.scheduler, self.parts.latent_shape, self.conditioning, self.unconditional,
-            evaluate.sampling_steps, self.config.seed, evaluate.guidance_scale, batch_size=8,
-        )
-        images = self.parts.images(latents)
+        images = self.parts.draw(backbone, self.batch, self.config.evaluate.sampling_steps, self.config.seed, 8)
         pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
         self.folder.mkdir(exist_ok=True)
         save_strip(pixels, self.captions, self.folder / f"step-{step:06d}-{title}.png")

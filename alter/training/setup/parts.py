@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ...backbones.conditioning import Conditioner
 from ...backbones.cost import CostTable
 from ...backbones.dit import null_class, tie_embedders
 from ...backbones.family import Backbone, predict
 from ...backbones.gates import FeatureTap, Simulator
 from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
+from ...backbones.latents import encode
 from ...backbones.lora import add_adapters
 from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, shift_of
-from ...backbones.schedules import image_tokens
+from ...backbones.sampling import sample_latents
+from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
-from ...backbones.text import TextEncoder
 from ...common.config import Config
 from ...common.errors import InputError
 from ...data.base import Source
@@ -31,7 +34,7 @@ from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.hypernetwork import HyperNetwork
-from ...method.noising import Noising
+from ...method.noising import Betas, Noising
 from .plan import by_time, check_machine, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
 
@@ -41,9 +44,11 @@ class Parts:
 
     teacher: the frozen dense model; None where a finished run is tuned further and nothing else is named.
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
-    vae, text: frozen; None where the data is encoded already. Images then load them for as long as they take.
+    vae: frozen; None where the data is encoded already, or the model has none.
+    conditioner: of captions; None where the data has none. Images of encoded data load both for as long as they take.
     scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
-    precision: of vae and text.
+    precision: of vae and text encoders. size: of images in pixels, (height, width).
+    guidance_scale, max_tokens: of all images that are drawn.
     experts: those given by `experts.pretrained`, or None where they are to be found.
     latency: what the budget's time was measured as; None for a budget of MACs.
     """
@@ -56,12 +61,15 @@ class Parts:
     noising: Noising
     precision: torch.dtype
     vae: AutoencoderKL | None
-    text: TextEncoder | None
+    conditioner: Conditioner | None
+    size: tuple[int, ...]
+    guidance_scale: float
+    max_tokens: int | None
     hypernetwork: HyperNetwork
     cost: CostTable
     budget: Budget
     source: Source
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     experts: TemporalExperts | None = None
     latency: Latency | None = None
     simulator: Simulator = field(init=False)
@@ -114,22 +122,42 @@ class Parts:
             mean, std = batch["moments"].chunk(2, dim=1)
             return mean if posterior is None else mean + std * posterior(tuple(mean.shape[1:])).to(mean)
         assert self.vae is not None
-        moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = moments.mean.float()
-        if posterior is not None:
-            latents = latents + moments.std.float() * posterior(tuple(latents.shape[1:])).to(latents)
-        return (latents - shift_of(self.vae)) * self.vae.config.scaling_factor
+        pipe = self.conditioner.pipe if self.conditioner else SimpleNamespace(vae=self.vae)
+        mean, std = encode(pipe, batch["images"])
+        return mean if posterior is None else mean + std * posterior(tuple(mean.shape[1:])).to(mean)
+
+    def draw(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int,
+             batch_size: int = 250) -> Tensor:
+        """Images float32 [N, C, H, W] in [-1, 1], on the CPU, by the weights of `backbone`.
+
+        Args:
+            batch: has "labels" long [N], on its device, or "captions" (a list of N), which the pipeline draws itself.
+            steps: denoising steps. seed: sample i depends on it, on i and on its condition alone.
+            batch_size: samples per forward.
+        """
+        if "captions" in batch:
+            conditioner = self.conditioner or self._conditioner()
+            solver = make_solver(self.scheduler, self.tokens) if isinstance(self.noising, Betas) else None
+            return conditioner.draw(backbone, batch["captions"], steps, self.guidance_scale, seed, solver, batch_size)
+        everything = torch.ones(len(batch["labels"]), dtype=torch.bool)
+        given, nothing = self.conditioning(batch, ~everything), self.conditioning(batch, everything)
+        return self._images(sample_latents(backbone, self.scheduler, self.latent_shape, given, nothing, steps, seed,
+                                           self.guidance_scale, batch_size))
+
+    def _conditioner(self) -> Conditioner:
+        return Conditioner(self.folder, self.backbone.device, self.precision, self.size, self.guidance_scale,
+                           self.max_tokens)
 
     @torch.no_grad()
-    def images(self, latents: Tensor) -> Tensor:
-        """Images float32 [B, C, H, W] in [-1, 1], on the CPU; latents pass the VAE's decoder where there is one."""
+    def _images(self, latents: Tensor) -> Tensor:
+        """Latents pass the VAE's decoder where there is one."""
         if (self.folder / "vae").is_dir():
             vae = self.vae or load_vae(self.folder, self.backbone.device, self.precision)
             latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift_of(vae)
             latents = torch.cat([vae.decode(part).sample for part in latents.split(8)])
         return latents.float().clamp(-1, 1).cpu()
 
-    def conditioning(self, batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Tensor]:
+    def conditioning(self, batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Any]:
         """The backbone's conditioning arguments, with that of the samples in `dropped` (bool [B]) removed.
 
         batch: has "labels" long [B], "captions" (a list of B) or "encoder_hidden_states" [B, tokens, D].
@@ -138,9 +166,8 @@ class Parts:
             dropped = dropped.to(batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
-            text = self.text or TextEncoder(self.folder, self.backbone.device, self.precision)
-            pairs = zip(batch["captions"], dropped.tolist(), strict=True)
-            return {"encoder_hidden_states": text(["" if drop else caption for caption, drop in pairs])}
+            assert self.conditioner is not None
+            return self.conditioner(batch["captions"], dropped).arguments()
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
         empty = self.source.empty_text.to(text)
@@ -167,16 +194,18 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     backbone = load_backbone(folder)
     tie_embedders(backbone)
     dtype = DTYPES[config.train.mixed_precision]
-    vae = None if source.encoded else load_vae(folder, device, dtype)
-    text = TextEncoder(folder, device, dtype) if reads_captions(source) else None
+    size, guidance = (config.data.resolution,) * 2, config.evaluate.guidance_scale
+    tokens = config.data.max_tokens
+    conditioner = Conditioner(folder, device, dtype, size, guidance, tokens) if reads_captions(source) else None
+    vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)
     teacher, offload = _load_teacher(config, folder, backbone, device)
     choose_trained(backbone, config)
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
     hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising.num_timesteps)
     return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device), dtype, vae,
-                 text, hypernetwork.to(device), plan.cost, plan.budget, source, plan.latent_shape, plan.experts,
-                 plan.latency)
+                 conditioner, size, guidance, tokens, hypernetwork.to(device), plan.cost, plan.budget, source,
+                 plan.latent_shape, plan.experts, plan.latency)
 
 
 def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, timesteps: int) -> HyperNetwork:

@@ -15,7 +15,7 @@ from torch import nn
 from ...backbones.cost import CostTable, count_cost
 from ...backbones.dit import embedders, null_class
 from ...backbones.family import COMPONENTS, Backbone
-from ...backbones.inputs import is_class_conditional
+from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_text, text_width
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
@@ -50,7 +50,7 @@ class Plan:
         folder: of the backbone's JSON configuration, with or without weights.
         backbone: on the meta device.
         scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
-        latent_shape: [C, h, w] of one sample.
+        latent_shape: of one sample, as the scheduler steps it.
         budget: None where it is one of time that is not known yet.
         experts: those of `experts.pretrained`, None where they are to be found.
         latency: what the budget's time was measured as; None for a budget of MACs.
@@ -62,7 +62,7 @@ class Plan:
     cost: CostTable
     scheduler: Any
     noising: Noising
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     budget: Budget | None
     experts: TemporalExperts | None
     latency: Latency | None
@@ -97,7 +97,7 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
             latency = Latency.load(Path(config.budget.latency_file))
     with faults.caught():
         size = latent_size(folder, config.data.resolution)
-    shape = (backbone.config.in_channels, size, size)
+    shape = latent_shape(backbone, size)
     with faults.caught():
         if source is not None and size:
             _check_source(config, folder, backbone, source, shape)
@@ -110,7 +110,7 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     cost = count_cost(backbone, size)
     with faults.caught():
         if latency is not None or not by_time(config):
-            budget, experts = _plan_budget(config, folder, backbone, cost, shape, scheduler, latency)
+            budget, experts = _plan_budget(config, folder, backbone, cost, size, tokens, scheduler, latency)
     faults.refuse()
     noising = make_noising(scheduler, tokens, config.flow, config.loss.min_snr_gamma)
     return Plan(folder, backbone, cost, scheduler, noising, shape, budget, experts,
@@ -234,8 +234,8 @@ def reads_captions(source: Source) -> bool:
     return source.num_classes == 0 and source.empty_text is None
 
 
-def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTable, shape: tuple[int, ...],
-                 scheduler: Any, latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
+def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTable, size: int,
+                 tokens: int, scheduler: Any, latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
     """The budget, of time if `latency` is given, and the experts of `experts.pretrained`, which then bring theirs."""
     budget, given = config.budget, config.experts.pretrained
     if given is not None:
@@ -248,7 +248,6 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
-    tokens, size = image_tokens(shape, backbone.config.get("patch_size")), shape[-1]
     timesteps = sampled_timesteps(config, folder, scheduler, tokens)
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
@@ -302,7 +301,8 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     if CONFIGS not in folder.parents:  # there, weights are yet to come
         _check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
-            check_text(folder, backbone.config.cross_attention_dim)
+            if takes_one_text(backbone):
+                check_text(folder, backbone.config.cross_attention_dim)
     sample = WithSubstitutes(source, np.arange(len(source)), config.seed)[0, 0]
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
@@ -315,7 +315,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
         raise InputError(f"data.path={data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
                          f"backbone knows 0 to {null_class(backbone) - 1}: use data or a backbone of its classes")
     if "encoder_hidden_states" in sample:
-        width = backbone.config.cross_attention_dim
+        width = text_width(backbone)
         if sample["encoder_hidden_states"].shape[-1] != width:
             raise InputError(f"data.path={data.path!r}: text states of width "
                              f"{sample['encoder_hidden_states'].shape[-1]} do not fit the backbone's {width}")
