@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from ..common.errors import InputError
 from ..method.diffusion import generator
 from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
-from .pretrained import component_of, variant_of
+from .pretrained import absent_parts, component_of, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
@@ -182,7 +182,7 @@ def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     hollows = {name: hollow(cls, path, device, dtype) for name, path in found.items()}
     try:
         index = DiffusionPipeline.load_config(folder)
-        unwanted = {name: None for name in ("safety_checker", "image_encoder") if name in index}
+        unwanted = absent_parts(index) | {name: None for name in ("safety_checker", "image_encoder") if name in index}
         parts = [path for path in folder.iterdir() if path.is_dir() and path.name not in found and variant_of(path)]
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16" if parts else None,
                                                  **hollows, **unwanted)

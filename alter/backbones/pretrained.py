@@ -84,6 +84,11 @@ def condition_of(folder: Path) -> str:
     return "class" if component_of(folder)[0].__name__ == "DiTTransformer2DModel" else "text"
 
 
+def absent_parts(index: dict[str, Any]) -> dict[str, None]:
+    """The components that a model_index.json names without a class, which some pipelines must be told."""
+    return {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[-1] is None}
+
+
 def read_config(file: Path, field: str = "backbone.pretrained") -> dict[str, Any]:
     """A JSON object of a pretrained folder.
 

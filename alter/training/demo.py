@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ..backbones.dit import null_class, tie_embedders
 from ..backbones.family import Backbone
-from ..backbones.pretrained import component_of, export
+from ..backbones.pretrained import absent_parts, component_of, export
 from ..backbones.schedules import load_scheduler, make_noising, tokens_of
 from ..common.config import Config
 from ..common.errors import InputError
@@ -108,7 +108,8 @@ def _make_text_to_image(config: Config, folder: Path, template: Path, device: to
     cls, component = component_of(template)
     backbone = cls.from_config(cls.load_config(template / component))
     names = [_make_text_encoder(parts, path.name) for path in sorted(template.glob("text_encoder*"))]
-    pipe: Any = DiffusionPipeline.from_pretrained(parts, **{component: backbone}).to(device)
+    pipe: Any = DiffusionPipeline.from_pretrained(
+        parts, **absent_parts(DiffusionPipeline.load_config(parts)), **{component: backbone}).to(device)
     encoders = [getattr(pipe, name).train() for name in names]
     backbone.train()
 
