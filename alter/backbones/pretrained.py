@@ -1,4 +1,4 @@
-"""Pretrained diffusers folders: their backbone, VAE and training schedule, read and written."""
+"""Pretrained diffusers folders: their backbone and VAE, read and written."""
 
 import json
 import shutil
@@ -7,18 +7,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..common.errors import InputError
 from ..common.files import publish
-from ..method.diffusion import PREDICTION_TYPES
 from .dit import tie_embedders
 from .family import COMPONENTS, Backbone
 from .inputs import check_supported
 from .lora import plain_state
-from .sampling import noise_defaults
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _UNNAMED = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel"}  # in configurations without a class
@@ -127,34 +125,6 @@ def load_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
     """
     cls, component = component_of(folder, field)
     return _load(cls, folder / component, torch.float32, field)
-
-
-def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The training schedule, with the betas and the prediction type of the pipeline's scheduler.
-
-    Raises:
-        InputError: if there is no scheduler, one without betas (flow matching, EDM), or one of another prediction type.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise InputError(f"backbone.pretrained={str(folder)!r} has no scheduler/scheduler_config.json")
-    config = read_config(file)
-    name = config.get("_class_name", DDPMScheduler.__name__)
-    defaults = noise_defaults(name)
-    written = config.get("trained_betas") or {"beta_start", "beta_end", "beta_schedule"} <= config.keys()
-    flows = bool(config.get("use_flow_sigmas")) or config.get("timestep_type") == "continuous"
-    if flows or not (written or defaults):
-        raise InputError(f"{file}: a {name} noises otherwise than by the betas of DDPM, by which alone alter trains "
-                         "for now: give a pipeline with a scheduler such as DDPMScheduler")
-    config = {**defaults, **config}
-    kind = config.get("prediction_type")
-    if kind not in PREDICTION_TYPES:
-        raise InputError(f"{folder / 'scheduler'}: prediction_type={kind!r}: use one of {', '.join(PREDICTION_TYPES)}")
-    try:
-        return DDPMScheduler.from_config(config)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: no schedule of betas ({' '.join(str(error).split())[:200]}): "
-                         "fetch it again") from None
 
 
 def load_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:

@@ -87,15 +87,16 @@ def _load(arguments: argparse.Namespace) -> Any:
     from diffusers import DiTPipeline
 
     from ..backbones.dit import null_class
-    from ..backbones.sampling import scheduler_class
+    from ..backbones.schedules import load_scheduler, make_sampler, tokens_of
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
 
-    solver = arguments.scheduler and scheduler_class(arguments.scheduler, "--scheduler ")
     folder = arguments.run / "final" if (arguments.run / "final").is_dir() else arguments.run
     if not (folder / "model_index.json").is_file():
         raise InputError(f"--run {arguments.run}: {folder} is no pipeline: it has no model_index.json: name a finished "
                          "run")
+    solver = arguments.scheduler and make_sampler(arguments.scheduler, "--scheduler ", load_scheduler(folder),
+                                                  tokens_of(folder, None))
     if not any((folder / part).is_dir() for part in ("vae", "transformer")):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
     load = load_dense if arguments.dense else load_pipeline
@@ -111,7 +112,7 @@ def _load(arguments: argparse.Namespace) -> Any:
         raise InputError(f"--run {arguments.run}: {folder} has no VAE, and {pipe.transformer.config.in_channels} "
                          "channels are no picture: add the folder vae/ to it, and name it in model_index.json")
     if solver is not None:
-        pipe.scheduler = solver.from_config(pipe.scheduler.config)
+        pipe.scheduler = solver
     most = pipe.scheduler.config.num_train_timesteps
     if arguments.steps > most:
         raise InputError(f"--steps {arguments.steps}: the model has {most} timesteps: choose at most that")

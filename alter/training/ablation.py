@@ -40,7 +40,7 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
         InputError: for another name.
     """
     budget, sites = parts.budget, len(parts.cost.sites)
-    routes = np.zeros(parts.scheduler.config.num_train_timesteps, dtype=np.int64)
+    routes = np.zeros(parts.noising.num_timesteps, dtype=np.int64)
     if variant == "dense_tuned":
         masks = np.ones((1, sites), dtype=bool), routes
     elif variant == "every_second":
@@ -74,7 +74,7 @@ def block_influence(config: Config, parts: Parts, samples: int = 64) -> np.ndarr
 
     hooks = [parts.backbone.get_submodule(site.name).register_forward_hook(observe(layer, site), with_kwargs=True)
              for layer, site in enumerate(parts.simulator.sites)]
-    for noisy, timesteps, conditioning, _ in probe.noised(0, parts.scheduler.config.num_train_timesteps):
+    for noisy, timesteps, conditioning, _ in probe.noised(0, parts.noising.num_timesteps):
         predict(parts.backbone, noisy, timesteps, conditioning)
     for hook in hooks:
         hook.remove()

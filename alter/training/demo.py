@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tokenizers import Tokenizer
@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..backbones.dit import null_class, tie_embedders
 from ..backbones.family import Backbone
 from ..backbones.pretrained import export
+from ..backbones.schedules import load_scheduler, make_noising, tokens_of
 from ..backbones.text import TextEncoder
 from ..common.config import Config
 from ..common.errors import InputError
@@ -31,7 +32,7 @@ from ..data import shapes
 from ..data.batches import GlobalBatches, Order, make_loader, split
 from ..data.open import open_source
 from ..method import losses
-from ..method.diffusion import draw, generator, training_target
+from ..method.diffusion import draw, generator
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _DATA_SETTINGS = ("source", "resolution", "label_dropout", "holdout")  # that the dense model depends on
@@ -144,18 +145,17 @@ def _train_dense(config: Config, folder: Path, template: Path, model: Backbone, 
     demo, source = config.demo, source or open_source(config)
     parameters = list(parameters)
     indices, _ = split(source, config.data.holdout, config.seed)
-    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(template / "scheduler"), clip_sample=False)
+    noising = make_noising(load_scheduler(template), tokens_of(template, config.data.resolution)).to(model.device)
     optimizer, schedule = _adamw(parameters, demo.lr, demo.steps)
     ema = EMAModel(parameters, decay=0.998, foreach=True)
     batches = GlobalBatches(Order(indices, config.seed), demo.batch_size, 1, 0, 1, 0, demo.steps)
     bar = tqdm(make_loader(source, batches, 0), desc=f"dense teacher → {folder}", unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar):
-        drawn = draw(demo.batch_size, scheduler.config.num_train_timesteps, config.data.label_dropout, config.seed,
-                     step, stream=5)
+        drawn = draw(noising, demo.batch_size, config.data.label_dropout, config.seed, step, stream=5)
         latents, conditioning = inputs(batch, drawn.dropped)
         timesteps, noise = drawn.timesteps.to(latents.device), drawn.noise(tuple(latents.shape[1:])).to(latents)
-        pred = model(scheduler.add_noise(latents, noise, timesteps), timestep=timesteps, **conditioning).sample
-        loss = losses.mse_per_sample(pred, training_target(scheduler, latents, noise, timesteps)).mean()
+        pred = model(noising.noised(latents, noise, timesteps), timestep=timesteps, **conditioning).sample
+        loss = losses.mse_per_sample(pred, noising.target(latents, noise, timesteps)).mean()
         _step(loss, parameters, optimizer, schedule)
         ema.step(parameters)
         if step % config.log.every == 0:

@@ -16,7 +16,7 @@ def measure_sensitivity(config: Config, parts: Parts, bins: int = 10, samples: i
     """Takes L + 1 forwards of `samples` samples a bin and, for the response, about bins + 1 more for each of `trials`
     layers, drawn with the seed."""
     probe, sites = Probe(config, parts, samples, batch_size), parts.simulator.sites
-    edges = np.linspace(0, parts.scheduler.config.num_train_timesteps, bins + 1).round().astype(int)
+    edges = np.linspace(0, parts.noising.num_timesteps, bins + 1).round().astype(int)
     alone = ~np.eye(len(sites), dtype=bool)
     columns = [probe.errors(alone, int(low), int(high))
                for low, high in tqdm(list(pairwise(edges)), unit="bin", desc="sensitivity", dynamic_ncols=True)]

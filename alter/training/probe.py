@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from ..backbones.family import predict
 from ..backbones.gates import HardRows
-from ..backbones.sampling import make_solver
+from ..backbones.schedules import solver_at
 from ..common.config import Config
 from ..data.batches import WithSubstitutes, collate, split
-from ..method.diffusion import gaussian, training_target
+from ..method.diffusion import gaussian
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
 
@@ -44,14 +44,14 @@ class Probe:
         parts.backbone.eval()
 
     def noised(self, low: int, high: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
-        """Batches at timesteps spread evenly over low..high-1: noisy latents, timesteps, conditioning and target."""
-        scheduler = self.parts.scheduler
+        """Batches at rows spread evenly over low..high-1: noisy latents, timesteps, conditioning and target."""
+        noising = self.parts.noising
         for first, latents, noise, conditioning in self._batches:
             positions = np.arange(first, first + len(latents)) + 0.5
             spread = (low + positions / self.samples * (high - low)).astype(np.int64)
-            timesteps = torch.from_numpy(spread).to(latents.device)
-            yield (scheduler.add_noise(latents, noise, timesteps), timesteps, conditioning,
-                   training_target(scheduler, latents, noise, timesteps))
+            timesteps = noising.at(torch.from_numpy(spread)).to(latents.device)
+            yield (noising.noised(latents, noise, timesteps), timesteps, conditioning,
+                   noising.target(latents, noise, timesteps))
 
     @torch.no_grad()
     def errors(self, masks: np.ndarray, low: int, high: int, weight_T: np.ndarray | None = None) -> tuple[
@@ -61,7 +61,8 @@ class Probe:
         against the target."""
         errors, denoise = np.zeros(len(masks)), 0.0
         for noisy, timesteps, conditioning, target in self.noised(low, high):
-            weights = torch.from_numpy(np.ones(len(noisy)) if weight_T is None else weight_T[timesteps.cpu().numpy()])
+            rows = timesteps.long().cpu().numpy()
+            weights = torch.from_numpy(np.ones(len(rows)) if weight_T is None else weight_T[rows])
             dense = self._predict(None, noisy, timesteps, conditioning)
             denoise += mse_per_sample(dense, target).sum().item()
             for m, mask_L in enumerate(masks):
@@ -73,9 +74,9 @@ class Probe:
     def amplification(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
 
-        Of DPM-Solver++ with two steps in each bin, without guidance, when each of the bool masks [M, L] is in force in
-        that bin alone: the sum of the changes of the samples over that of the changes of the output at the first of
-        these steps. It depends on the width of the bins.
+        Of DPM-Solver++ (of a flow: Euler's method) with two steps in each bin, without guidance, when each of the bool
+        masks [M, L] is in force in that bin alone: the sum of the changes of the samples over that of the changes of
+        the output at the first of these steps. It depends on the width of the bins.
 
         Args:
             edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]; two or more in each.
@@ -103,11 +104,10 @@ class Probe:
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
-        solver = make_solver(self.parts.scheduler)
-        solver.set_timesteps(timesteps=steps)
+        solver = solver_at(self.parts.scheduler, steps)
         latents, outputs, caused, begun = noise, [], 0.0, False
         for step, timestep in enumerate(solver.timesteps):
-            masked = int(timestep) in where
+            masked = round(float(timestep)) in where
             if masked or begun or not known:
                 there = timestep.expand(len(latents)).to(latents.device)
                 outputs.append(self._predict(mask_L if masked else None, latents, there, conditioning))

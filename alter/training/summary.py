@@ -13,7 +13,8 @@ from torch import Tensor
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import merge_adapters, save_adapters
 from ..backbones.pretrained import component_of, export
-from ..backbones.sampling import make_solver, sample_latents
+from ..backbones.sampling import sample_latents
+from ..backbones.schedules import make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
 from ..data.batches import WithSubstitutes, collate, split
@@ -21,7 +22,6 @@ from ..evaluation.classifier import accuracy, errors_by_timestep, train_classifi
 from ..evaluation.distances import frechet_distance
 from ..evaluation.report.card import model_card
 from ..evaluation.report.figures import plot_experts, plot_samples
-from ..evaluation.report.runs import visited_timesteps
 from ..evaluation.report.words import achieved, row_label
 from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
@@ -75,7 +75,7 @@ def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 
         latents = parts.latents(batch)
         conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
         errors.append(count / len(held_out) * errors_by_timestep(
-            parts.backbone, parts.teacher, parts.scheduler, latents, conditioning, config.seed + first))
+            parts.backbone, parts.teacher, parts.noising, latents, conditioning, config.seed + first))
     parts.release_teacher()
     output, denoise = np.sum(errors, axis=0).tolist()
     return {"output_error": fmean(output), "denoise_error": fmean(denoise),
@@ -106,7 +106,7 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
         summary[f"fd_{name}"] = frechet_distance(features, real)
         summary[f"fd_halves_{name}"] = [frechet_distance(half, real) for half in np.array_split(features, 2)]
         summary[f"accuracy_{name}"] = accuracy(classifier, images, demo.asked)
-        visited = visited_timesteps(make_solver(parts.scheduler), count, len(experts.expert_T))
+        visited = visited_rows(make_solver(parts.scheduler, parts.tokens), count, parts.tokens)
         per_step = experts.macs_T[visited] if model is parts.backbone else np.full(count, experts.macs_total)
         spent = float(per_step.sum()) * (1 if evaluate.guidance_scale == 1 else 2)  # guidance runs the backbone twice
         pictures[row_label(name, count, spent, summary)] = images[:_SHOWN]

@@ -23,7 +23,8 @@ from ..common.process import Interrupted
 from ..data.batches import GlobalBatches, Order, WithSubstitutes, make_loader, split, warn_while_waiting
 from ..experts.artefact import TemporalExperts
 from ..method import losses
-from ..method.diffusion import Draw, draw, generator, min_snr_weight, training_target
+from ..method.diffusion import Draw, draw, generator
+from ..method.noising import Flow
 from .journal import Journal
 from .readout import Readout
 from .resume import link_latest
@@ -35,10 +36,11 @@ from .validation import Validator
 
 @dataclass
 class Batch:
-    """One micro-batch, and the teacher's answer to it. `timesteps` stay on the CPU, where rows are chosen."""
+    """One micro-batch, and the teacher's answer to it. `timesteps` and `rows` (of experts) stay on the CPU."""
 
     noisy_latents: Tensor
     timesteps: Tensor
+    rows: Tensor
     conditioning: dict[str, Tensor]
     target: Tensor
     teacher_pred: Tensor | None
@@ -79,8 +81,8 @@ class Trainer:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
-        weight_T = parts.budget.weight_T(parts.scheduler.config.num_train_timesteps)
-        # Of each timestep's losses, of mean 1; None: all weigh the same.
+        # Of each timestep's losses, of mean 1; None: all weigh the same. A flow's shift draws more of those that count.
+        weight_T = None if isinstance(parts.noising, Flow) else parts.budget.weight_T(parts.noising.num_timesteps)
         self.weight_T = None if weight_T is None else torch.tensor(
             weight_T * len(weight_T), dtype=torch.float32, device=accelerator.device)
         self.inputs = fingerprint(parts)
@@ -175,8 +177,7 @@ class Trainer:
         """Noise the iteration's micro-batches and ask the teacher, once for both updates."""
         config, parts = self.config, self.parts
         count, size = config.train.gradient_accumulation, config.train.micro_batch(self.accelerator.num_processes)
-        whole = draw(config.train.batch_size, parts.scheduler.config.num_train_timesteps, config.data.label_dropout,
-                     config.seed, self.step)
+        whole = draw(parts.noising, config.train.batch_size, config.data.label_dropout, config.seed, self.step)
         first = self.accelerator.process_index * count * size
         return [
             self.prepare_batch(next(micro_batches), whole[slice(first + k * size, first + (k + 1) * size)])
@@ -195,20 +196,20 @@ class Trainer:
                for name, value in raw.items()}
         latents = parts.latents(raw, drawn.posterior).to(self.dtype)
         timesteps = drawn.timesteps.to(device, non_blocking=True)
-        noise = drawn.noise(tuple(latents.shape[1:]), self.config.train.noise_offset)
-        noise = noise.to(device, self.dtype, non_blocking=True)
-        noisy = parts.scheduler.add_noise(latents, noise, timesteps)
+        noise = drawn.noise(tuple(latents.shape[1:]), self.config.train.noise_offset).to(latents, non_blocking=True)
+        noisy = parts.noising.noised(latents, noise, timesteps)
         conditioning = {
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in parts.conditioning(raw, drawn.dropped).items()
         }
         if self.config.backbone.channels_last:
             noisy = noisy.contiguous(memory_format=torch.channels_last)
-        target = training_target(parts.scheduler, latents, noise, timesteps)
-        if not self.config.loss.distils:
-            return Batch(noisy, drawn.timesteps, conditioning, target, None, [])
-        with self.accelerator.autocast():
-            return Batch(noisy, drawn.timesteps, conditioning, target, *parts.teach(noisy, timesteps, conditioning))
+        target = parts.noising.target(latents, noise, timesteps)
+        taught: Any = None, []
+        if self.config.loss.distils:
+            with self.accelerator.autocast():
+                taught = parts.teach(noisy, timesteps, conditioning)
+        return Batch(noisy, drawn.timesteps, drawn.rows, conditioning, target, *taught)
 
     def update_hypernetwork(self, batches: list[Batch]) -> dict[str, float]:
         """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
@@ -220,7 +221,7 @@ class Trainer:
         leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]
         totals, gradients = [], [torch.zeros_like(leaf) for leaf in leaves]
         for batch in batches:
-            mask_BL = leaves[1][batch.timesteps.to(mask_EL.device)] @ leaves[0]
+            mask_BL = leaves[1][batch.rows.to(mask_EL.device)] @ leaves[0]
             terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
             perf = losses.weighted_sum(terms, self.config.loss.weights)
             for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
@@ -252,7 +253,7 @@ class Trainer:
         mask_TL, update = torch.from_numpy(mask_EL[expert_T]), self.backbone_update
         totals = []
         for k, batch in enumerate(batches):
-            rows = HardRows(mask_TL[batch.timesteps], self.accelerator.device)
+            rows = HardRows(mask_TL[batch.rows], self.accelerator.device)
             last = k + 1 == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._terms(self.wrapped, batch, rows)
@@ -334,13 +335,12 @@ class Trainer:
             pred = model(batch.noisy_latents, timesteps, **batch.conditioning).sample
         loss = self.config.loss
         denoise = losses.mse_per_sample(pred[:, : batch.target.shape[1]], batch.target)
-        if loss.min_snr_gamma is not None:
-            denoise = denoise * min_snr_weight(self.parts.scheduler, timesteps, loss.min_snr_gamma)
-        terms = {"denoise": denoise}
+        weight = self.parts.noising.weight(timesteps)
+        terms = {"denoise": denoise if weight is None else denoise * weight}
         if batch.teacher_pred is not None:
             terms["output_kd"] = losses.mse_per_sample(pred, batch.teacher_pred)
             terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers)
-        weight_B = 1 if self.weight_T is None else self.weight_T[timesteps]
+        weight_B = 1 if self.weight_T is None else self.weight_T[batch.rows.to(pred.device)]
         return {name: (term * weight_B).mean() for name, term in terms.items()}
 
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:

@@ -9,8 +9,7 @@ from conftest import make_dit, save_pipeline
 from diffusers import DDPMScheduler
 
 from alter import InputError
-from alter.backbones.pretrained import load_scheduler
-from alter.backbones.sampling import scheduler_class
+from alter.backbones.schedules import load_scheduler, scheduler_class
 from alter.training.setup.plan import check
 
 KINDS = ("epsilon", "v_prediction")
@@ -50,18 +49,18 @@ def test_prediction_types_are_kept_and_unknown_ones_refused(tmp_path):
 @pytest.mark.parametrize("config", [
     {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"},
     {"_class_name": "EDMDPMSolverMultistepScheduler"},
-    {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, {"_class_name": "FlowMatchHeunDiscreteScheduler"},
     {"_class_name": "SCMScheduler"}, {"_class_name": "IPNDMScheduler"}, {"_class_name": "SomebodysScheduler"},
     {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction",
      "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True},
+    {"_class_name": "HeliosScheduler", "use_flow_sigmas": True},
+    {"_class_name": "DDIMScheduler", "use_flow_sigmas": True},
 ], ids=lambda config: config["_class_name"])
-def test_schedulers_without_betas_are_refused_by_name(small_config, tmp_path, config):
+def test_schedulers_of_other_noise_are_refused_by_name(small_config, tmp_path, config):
     small = small_config("dit")
     written(tmp_path / "dit-pretrained", config)
     with pytest.raises(InputError) as caught:
         check(small, 1)
-    assert f"a {config['_class_name']} noises otherwise than by the betas" in str(caught.value)
+    assert f"a {config['_class_name']} noises neither by the betas of DDPM nor by flow matching" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTextModel
 
 from alter import InputError, TemporalExperts, load_config, train
-from alter.backbones.pretrained import load_scheduler
 from alter.backbones.sampling import sample_latents
+from alter.backbones.schedules import load_scheduler
 from alter.common.load import CONFIGS, save_config
 from alter.data.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
 from alter.evaluation.report.figures import summary_table

@@ -18,7 +18,7 @@ from ...common.config import Config
 from . import figures
 from .html import html_details, html_drawing, html_figure, html_image, html_page, html_table
 from .records import HISTORY
-from .runs import SAMPLER, Run
+from .runs import Run
 from .runs import read_run as read_run
 from .samples import read_strip
 from .words import Groups, macs, number, percent, quality, summary_groups
@@ -100,9 +100,9 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
         drawn(figures.routes_figure(experts), "Denoising goes from right to left."),
         drawn(figures.similarity_figure(experts), "1: the same layers. 0: no layer in common."))
     if (run.final / "scheduler").is_dir():
-        visited = run.visited(SAMPLER, config.evaluate.sampling_steps if config else 20)
+        visited = run.visited(run.sampler, config.evaluate.sampling_steps if config else 20)
         steps = drawn(figures.steps_figure(experts, visited),
-                      f"{SAMPLER}, one run of the backbone per step (guidance needs two).")
+                      f"{run.sampler}, one run of the backbone per step (guidance needs two).")
     else:
         steps = absent("scheduler/", "denoising steps")
     yield "Cost", grid(drawn(figures.macs_figure(experts), f"One run of the backbone. {_UNITS}"), steps)

@@ -9,17 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
 from ...backbones.dit import null_class
-from ...backbones.sampling import make_solver, sample_latents
+from ...backbones.sampling import sample_latents
+from ...backbones.schedules import load_scheduler, make_solver
 from ...common.errors import InputError
 from ...experts.artefact import TemporalExperts
 from .drawing import EXPERTS, INK, described, layers, styled
-from .runs import SAMPLER, Run
+from .runs import Run
 from .samples import show
 from .words import duration, macs, quality
 
@@ -75,7 +76,7 @@ class _Model:
 
     def __init__(self, folder: Path, run: Run, guidance: float) -> None:
         self.guidance = guidance
-        self.scheduler = make_solver(DDPMScheduler.from_pretrained(run.final, subfolder="scheduler"))
+        self.scheduler = make_solver(load_scheduler(run.final), run.tokens)
         if (folder / "vae").is_dir():
             self.target: Any = DiffusionPipeline.from_pretrained(folder)
             self.target.scheduler = self.scheduler
@@ -151,7 +152,7 @@ def map_figure(experts: TemporalExperts, timesteps: list[int]) -> Figure:
 def draw_map(run: Run) -> Figure:
     """The map of the run's sampler."""
     steps = run.config.evaluate.sampling_steps if run.config else 20
-    return map_figure(run.experts, run.visited(SAMPLER, steps))
+    return map_figure(run.experts, run.visited(run.sampler, steps))
 
 
 def save_in_both(figure: Figure, folder: Path, name: str) -> list[Path]:

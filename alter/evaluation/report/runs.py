@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import DDPMScheduler
 
-from ...backbones.sampling import scheduler_class
+from ...backbones.schedules import load_scheduler, make_sampler, make_solver, tokens_of, visited_rows
 from ...common.config import Config
 from ...common.errors import InputError
 from ...common.load import load_config
@@ -19,8 +18,6 @@ from ...method.budget import Budget
 from ...method.sensitivity import Sensitivity, verdict
 from .records import HISTORY, SENSITIVITY, read_history, read_sensitivity
 from .words import achieved
-
-SAMPLER = "DPMSolverMultistepScheduler"  # of the samples at the end of a run
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,18 @@ class Run:
 
     def visited(self, sampler: str, steps: int) -> list[int]:
         """The training timesteps at which that diffusers scheduler runs the backbone, in its order."""
-        solver = scheduler_class(sampler, "").from_config(DDPMScheduler.load_config(self.final / "scheduler"))
-        return visited_timesteps(solver, steps, len(self.experts.expert_T))
+        solver = make_sampler(sampler, "", load_scheduler(self.final), self.tokens)
+        return visited_rows(solver, steps, self.tokens).tolist()
+
+    @property
+    def sampler(self) -> str:
+        """Class of the diffusers scheduler of the samples at the end of a run."""
+        return type(make_solver(load_scheduler(self.final), self.tokens)).__name__
+
+    @property
+    def tokens(self) -> int:
+        """Of an image, by which dynamic shifts of flows go."""
+        return tokens_of(self.final, self.config.data.resolution if self.config else None)
 
     def macs_per_image(self, steps: int, dense: bool = False) -> float:
         """Of the backbone, in that many steps; with classifier-free guidance it runs twice per step."""
@@ -73,13 +80,7 @@ class Run:
             return runs_per_step * steps * self.experts.macs_total
         if not (self.final / "scheduler").is_dir():
             return runs_per_step * steps * self.experts.macs_mean
-        return runs_per_step * float(self.experts.macs_T[self.visited(SAMPLER, steps)].sum())
-
-
-def visited_timesteps(solver: Any, steps: int, timesteps: int) -> list[int]:
-    """The training timesteps of a diffusers scheduler with that many steps, as the experts round them."""
-    solver.set_timesteps(steps)
-    return np.asarray(solver.timesteps).round().clip(0, timesteps - 1).astype(int).tolist()
+        return runs_per_step * float(self.experts.macs_T[self.visited(self.sampler, steps)].sum())
 
 
 def read_run(folder: str | Path) -> Run:

@@ -5,6 +5,7 @@ from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
+from ...method.noising import Betas
 from .parts import choose_trained
 from .plan import Plan, check_shares, known_folder, make_plan
 
@@ -37,8 +38,9 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"{type(backbone).__name__}: {len(cost.sites)} sites, {cost.macs_total / scale:.1f} {unit} a forward "
         "(batch 1; convolutions, matrix and attention products)",
         f"prunable: {cost.prunable_share:.1%} of the MACs",
-        f"budget: keep {_budget(config, budget, experts)}; "
+        f"budget: keep {_budget(config, budget, experts)}{_averaged(config, plan)}; "
         f"{len(experts.mask_EL) if experts else config.experts.count} experts",
+        f"noise: {_noise(plan)}",
         f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
         "memory a process, without activations, VAE and text encoder "
@@ -55,6 +57,24 @@ def _plan(config: Config) -> Plan:
         raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: no such folder, and configs/models/ "
                          "does not know it: give a diffusers folder")
     return make_plan(config, folder, source=None)
+
+
+def _noise(plan: Plan) -> str:
+    noising, name = plan.noising, type(plan.scheduler).__name__
+    if isinstance(noising, Betas):
+        return f"by betas, prediction type {noising.prediction_type}"
+    return (f"flow matching ({name}), density {noising.density}, shift {noising.shift:.4g}, weighting "
+            f"{noising.weighting}")
+
+
+def _averaged(config: Config, plan: Plan) -> str:
+    """Over which timesteps a budget is averaged, if not over all alike."""
+    if plan.budget is None or plan.budget.timesteps is None:
+        return ""
+    if plan.experts:
+        return f", averaged over {len(plan.budget.timesteps)} timesteps of a sampler"
+    name = config.budget.sampler or f"the pipeline's {type(plan.scheduler).__name__}"
+    return f", averaged over the timesteps of {config.budget.sampling_steps} steps of {name}"
 
 
 def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | None) -> str:

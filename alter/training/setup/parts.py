@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ...backbones.cost import CostTable
@@ -20,6 +20,7 @@ from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
 from ...backbones.lora import add_adapters
 from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, shift_of
+from ...backbones.schedules import image_tokens
 from ...backbones.sites import feature_points
 from ...backbones.text import TextEncoder
 from ...common.config import Config
@@ -30,6 +31,7 @@ from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.hypernetwork import HyperNetwork
+from ...method.noising import Noising
 from .plan import by_time, check_machine, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
 
@@ -40,6 +42,7 @@ class Parts:
     teacher: the frozen dense model; None where a finished run is tuned further and nothing else is named.
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
     vae, text: frozen; None where the data is encoded already. Images then load them for as long as they take.
+    scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
     precision: of vae and text.
     experts: those given by `experts.pretrained`, or None where they are to be found.
     latency: what the budget's time was measured as; None for a budget of MACs.
@@ -49,7 +52,8 @@ class Parts:
     backbone: Backbone
     teacher: Backbone | None
     offload: Any
-    scheduler: DDPMScheduler
+    scheduler: Any
+    noising: Noising
     precision: torch.dtype
     vae: AutoencoderKL | None
     text: TextEncoder | None
@@ -76,6 +80,11 @@ class Parts:
         by_class, empty = is_class_conditional(self.backbone), self.source.empty_text
         return Fit(self.latent_shape, null_class(self.backbone) if by_class else None,
                    None if empty is None else tuple(empty.shape))
+
+    @property
+    def tokens(self) -> int:
+        """Of an image, by which dynamic shifts of flows go."""
+        return image_tokens(self.latent_shape, self.backbone.config.get("patch_size"))
 
     @torch.no_grad()
     def teach(self, noisy_latents: Tensor, timesteps: Tensor,
@@ -164,14 +173,15 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     choose_trained(backbone, config)
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
-    hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.scheduler)
-    return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, dtype, vae, text,
-                 hypernetwork.to(device), plan.cost, plan.budget, source, plan.latent_shape, plan.experts, plan.latency)
+    hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising.num_timesteps)
+    return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device), dtype, vae,
+                 text, hypernetwork.to(device), plan.cost, plan.budget, source, plan.latent_shape, plan.experts,
+                 plan.latency)
 
 
-def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, scheduler: DDPMScheduler) -> HyperNetwork:
+def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, timesteps: int) -> HyperNetwork:
     torch.manual_seed(config.seed)
-    experts, features_TD = config.experts, timestep_features(backbone, scheduler.config.num_train_timesteps)
+    experts, features_TD = config.experts, timestep_features(backbone, timesteps)
     return HyperNetwork(experts.count, len(cost.sites), features_TD, experts.router, experts.tau, experts.offset)
 
 

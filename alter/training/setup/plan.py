@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 from torch import nn
 
 from ...backbones.cost import CostTable, count_cost
@@ -22,12 +22,11 @@ from ...backbones.pretrained import (
     check_latents,
     condition_of,
     latent_size,
-    load_scheduler,
     local_folder,
     meta_backbone,
     set_tf32,
 )
-from ...backbones.sampling import scheduler_class
+from ...backbones.schedules import image_tokens, load_scheduler, make_noising
 from ...backbones.sites import named_sites
 from ...backbones.text import check_text
 from ...common.config import Config
@@ -39,6 +38,8 @@ from ...data.latents import weights_hash
 from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
+from ...method.noising import Noising
+from .noise import check_noise, sampled_timesteps
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Plan:
     Attributes:
         folder: of the backbone's JSON configuration, with or without weights.
         backbone: on the meta device.
+        scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
         latent_shape: [C, h, w] of one sample.
         budget: None where it is one of time that is not known yet.
         experts: those of `experts.pretrained`, None where they are to be found.
@@ -58,7 +60,8 @@ class Plan:
     folder: Path
     backbone: Backbone
     cost: CostTable
-    scheduler: DDPMScheduler
+    scheduler: Any
+    noising: Noising
     latent_shape: tuple[int, int, int]
     budget: Budget | None
     experts: TemporalExperts | None
@@ -101,13 +104,17 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     if scheduler is None or not size:
         faults.refuse()
     assert scheduler is not None
+    tokens = image_tokens(shape, backbone.config.get("patch_size"))
+    with faults.caught():
+        check_noise(config, scheduler)
     cost = count_cost(backbone, size)
     with faults.caught():
         if latency is not None or not by_time(config):
-            budget, experts = _plan_budget(config, backbone, cost, size, scheduler, latency)
+            budget, experts = _plan_budget(config, folder, backbone, cost, shape, scheduler, latency)
     faults.refuse()
-    return Plan(folder, backbone, cost, scheduler, shape, budget, experts, experts.latency if experts else latency,
-                source)
+    noising = make_noising(scheduler, tokens, config.flow, config.loss.min_snr_gamma)
+    return Plan(folder, backbone, cost, scheduler, noising, shape, budget, experts,
+                experts.latency if experts else latency, source)
 
 
 def check(config: Config, processes: int, latency: Latency | None = None) -> None:
@@ -227,11 +234,10 @@ def reads_captions(source: Source) -> bool:
     return source.num_classes == 0 and source.empty_text is None
 
 
-def _plan_budget(config: Config, backbone: Backbone, cost: CostTable, size: int, scheduler: DDPMScheduler,
-                 latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
+def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTable, shape: tuple[int, ...],
+                 scheduler: Any, latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
     """The budget, of time if `latency` is given, and the experts of `experts.pretrained`, which then bring theirs."""
     budget, given = config.budget, config.experts.pretrained
-    timesteps = None
     if given is not None:
         experts = TemporalExperts.from_pretrained(given)
         named_sites(backbone, experts.sites, f"experts.pretrained={given!r}")
@@ -242,16 +248,8 @@ def _plan_budget(config: Config, backbone: Backbone, cost: CostTable, size: int,
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
-    if budget.sampler is not None:
-        solver, last = scheduler_class(budget.sampler, "budget.sampler="), scheduler.config.num_train_timesteps - 1
-        try:
-            solver = solver.from_config(scheduler.config)
-            solver.set_timesteps(budget.sampling_steps)
-        except (ImportError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-            raise InputError(f"budget.sampler={budget.sampler!r} with budget.sampling_steps={budget.sampling_steps}: "
-                             f"it cannot sample this backbone ({' '.join(str(error).split())[:200]}): use for example "
-                             "DPMSolverMultistepScheduler") from None
-        timesteps = np.asarray(solver.timesteps).round().clip(0, last).astype(np.int64)
+    tokens, size = image_tokens(shape, backbone.config.get("patch_size")), shape[-1]
+    timesteps = sampled_timesteps(config, folder, scheduler, tokens)
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
                          f"{len(cost.sites)} of this backbone: measure them with `alter latency`")

@@ -1,0 +1,57 @@
+"""What a configuration says of the noise by which a pipeline trains and samples."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...backbones.schedules import hands_sigmas, is_flow, make_sampler, visited_rows
+from ...common.config import Config, FlowConfig
+from ...common.errors import Faults, InputError
+
+
+def check_noise(config: Config, scheduler: Any) -> None:
+    """Refuse settings of one kind of noise where the pipeline's scheduler has the other.
+
+    Raises:
+        InputError: naming the keys.
+    """
+    faults, name = Faults(), type(scheduler).__name__
+    if is_flow(scheduler):
+        if config.loss.min_snr_gamma is not None:
+            faults.lines.append(f"loss.min_snr_gamma={config.loss.min_snr_gamma}: weighs noise by betas, and the "
+                                f"pipeline's {name} is of flow matching: set null, and flow.weighting instead")
+        if config.train.noise_offset > 0:
+            faults.lines.append(f"train.noise_offset={config.train.noise_offset}: helps models that never see pure "
+                                f"noise, and the pipeline's {name} is of flow matching, which begins there: set 0")
+    else:
+        default = FlowConfig()
+        faults.lines += [f"flow.{key.name}={value!r}: is for flow matching, and the pipeline noises by betas: leave "
+                         "the section flow out" for key in dataclasses.fields(FlowConfig)
+                         if (value := getattr(config.flow, key.name)) != getattr(default, key.name)]
+    faults.refuse()
+
+
+def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int) -> np.ndarray | None:
+    """The training timesteps over which the budget is averaged, int64 [any]; None: all of them.
+
+    Args:
+        folder: of the pipeline. scheduler: from it. tokens: of an image.
+
+    Raises:
+        InputError: about budget.sampler.
+    """
+    budget, flow = config.budget, is_flow(scheduler)
+    if budget.sampler == "uniform" or budget.sampler is None and not flow:
+        return None
+    named = f"budget.sampler={budget.sampler!r}" if budget.sampler else f"the pipeline's {type(scheduler).__name__}"
+    try:
+        solver = make_sampler(budget.sampler, "budget.sampler=", scheduler, tokens) if budget.sampler else scheduler
+        return visited_rows(solver, budget.sampling_steps, tokens, flow and hands_sigmas(folder))
+    except InputError:
+        raise
+    except (ImportError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        example = "uniform" if flow else "DPMSolverMultistepScheduler"
+        raise InputError(f"{named} with budget.sampling_steps={budget.sampling_steps}: it cannot sample this backbone "
+                         f"({' '.join(str(error).split())[:200]}): use for example budget.sampler={example}") from None

@@ -1,0 +1,114 @@
+"""Both forward processes, against diffusers' schedulers and training functions."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
+
+from alter.method.diffusion import generator
+from alter.method.noising import PREDICTION_TYPES, Betas, Flow
+
+SHAPES = pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 4, 4), (5, 8)], ids=["image", "video", "tokens"])
+
+
+def betas(gamma=None, **settings):
+    scheduler = DDPMScheduler(**settings)
+    return scheduler, Betas(scheduler.alphas_cumprod, scheduler.config.prediction_type, gamma)
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"beta_schedule": "scaled_linear"}, {"rescale_betas_zero_snr": True}],
+                         ids=str)
+def test_betas_give_the_bits_of_ddpm(settings, dtype, shape):
+    scheduler, noising = betas(prediction_type="v_prediction", **settings)
+    latents, noise = torch.randn(2, 6, *shape).to(dtype)
+    timesteps = torch.tensor([0, 1, 10, 400, 900, 999])
+    assert torch.equal(noising.noised(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps))
+    assert torch.equal(noising.target(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps))
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_targets_agree_with_the_forward_process(kind):
+    """From x_t and the target alone, the clean latents come back (closed forms of each parametrisation)."""
+    scheduler, noising = betas(prediction_type=kind)
+    latents, noise = torch.randn(2, 3, 1, 4, 4).double()
+    timesteps = torch.tensor([10, 400, 900])
+    noisy, target = (function(latents, noise, timesteps) for function in (noising.noised, noising.target))
+    alpha = scheduler.alphas_cumprod[timesteps].double().sqrt().view(3, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    clean = {"epsilon": (noisy - sigma * target) / alpha, "v_prediction": alpha * noisy - sigma * target,
+             "sample": target}[kind]
+    assert torch.allclose(clean, latents, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_min_snr_weights_the_error_of_the_clean_latents(kind):
+    """The weighted error in any prediction type is min(SNR, gamma) times the error of the clean latents it implies."""
+    gamma, timesteps = 5.0, torch.tensor([0, 10, 200, 400, 700, 999])
+    scheduler, noising = betas(gamma, prediction_type=kind)
+    alpha = scheduler.alphas_cumprod[timesteps].double()
+    mistake = torch.randn(6, 1, 4, 4).double()
+    root = {"epsilon": ((1 - alpha) / alpha).sqrt(), "v_prediction": (1 - alpha).sqrt(), "sample": torch.ones(6)}[kind]
+    # x0 is (x_t - sigma·eps) / alpha, or alpha·x_t - sigma·v
+    clean_error = (root.view(6, 1, 1, 1) * mistake).square().mean((1, 2, 3))
+    wanted = torch.minimum(alpha / (1 - alpha), torch.tensor(gamma)) * clean_error
+    weighted = noising.weight(timesteps) * mistake.square().mean((1, 2, 3))
+    assert torch.allclose(weighted.double(), wanted, rtol=1e-5)
+
+
+def test_min_snr_agrees_with_diffusers_snr_and_is_finite_at_zero_terminal_snr():
+    timesteps = torch.arange(1000)
+    scheduler, noising = betas(5.0)
+    snr = compute_snr(scheduler, timesteps)
+    assert torch.allclose(noising.weight(timesteps), snr.clamp(max=5.0) / snr, rtol=1e-3)
+    for kind in ("epsilon", "v_prediction"):
+        assert betas(5.0, prediction_type=kind, rescale_betas_zero_snr=True)[1].weight(timesteps).isfinite().all()
+    assert betas()[1].weight(timesteps) is None
+
+
+@SHAPES
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_noises_as_flow_match_schedulers(shift, shape):
+    scheduler, noising = FlowMatchEulerDiscreteScheduler(shift=shift), Flow(1000, shift)
+    latents, noise = torch.randn(2, 4, *shape)
+    timesteps = scheduler.timesteps[torch.tensor([0, 10, 500, 999])]
+    noisy = noising.noised(latents, noise, timesteps)
+    assert torch.allclose(noisy, scheduler.scale_noise(latents, timesteps, noise), atol=1e-6)
+    assert torch.equal(noisy[0], noise[0])
+    sigma = (timesteps / 1000).view(4, *[1] * len(shape))  # the clean latents come back along the velocity
+    assert torch.allclose(noisy - sigma * noising.target(latents, noise, timesteps), latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"density": "uniform"}, {"density": "mode"}, {"density": "mode", "mode_scale": -0.9},
+    {"density": "logit_normal"}, {"density": "logit_normal", "logit_mean": 0.7, "logit_std": 0.5}], ids=str)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_densities_are_those_of_diffusers_training_scripts(settings, shift):
+    noising = Flow(1000, shift, **settings)
+    timesteps = noising.timesteps(5000, generator(0, 0))
+    assert timesteps.dtype == torch.float32 and 0 < timesteps.min() and timesteps.max() <= 1000
+    unshifted = compute_density_for_timestep_sampling(
+        noising.density, 200_000, noising.logit_mean, noising.logit_std, noising.mode_scale, generator=generator(0, 1))
+    shifted = shift * unshifted / (1 + (shift - 1) * unshifted)
+    levels = torch.linspace(0.02, 0.98, 25)
+    found, expected = torch.quantile(timesteps / 1000, levels), torch.quantile(shifted, levels)
+    assert (found - expected).abs().max() < 0.03  # of 5,000 draws
+
+
+def test_the_shift_is_that_of_the_schedulers():
+    for shift in (0.5, 1.0, 3.0, 12.0):
+        sigmas = torch.arange(1000, 0, -1) / 1000
+        assert torch.allclose(Flow(1000, shift).shifted(sigmas), FlowMatchEulerDiscreteScheduler(shift=shift).sigmas)
+
+
+@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
+def test_weights_are_those_of_diffusers(weighting):
+    timesteps = torch.tensor([1.0, 250.5, 500.0, 1000.0])
+    expected = compute_loss_weighting_for_sd3(weighting, timesteps / 1000)
+    found = Flow(1000, weighting=weighting).weight(timesteps)
+    assert torch.allclose(expected, torch.ones(4)) if found is None else torch.allclose(found, expected)
