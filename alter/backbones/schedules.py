@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from .pretrained import component_of, latent_size, read_config
 
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # What most pipelines of flows hand to `set_timesteps` as sigmas: 1, (n-1)/n, ..., 1/n, in one of two spellings.
-_EVEN_SIGMAS = re.compile(r"linspace\(1\.0, (1 / num_inference_steps, num_inference_steps\)|"
-                          r"0\.0, num_inference_steps \+ 1\)\[:-1\])")
+_EVEN_SIGMAS = re.compile(r"linspace\(1\.0, (1 / num_inference_steps|0\.0, num_inference_steps \+ 1)")
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -197,7 +197,7 @@ def hands_sigmas(folder: Path) -> bool:
     """Whether the pipeline of a folder gives its flow scheduler the sigmas 1, (n-1)/n, ..., 1/n; by its source."""
     file = folder / "model_index.json"
     cls: Any = getattr(diffusers, str(read_config(file).get("_class_name")), None) if file.is_file() else None
-    return callable(cls) and bool(_EVEN_SIGMAS.search(inspect.getsource(cls.__call__)))
+    return cls is not None and bool(_EVEN_SIGMAS.search(inspect.getsource(sys.modules[cls.__module__])))
 
 
 def _flows(name: str) -> bool:

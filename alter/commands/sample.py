@@ -87,7 +87,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     from diffusers import DiTPipeline
 
     from ..backbones.dit import null_class
-    from ..backbones.schedules import load_scheduler, make_sampler, tokens_of
+    from ..backbones.schedules import is_flow, load_scheduler, make_sampler, scheduler_class, tokens_of
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
 
@@ -95,8 +95,8 @@ def _load(arguments: argparse.Namespace) -> Any:
     if not (folder / "model_index.json").is_file():
         raise InputError(f"--run {arguments.run}: {folder} is no pipeline: it has no model_index.json: name a finished "
                          "run")
-    solver = arguments.scheduler and make_sampler(arguments.scheduler, "--scheduler ", load_scheduler(folder),
-                                                  tokens_of(folder, None))
+    if arguments.scheduler is not None:
+        scheduler_class(arguments.scheduler, "--scheduler ", is_flow(load_scheduler(folder)))
     if not any((folder / part).is_dir() for part in ("vae", "transformer")):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
     load = load_dense if arguments.dense else load_pipeline
@@ -111,8 +111,8 @@ def _load(arguments: argparse.Namespace) -> Any:
     if by_class and pipe.vae is None and pipe.transformer.config.in_channels not in (1, 3):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE, and {pipe.transformer.config.in_channels} "
                          "channels are no picture: add the folder vae/ to it, and name it in model_index.json")
-    if solver is not None:
-        pipe.scheduler = solver
+    if arguments.scheduler is not None:
+        pipe.scheduler = make_sampler(arguments.scheduler, "--scheduler ", pipe.scheduler, tokens_of(folder, None))
     most = pipe.scheduler.config.num_train_timesteps
     if arguments.steps > most:
         raise InputError(f"--steps {arguments.steps}: the model has {most} timesteps: choose at most that")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers import HANGING, ROOT, WEIGHTS, assert_same_result, free_port
 from safetensors.numpy import load_file
 
@@ -42,10 +43,13 @@ def run_processes(config_file, output, count, dtype="double"):
     return [torch.load(f"{output}-{rank}.pt", weights_only=True) for rank in range(count)]
 
 
-@pytest.mark.parametrize("kind", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["dit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("unet", "flow"))])
 def test_two_processes_equal_one_with_the_same_global_batch(small_config, tmp_path, kind):
-    config = small_config(kind, train={"steps": 8, "search_steps": 4, "gradient_accumulation": 2},
-                          data={"label_dropout": 0.5})
+    if kind == "flow":
+        FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(
+            Path(small_config("dit").backbone.pretrained) / "scheduler")
+    config = small_config("unet" if kind == "unet" else "dit", data={"label_dropout": 0.5},
+                          train={"steps": 8, "search_steps": 4, "gradient_accumulation": 2})
     save_config(config, tmp_path / "config.yaml")
     assert_processes_equal_one(tmp_path, 2, "double", 1e-10)
 
