@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..common.errors import InputError
 from .family import COMPONENTS, Backbone, backbone_class, parameters, timestep_argument
-from .pretrained import component_of, variant_of
+from .pretrained import absent_parts, component_of, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
@@ -65,8 +65,10 @@ class Conditioner:
                  guidance: float | None = None) -> None:
         self.folder, self.size, self.guidance = folder, size, guidance
         self.pipe, self.backbone = load_hollow(folder, device, dtype)
-        one, two = (self._call([""] * count) for count in (1, 2))
-        self.rows = frozenset(name for name in two if _length(two[name]) == 2 and _length(one[name]) == 1)
+        one, two = self._call([""]), self._call(["", "a word"])
+        # Qwen-Image's mask of text is told only where lengths differ.
+        self.rows = frozenset(name for name in two if _length(two[name]) == 2 and (
+            name not in one or _length(one[name]) == 1))
         self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     hollows = {name: hollow(cls, path, device, dtype) for name, path in found.items()}
     try:
         index = DiffusionPipeline.load_config(folder)
-        unwanted = {name: None for name in ("safety_checker", "image_encoder") if name in index}
+        unwanted = {name: None for name in ("safety_checker", "image_encoder") if name in index} | absent_parts(index)
         parts = [path for path in folder.iterdir() if path.is_dir() and path.name not in found and variant_of(path)]
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16" if parts else None,
                                                  **hollows, **unwanted)
