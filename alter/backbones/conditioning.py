@@ -70,8 +70,10 @@ class Conditioner:
         self.size, self.guidance, self.max_tokens = size, guidance, max_tokens
         self.pipe, self.backbone = load_hollow(folder, device, dtype)
         self.component = component_of(folder)[1]
-        one, two = (self._call([""] * count) for count in (1, 2))
-        self.rows = frozenset(name for name in two if _length(two[name]) == 2 and _length(one[name]) == 1)
+        one, two = self._call([""]), self._call(["", "a word"])
+        # Qwen-Image's mask of text is told only where lengths differ.
+        self.rows = frozenset(name for name in two if _length(two[name]) == 2 and (
+            name not in one or _length(one[name]) == 1))
         self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()

@@ -188,7 +188,8 @@ def check_supported(name: str, config: Mapping[str, Any], field: str = "backbone
             raise InputError(f"{field}: a UNet with cross_attention_dim={width!r} is not supported yet: "
                              "use one with the same width in all blocks")
     out = config.get("out_channels", 4 if is_unet else channels) or channels
-    if out not in (channels, 2 * channels):  # 2: a learned variance
+    packed = name in _PACKED and 4 * out == channels  # Qwen-Image counts its output before packing
+    if out not in (channels, 2 * channels) and not packed:  # 2: a learned variance
         raise InputError(f"{field}: a {name} with in_channels={channels} and out_channels={out} (inpainting, editing, "
                          "upscaling) is not trained yet, though experts apply to it: use one that takes the latents "
                          "alone, such as that of Stable Diffusion 1.5 or 2.1")

@@ -1,16 +1,74 @@
 """Images to latents, by the VAE of a pipeline, in the layout that its scheduler steps."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.errors import InputError
+
 
 @torch.no_grad()
 def encode(pipe: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations float32 of the latents of `images` [B, 3, H, W] in [-1, 1]."""
+    """Means and standard deviations of the latents of images, from which a sample is mean + std · noise.
+
+    Args:
+        pipe: with the VAE, in any precision.
+        images: [B, 3, H, W] in [-1, 1]; of a video's pipeline [B, 3, F, H, W], or images for videos of one frame.
+
+    Returns: float32, as the pipeline's scheduler steps them: normalised, and packed where the pipeline packs. Standard
+        deviations are 0 where the autoencoder has no posterior.
+
+    Raises:
+        InputError: if the VAE takes no such sizes.
+    """
     vae = pipe.vae
-    posterior = vae.encode(images.to(vae.device, vae.dtype)).latent_dist
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return ((posterior.mean.float() - shift) * vae.config.scaling_factor,
-            posterior.std.float() * vae.config.scaling_factor)
+    images = images.to(vae.device, vae.dtype)
+    if images.dim() == 4 and _encodes_videos(vae):
+        images = images.unsqueeze(2)
+    try:
+        encoded = vae.encode(images)
+    except RuntimeError as error:
+        raise InputError(f"data: the {type(vae).__name__} refuses images of {tuple(images.shape)} "
+                         f"({' '.join(str(error).split())[:200]}): use the sizes that the pipeline takes") from None
+    if hasattr(encoded, "latent_dist"):
+        mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    else:
+        mean, std = encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
+    if hasattr(pipe, "_patchify_latents"):  # FLUX.2 normalises patches
+        mean, std = pipe._patchify_latents(mean), pipe._patchify_latents(std)
+    shift, scale = (torch.as_tensor(value, dtype=torch.float32, device=mean.device) for value in _statistics(vae))
+    if shift.dim():
+        shift, scale = (value.view(-1, *[1] * (mean.dim() - 2)) for value in (shift, scale))
+    return _laid_out(pipe, (mean - shift) / scale), _laid_out(pipe, std / scale)
+
+
+def _encodes_videos(vae: Any) -> bool:
+    return any(isinstance(module, torch.nn.Conv3d) for module in vae.modules())
+
+
+def _statistics(vae: Any) -> tuple[Any, Any]:
+    """Mean and standard deviation, of all latents or of each channel, that the pipeline normalises by."""
+    config = vae.config
+    factor = config.get("scaling_factor") or 1.0
+    if hasattr(vae, "bn"):  # FLUX.2
+        return vae.bn.running_mean, torch.sqrt(vae.bn.running_var.float() + config.batch_norm_eps)
+    if isinstance(getattr(vae, "latents_mean", None), Tensor):  # LTX-Video
+        return vae.latents_mean, vae.latents_std / factor
+    if config.get("latents_mean") is not None:
+        return config.latents_mean, torch.tensor(config.latents_std) / factor
+    return config.get("shift_factor") or 0.0, 1 / factor
+
+
+def _laid_out(pipe: Any, latents: Tensor) -> Tensor:
+    """As the scheduler steps them."""
+    pack = getattr(pipe, "_pack_latents", None)
+    if pack is None:
+        return latents.transpose(1, 2) if type(pipe).__name__.startswith("CogVideoX") else latents
+    names = inspect.signature(pack).parameters
+    if "patch_size" in names:  # LTX-Video
+        return pack(latents, pipe.transformer_spatial_patch_size, pipe.transformer_temporal_patch_size)
+    if len(names) == 1:  # FLUX.2
+        return pack(latents)
+    return pack(latents, len(latents), latents.shape[1], *latents.shape[-2:])

@@ -5,6 +5,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 
+from ..backbones.pretrained import absent_parts
 from ..common.errors import InputError
 from .artefact import TemporalExperts
 from .pipeline import ClassConditionalPipeline
@@ -42,7 +43,8 @@ def load_dense(source: str | Path, **kwargs: Any) -> Any:
     try:
         ours = pipeline_class(source, **_hub(kwargs)) == ClassConditionalPipeline.__name__
         cls: Any = ClassConditionalPipeline if ours else DiffusionPipeline
-        return cls.from_pretrained(str(source), **kwargs)
+        index = DiffusionPipeline.load_config(str(source), **_hub(kwargs))
+        return cls.from_pretrained(str(source), **{**absent_parts(index), **kwargs})
     except (AttributeError, KeyError, OSError, ValueError) as error:
         raise InputError(f"{source}: no pipeline can be loaded ({' '.join(str(error).split())[:200]}): give a finished "
                          "run's final/, or a diffusers pipeline") from None

@@ -35,8 +35,6 @@ def refused(function, *arguments):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=60),
-     "a UNet with addition_embed_type='text_time' (as in SDXL) is not trained yet"),
     (dict(in_channels=9),
      "with in_channels=9 and out_channels=4 (inpainting, editing, upscaling) is not trained yet"),
     (dict(in_channels=8), "a UNet2DConditionModel with in_channels=8 and out_channels=4"),

@@ -1,0 +1,58 @@
+"""What conditions a backbone, against what the pipeline itself makes of its answer."""
+
+import pytest
+import torch
+from pipelines import PIPELINES, PROMPTS, VIDEOS, backbones, make_pipeline, received
+
+from alter.backbones.conditioning import Conditioner, join
+from alter.backbones.family import predict
+
+TO_ROUNDING = ("sdxl", "z_image")
+
+
+def make_conditioner(name, folder):
+    size = (5, 32, 32) if name in VIDEOS else (32, 32)
+    return Conditioner(folder, "cpu", torch.float32, size, guidance=3.5)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_the_scheduler_receives(name, tmp_path):
+    pipe = make_pipeline(name, tmp_path)
+    conditioning = make_conditioner(name, tmp_path)(PROMPTS)
+    answer, latents, timestep = received(pipe, name, PROMPTS, steps=2)
+    backbone = [*backbones(pipe).values()][-1]  # Wan 2.2's second step is that of its second transformer
+    with torch.no_grad():
+        found = predict(backbone, latents, timestep.expand(2), conditioning.arguments())[:, : answer.shape[1]]
+    if name in TO_ROUNDING:
+        torch.testing.assert_close(found, answer, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, answer)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_rows_are_those_of_each_prompt_alone(name, tmp_path):
+    make_pipeline(name, tmp_path)
+    conditioner = make_conditioner(name, tmp_path)
+    together, alone = conditioner(PROMPTS), [conditioner([prompt]) for prompt in PROMPTS]
+    joined = join([each.rows for each in alone], conditioner.backbone)
+    assert joined.keys() == together.rows.keys() and joined
+    for key, value in together.rows.items():
+        torch.testing.assert_close(joined[key], value, rtol=1e-5, atol=1e-5, check_dtype=False)
+    assert together.shared.keys() == alone[0].shared.keys()
+    for key, value in together.shared.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, alone[0].shared[key]), key
+        else:
+            assert value == alone[0].shared[key], key
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "qwen", "z_image"])
+def test_a_dropped_prompt_is_the_empty_one(name, tmp_path):
+    make_pipeline(name, tmp_path)
+    conditioner = make_conditioner(name, tmp_path)
+    rows = conditioner(PROMPTS, torch.tensor([False, True])).rows
+    expected = conditioner([PROMPTS[0], ""]).rows
+    if name == "sdxl":
+        expected["encoder_hidden_states"][1] = 0  # as it guides away from an empty prompt
+        expected["added_cond_kwargs.text_embeds"][1] = 0
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
