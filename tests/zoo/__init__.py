@@ -5,15 +5,21 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from .audio import AUDIO
 from .draws import Specimen
 from .images import IMAGES
+from .more_images import MORE_IMAGES
+from .more_videos import MORE_VIDEOS
+from .unets import UNETS
 from .videos import VIDEOS
 
-ZOO: dict[str, Specimen] = {**IMAGES, **VIDEOS}
+ZOO: dict[str, Specimen] = {**IMAGES, **MORE_IMAGES, **VIDEOS, **MORE_VIDEOS, **AUDIO, **UNETS}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -24,7 +30,7 @@ def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     with torch.no_grad():
         for key, value in model.named_parameters():
             if value.dim() > 1:
-                value.normal_(0, value[0].numel() ** -0.5)
+                value.normal_(0, max(value.shape[1:].numel(), 1) ** -0.5)
             else:
                 value.normal_(1.0 if key.endswith("weight") else 0.0, 0.1)
     return nn.Module.to(model, dtype)
@@ -58,10 +64,13 @@ def answer(model: nn.Module, given: dict[str, Any]) -> Tensor:
 
 
 def blocks(name: str, model: nn.Module) -> Iterator[str]:
-    """Module paths of the blocks that can be pruned."""
-    for listed in ZOO[name].lists:
-        for index in range(len(model.get_submodule(listed))):
-            yield f"{listed}.{index}"
+    """Module paths of the blocks that can be pruned; of a UNet those whose removal is that of their parameters."""
+    if ZOO[name].lists:
+        yield from (f"{listed}.{index}" for listed in ZOO[name].lists for index in range(len(getattr(model, listed))))
+    for path, module in model.named_modules():
+        if not ZOO[name].lists and isinstance(module, BasicTransformerBlock | ResnetBlock2D):
+            if getattr(module, "conv_shortcut", None) is None:
+                yield path
 
 
 def removed(model: nn.Module, path: str, given: dict[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ class Specimen:
     config: of its constructor. inputs: (model, batch, generator) -> the arguments of one forward.
     lists: its lists of blocks that can be pruned. cls: its class's name, where the specimen has another.
     whole: whether a sample gives the same alone as in its batch. double: whether it runs in float64.
+    slow: a forward takes more than 0.3 s.
     """
 
     config: dict[str, Any]
@@ -23,6 +24,7 @@ class Specimen:
     cls: str = ""
     whole: bool = True
     double: bool = True
+    slow: bool = False
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
