@@ -59,7 +59,7 @@ def alone(given: Any, index: int, batch: int) -> Any:
 def answer(model: nn.Module, given: dict[str, Any]) -> Tensor:
     """What the model gives, [B, values] of all its outputs."""
     outputs = model(**given).to_tuple()
-    stacked = [torch.stack(value) if isinstance(value, list) else value for value in outputs]
+    stacked = [torch.stack(value) if isinstance(value, list) else value for value in outputs if value is not None]
     return torch.cat([value.flatten(1) for value in stacked], 1)
 
 

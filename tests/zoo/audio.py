@@ -24,8 +24,8 @@ def stable3(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any
 
 def ace(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     time = sigmas(generator, batch)
-    return dict(hidden_states=normal(generator, batch, 6, 4), timestep=time, timestep_r=time,
-                encoder_hidden_states=normal(generator, batch, 5, 12), context_latents=normal(generator, batch, 6, 8))
+    return dict(hidden_states=normal(generator, batch, 10, 4), timestep=time, timestep_r=time,
+                encoder_hidden_states=normal(generator, batch, 5, 12), context_latents=normal(generator, batch, 10, 8))
 
 
 def longcat(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
@@ -50,7 +50,7 @@ AUDIO = {
     "AceStepTransformer1DModel": Specimen(
         dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
              head_dim=8, in_channels=12, audio_acoustic_hidden_dim=4, sliding_window=2, encoder_hidden_size=12), ace,
-        ("layers",)),
+        ("layers",), double=False),
     "LongCatAudioDiTTransformer": Specimen(
         dict(dit_dim=16, dit_depth=3, dit_heads=2, dit_text_dim=12, latent_dim=4), longcat, ("blocks",)),
     "MiniMaxMusic3Transformer1DModel": Specimen(

@@ -14,8 +14,9 @@ class Specimen:
 
     config: of its constructor. inputs: (model, batch, generator) -> the arguments of one forward.
     lists: its lists of blocks that can be pruned. cls: its class's name, where the specimen has another.
-    whole: whether a sample gives the same alone as in its batch. double: whether it runs in float64.
-    slow: a forward takes more than 0.3 s.
+    whole: whether a sample gives the same alone as in its batch. double: whether it computes in float64.
+    backward: whether a CPU has its gradients.
+    slow: it takes more than 0.3 s, or is much like another.
     """
 
     config: dict[str, Any]
@@ -24,6 +25,7 @@ class Specimen:
     cls: str = ""
     whole: bool = True
     double: bool = True
+    backward: bool = True
     slow: bool = False
 
 

@@ -160,7 +160,7 @@ IMAGES = {
         dict(**TEXT, sample_size=4, cross_attention_dim=16, caption_channels=12, **HEADS), pixart),
     "PixArtAlpha1024": Specimen(
         dict(**TEXT, sample_size=4, cross_attention_dim=24, caption_channels=12, use_additional_conditions=True,
-             num_attention_heads=3, attention_head_dim=8), pixart, cls="PixArtTransformer2DModel"),
+             num_attention_heads=3, attention_head_dim=8), pixart, cls="PixArtTransformer2DModel", slow=True),
     "SanaTransformer2DModel": Specimen(
         dict(in_channels=4, out_channels=4, num_layers=3, num_cross_attention_heads=2, cross_attention_head_dim=8,
              cross_attention_dim=16, caption_channels=12, sample_size=4, guidance_embeds=True,

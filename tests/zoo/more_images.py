@@ -87,10 +87,10 @@ QWEN = dict(in_channels=4, out_channels=1, num_layers=3, joint_attention_dim=12,
 JOY = dict(in_channels=4, hidden_size=16, num_attention_heads=2, text_dim=12, num_layers=3, rope_dim_list=[4, 2, 2])
 
 MORE_IMAGES = {
-    "FluxSchnell": Specimen(two_lists(pooled_projection_dim=6), flux, BOTH, cls="FluxTransformer2DModel"),
+    "FluxSchnell": Specimen(two_lists(pooled_projection_dim=6), flux, BOTH, cls="FluxTransformer2DModel", slow=True),
     "Flux2Klein": Specimen(
         {**two_lists(timestep_guidance_channels=8, guidance_embeds=False), "axes_dims_rope": (2, 2, 2, 2)}, flux, BOTH,
-        cls="Flux2Transformer2DModel"),
+        cls="Flux2Transformer2DModel", slow=True),
     "Flux3Transformer2DModel": Specimen(
         {**two_lists(cond_in_channels=4, timestep_channels=8), "axes_dims_rope": (2, 2, 2, 2)}, flux,
         ("txt_mode_blocks", "single_transformer_blocks")),
@@ -123,12 +123,12 @@ MORE_IMAGES = {
         dict(in_channels=4, num_layers=3, num_attention_heads=2, attention_head_dim=16, intermediate_size=32,
              adaln_dim=8, llm_features_dim=12, mrope_section=(4, 2, 2)), ideogram, ("layers",)),
     "JoyImageEditTransformer3DModel": Specimen(JOY, joy, ("double_blocks",)),
-    "JoyImageEditPlusTransformer3DModel": Specimen(JOY, joy_plus, ("double_blocks",)),
+    "JoyImageEditPlusTransformer3DModel": Specimen(JOY, joy_plus, ("double_blocks",), slow=True),
     "OmniGenTransformer2DModel": Specimen(
         dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, num_layers=3,
              pad_token_id=0, vocab_size=20, pos_embed_max_size=8, time_step_dim=8, max_position_embeddings=32,
              original_max_position_embeddings=16,
              rope_scaling={"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}), omnigen, ("layers",)),
     "PriorTransformer": Specimen(
-        dict(num_layers=3, embedding_dim=8, num_embeddings=5, **HEADS), prior),
+        dict(num_layers=3, embedding_dim=8, num_embeddings=5, **HEADS), prior, slow=True),
 }

@@ -78,27 +78,27 @@ LTX2 = dict(in_channels=4, out_channels=4, cross_attention_dim=32, caption_chann
             audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=8,
             audio_cross_attention_dim=16, **HEADS)
 MORE_VIDEOS = {
-    "SkyReelsForcing": Specimen(WAN, sky_forcing, ("blocks",), cls="SkyReelsV2Transformer3DModel"),
+    "SkyReelsForcing": Specimen(WAN, sky_forcing, ("blocks",), cls="SkyReelsV2Transformer3DModel", slow=True),
     "CogVideoX15": Specimen(
         {**COGVIDEO, "patch_size_t": 2, "ofs_embed_dim": 8, "use_rotary_positional_embeddings": True,
-         "patch_bias": False}, cogvideo15, cls="CogVideoXTransformer3DModel"),
+         "patch_bias": False}, cogvideo15, cls="CogVideoXTransformer3DModel", slow=True),
     "LTX23": Specimen(
         {**LTX2, "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True,
-         "use_prompt_embeddings": False, "rope_type": "split"}, ltx23, cls="LTX2VideoTransformer3DModel"),
+         "use_prompt_embeddings": False, "rope_type": "split"}, ltx23, cls="LTX2VideoTransformer3DModel", slow=True),
     "AnyFlowTransformer3DModel": Specimen(
         {key: value for key, value in WAN.items() if key != "qk_norm"}, anyflow, ("blocks",)),
     "AnyFlowFARTransformer3DModel": Specimen(
         {**{key: value for key, value in WAN.items() if key != "qk_norm"}, "chunk_partition": (1, 1)}, far, ("blocks",),
-        slow=True),
+        backward=False, slow=True),
     "Kandinsky6SRTransformer3DModel": Specimen(
         dict(in_visual_dim=4, out_visual_dim=4, time_dim=8, model_dim=32, ff_dim=32, num_visual_blocks=3,
-             axes_dims=(4, 6, 6)), kandinsky6_sr, ("visual_transformer_blocks",), slow=True),
+             axes_dims=(4, 6, 6)), kandinsky6_sr, ("visual_transformer_blocks",), backward=False, slow=True),
     "HeliosTransformer3DModel": Specimen(
         {**{key: value for key, value in WAN.items() if key != "rope_max_seq_len"}, "rope_dim": (4, 6, 6),
          "is_amplify_history": True}, helios, ("blocks",)),
     "MotifVideoTransformer3DModel": Specimen(
         {**{key: value for key, value in HUNYUAN.items() if key not in ("num_refiner_layers", "pooled_projection_dim")},
-         "num_decoder_layers": 1, "enable_text_cross_attention_dual": True}, masked, BOTH, double=False),
+         "num_decoder_layers": 1, "enable_text_cross_attention_dual": True}, masked, BOTH, double=False, slow=True),
     "Kandinsky6Transformer3DModel": Specimen(
         dict(in_visual_dim=4, out_visual_dim=4, in_text_dim=12, in_text_dim2=6, time_dim=8, model_dim=32, ff_dim=32,
              num_text_blocks=3, num_visual_blocks=3, axes_dims=(4, 6, 6), visual_cond=False, in_audio_dim=4,
@@ -110,6 +110,6 @@ MORE_VIDEOS = {
              time_embed_dim=8, rope_freq_dim=2), minimax),
     "SanaWMTransformer3DModel": Specimen(
         dict(in_channels=4, num_layers=4, hidden_size=32, num_attention_heads=2, linear_head_dim=16, softmax_every_n=2,
-             chunk_plucker_channels=4, caption_channels=12, image_size=32), sana_wm, ("blocks",)),
-    "SanaWMLTX2RefinerTransformer3DModel": Specimen(LTX2, sana_refiner),
+             chunk_plucker_channels=4, caption_channels=12, image_size=32), sana_wm, ("blocks",), slow=True),
+    "SanaWMLTX2RefinerTransformer3DModel": Specimen(LTX2, sana_refiner, slow=True),
 }

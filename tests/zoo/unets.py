@@ -35,7 +35,7 @@ def masked(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]
 
 
 def unet(inputs: Any, **changes: Any) -> Specimen:
-    return Specimen({**UNET, **changes}, inputs, (), cls="UNet2DConditionModel")
+    return Specimen({**UNET, **changes}, inputs, (), cls="UNet2DConditionModel", slow=inputs not in (plain, xl))
 
 
 UNETS = {

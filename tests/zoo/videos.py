@@ -117,14 +117,14 @@ COSMOS = dict(in_channels=4, out_channels=4, num_layers=3, text_embed_dim=12, ad
 
 VIDEOS = {
     "WanTransformer3DModel": Specimen(WAN, plain, ("blocks",)),
-    "Wan21Image": Specimen({**WAN, **IMAGE}, wan_image, ("blocks",), cls="WanTransformer3DModel"),
+    "Wan21Image": Specimen({**WAN, **IMAGE}, wan_image, ("blocks",), cls="WanTransformer3DModel", slow=True),
     "Wan22Tokens": Specimen(WAN, wan_tokens, ("blocks",), cls="WanTransformer3DModel"),
     "WanVACETransformer3DModel": Specimen({**WAN, "vace_layers": [0, 2], "vace_in_channels": 6}, vace, ("blocks",)),
     "WanAnimateTransformer3DModel": Specimen(
         {**WAN, **IMAGE, "in_channels": 12, "latent_channels": 4, "motion_encoder_size": 16, "motion_style_dim": 8,
          "motion_dim": 4, "motion_encoder_dim": 8, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
          "inject_face_latents_blocks": 1, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}},
-        animate, ("blocks",)),
+        animate, ("blocks",), slow=True),
     "SkyReelsV2Transformer3DModel": Specimen(WAN, plain, ("blocks",)),
     "ChronoEditTransformer3DModel": Specimen({**WAN, **IMAGE}, wan_image, ("blocks",)),
     "LTXVideoTransformer3DModel": Specimen(
@@ -137,12 +137,13 @@ VIDEOS = {
     "HunyuanVideoTransformer3DModel": Specimen(HUNYUAN, hunyuan, BOTH),
     "HunyuanVideoTokenReplace": Specimen(
         {**HUNYUAN, "guidance_embeds": False, "image_condition_type": "token_replace"}, hunyuan, BOTH,
-        cls="HunyuanVideoTransformer3DModel"),
+        cls="HunyuanVideoTransformer3DModel", slow=True),
     "HunyuanVideoFramepackTransformer3DModel": Specimen(
-        {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 10, "has_clean_x_embedder": True}, framepack, BOTH),
+        {**HUNYUAN, "has_image_proj": True, "image_proj_dim": 10, "has_clean_x_embedder": True}, framepack, BOTH,
+        slow=True),
     "HunyuanVideo15Transformer3DModel": Specimen(
         dict(in_channels=4, out_channels=4, num_layers=3, num_refiner_layers=1, text_embed_dim=12, text_embed_2_dim=10,
-             image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=4, **HEADS), hunyuan15),
+             image_embed_dim=8, rope_axes_dim=(4, 6, 6), target_size=4, **HEADS), hunyuan15, slow=True),
     "CogVideoXTransformer3DModel": Specimen(COGVIDEO, cogvideo),
     "ConsisIDTransformer3DModel": Specimen({**COGVIDEO, "use_rotary_positional_embeddings": True}, cogvideo),
     "MochiTransformer3DModel": Specimen(
@@ -157,7 +158,7 @@ VIDEOS = {
         dict(num_layers=3, cross_attention_dim=36, caption_channels=12, sample_height=4, sample_width=4,
              sample_frames=2, num_attention_heads=2, attention_head_dim=18), allegro),
     "CosmosTransformer3DModel": Specimen(COSMOS, cosmos, double=False),
-    "Cosmos2": Specimen({**COSMOS, "extra_pos_embed_type": None}, cosmos, cls="CosmosTransformer3DModel"),
+    "Cosmos2": Specimen({**COSMOS, "extra_pos_embed_type": None}, cosmos, cls="CosmosTransformer3DModel", slow=True),
     "EasyAnimateTransformer3DModel": Specimen(
         dict(in_channels=4, out_channels=4, patch_size=2, sample_width=4, sample_height=4, num_layers=3, mmdit_layers=2,
              time_embed_dim=8, text_embed_dim=12, num_attention_heads=2, attention_head_dim=16), plain),
