@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def condition_of(folder: Path) -> str:
 
 
 def absent_parts(index: dict[str, Any]) -> dict[str, None]:
-    """The components that a model_index.json names without a class, which some pipelines must be told."""
+    """Those that a model_index.json says it lacks; diffusers must be told so of some, such as SD3's third encoder."""
     return {name: None for name, value in index.items() if isinstance(value, (list, tuple)) and value[-1] is None}
 
 
@@ -192,11 +191,6 @@ def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
             raise InputError(f"data.resolution={resolution}: gives latents of {size}x{size}, and this DiT was made for "
                              f"{made_for}x{made_for}: use data.resolution={made_for * vae_factor(folder)}, or a DiT of "
                              "another size")
-
-
-def absent_parts(index: Mapping[str, Any]) -> dict[str, None]:
-    """Those that a pipeline's index says it lacks; diffusers must be told so of some, such as SD3's third encoder."""
-    return {name: None for name, part in index.items() if isinstance(part, list | tuple) and part[0] is None}
 
 
 def variant_of(folder: Path) -> str | None:

@@ -91,4 +91,8 @@ def _find(source: str) -> Path:
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+    if path.is_dir():
+        file = path / "config.yaml"
+        named = f"{file} in it" if file.is_file() else "a YAML file"
+        raise InputError(f"--config {source}: is a folder: name {named}, or one of {known}")
     raise InputError(f"--config {source}: no such file: name one, or one of {known}")

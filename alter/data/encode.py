@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +20,7 @@ from ..backbones.text import TextEncoder
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import sync, write_text
+from ..common.process import on_main_process
 from .images import Unreadable
 from .open import INDEX, Source, open_source, shard_name, weights_hash
 
@@ -58,7 +58,7 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
         "precision": config.train.mixed_precision, "num_classes": source.num_classes, "count": len(source),
         "shard_size": shard_size, "data": {name: getattr(config.data, name) for name in _DATA},
     }
-    missing, unusable = broadcast_object_list([_begin(out, plan) if state.is_main_process else None])[0]
+    missing, unusable = on_main_process(lambda: _begin(out, plan))
     if text is not None and state.is_main_process:
         _save(out / "empty_text.safetensors", {"text": text([""])[0].half()})
 

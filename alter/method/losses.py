@@ -42,20 +42,22 @@ def log_ratio(keep_ratio: Tensor, target: float) -> Tensor:
     return (_at_least_fp32(keep_ratio).log() - torch.tensor(target, dtype=torch.float64).log()).abs()
 
 
-def load_balance(logits_TE: Tensor) -> Tensor:
+def load_balance(logits_TE: Tensor, weight_T: Tensor | None = None) -> Tensor:
     """L_balance = E · Σ_i F_i·P_i (Switch Transformer, arXiv 2101.03961, eq. 4), over all timesteps.
 
     F_i is the share of timesteps whose most probable expert is i, P_i the mean probability of expert i.
 
     Args:
-        logits_TE: float [T, E].
+        logits_TE: float [T, E]. weight_T: float [T] of mean 1; None: all timesteps weigh the same.
 
     Returns: scalar; 1 if the experts are balanced, E at most.
     """
     probability_TE = logits_TE.softmax(dim=-1)
     experts = logits_TE.shape[-1]
-    share_E = torch.bincount(logits_TE.argmax(dim=-1), minlength=experts) / len(logits_TE)
-    return experts * (share_E * probability_TE.mean(0)).sum()
+    chosen_TE = (logits_TE.argmax(dim=-1, keepdim=True) == torch.arange(experts, device=logits_TE.device)).float()
+    if weight_T is not None:
+        probability_TE, chosen_TE = weight_T[:, None] * probability_TE, weight_T[:, None] * chosen_TE
+    return experts * (chosen_TE.mean(0) * probability_TE.mean(0)).sum()
 
 
 def _masked_mse(student: Tensor, teacher: Tensor, outliers: float | None) -> Tensor:

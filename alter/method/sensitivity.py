@@ -54,14 +54,19 @@ class Sensitivity:
     def gain(self, budget: Budget, experts: int) -> float:
         """How many times as far (squared) one mask for all timesteps would move the samples as `experts` masks, if
         effects added up."""
-        one, several = (self.predicted_effect(*allocate(self, budget, count)) for count in (1, experts))
+        weight_T = budget.weight_T(self.edges[-1])
+        one, several = (self.predicted_effect(*allocate(self, budget, count), weight_T) for count in (1, experts))
         return one / several if several > 0 else 1.0
 
-    def predicted_effect(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
-        """Mean over timesteps of the sum of the effects of the skipped layers; mask_EL bool [E, L], expert_T int64
-        [T]."""
+    def predicted_effect(self, mask_EL: np.ndarray, expert_T: np.ndarray, weight_T: np.ndarray | None = None) -> float:
+        """Mean over timesteps of the sum of the effects of the skipped layers.
+
+        Args:
+            mask_EL: bool [E, L]. expert_T: int64 [T].
+            weight_T: of the timesteps, float64 [T]; None: all weigh the same.
+        """
         effect_LT = np.repeat(self.effect_LB, np.diff(self.edges), axis=1)
-        return float((effect_LT * ~mask_EL[expert_T].T).sum(axis=0).mean())
+        return float(np.average((effect_LT * ~mask_EL[expert_T].T).sum(axis=0), weights=weight_T))
 
     def to_plain(self) -> dict[str, Any]:
         """The table as plain lists and numbers, for JSON."""
@@ -84,17 +89,18 @@ def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarr
 
     Each expert serves consecutive bins. For each of several prices of a unit of cost, dynamic programming finds the
     borders that are best at that price, and `Budget.masks` the masks, with the avoided effects as logits; the least
-    predicted effect wins.
+    predicted effect wins. Timesteps have the budget's weights.
 
     Args:
         experts: E >= 1, at most; there are no more than bins.
     """
-    lengths = np.diff(table.edges)
-    weighted_LB = table.effect_LB * lengths
-    worth = weighted_LB / (budget.share_L[:, None] * lengths)
+    lengths, weight_T = np.diff(table.edges), budget.weight_T(table.edges[-1])
+    weight_B = lengths if weight_T is None else np.add.reduceat(weight_T, table.edges[:-1]) * len(weight_T)
+    weighted_LB = table.effect_LB * weight_B
+    worth = weighted_LB / (budget.share_L[:, None] * weight_B)
     found = {}
     for price in np.quantile(worth, np.linspace(0.02, 0.98, 25)):
-        borders = _segments(weighted_LB, budget.share_L, lengths, min(experts, len(lengths)), float(price))
+        borders = _segments(weighted_LB, budget.share_L, weight_B, min(experts, len(lengths)), float(price))
         if borders in found:
             continue
         segments = list(pairwise(borders))
@@ -103,16 +109,16 @@ def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarr
         router_TE = (expert_T[:, None] == np.arange(len(segments))).astype(float)
         logits = Logits(torch.from_numpy(avoided_EL / avoided_EL.max()), torch.from_numpy(router_TE))
         found[borders] = budget.masks(logits, budget.keep_ratio)
-    return min(found.values(), key=lambda pair: table.predicted_effect(*pair))
+    return min(found.values(), key=lambda masks: table.predicted_effect(masks[0], masks[1], weight_T))
 
 
-def _segments(weighted_LB: np.ndarray, share_L: np.ndarray, lengths: np.ndarray, experts: int,
+def _segments(weighted_LB: np.ndarray, share_L: np.ndarray, weight_B: np.ndarray, experts: int,
               price: float) -> tuple[int, ...]:
     """The cheapest borders [E + 1] of consecutive bins; each layer adds its error, if skipped, or its share times the
     price, whichever is less."""
-    bins = len(lengths)
-    error_LB, length_B = (np.concatenate([np.zeros_like(part[..., :1]), part.cumsum(-1)], axis=-1)
-                          for part in (weighted_LB, lengths))
+    bins = len(weight_B)
+    error_LB, passed_B = (np.concatenate([np.zeros_like(part[..., :1]), part.cumsum(-1)], axis=-1)
+                          for part in (weighted_LB, weight_B))
     best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, (0,))}
     for count in range(1, experts + 1):
         for last in range(count, bins + 1):
@@ -121,7 +127,7 @@ def _segments(weighted_LB: np.ndarray, share_L: np.ndarray, lengths: np.ndarray,
                 if (count - 1, first) in best:
                     before, borders = best[count - 1, first]
                     error_L = error_LB[:, last] - error_LB[:, first]
-                    cost_L = price * share_L * (length_B[last] - length_B[first])
+                    cost_L = price * share_L * (passed_B[last] - passed_B[first])
                     options.append((before + float(np.minimum(error_L, cost_L).sum()), (*borders, last)))
             best[count, last] = min(options)
     return best[experts, bins][1]

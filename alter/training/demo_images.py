@@ -18,6 +18,7 @@ from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
 from ..common.load import load_config
+from ..common.process import on_main_process
 from ..data import shapes
 from ..data.base import Source
 from ..data.open import Digits
@@ -67,29 +68,36 @@ def _classes(images: Tensor, labels: Tensor, count: int) -> DemoReference:
 
 
 def draw_run(run: Path, out: Path, state: PartialState) -> Path:
-    """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out."""
+    """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out.
+
+    Raises:
+        InputError: for a run that has not finished, or is no demo's; on every process.
+    """
+    on_main_process(lambda: _draw_run(run, out, state.device))
+    return out
+
+
+def _draw_run(run: Path, out: Path, device: torch.device) -> None:
     config = own_weights(load_config(run / "config.yaml"), run / "final")
     done = out / "drawn.json"
     files = sorted(file for file in (run / "final").rglob("*") if file.suffix in (".json", ".safetensors"))
     made_of = "".join(map(file_digest, files)) + repr((config.evaluate, config.seed))
     key = hashlib.sha256(made_of.encode()).hexdigest()
     current = json.dumps({"key": key}) + "\n"
-    if not (done.is_file() and done.read_bytes() == current.encode()) and state.is_main_process:
-        parts = build(config, 1, state.device)
-        reference = demo_reference(config, parts.source)
-        if reference is None:
-            raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
-        done.unlink(missing_ok=True)
-        batch = {name: value.to(state.device) if isinstance(value, Tensor) else value
-                 for name, value in reference.batch.items()}
-        with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
-            images = parts.draw(parts.backbone.eval(), batch, config.evaluate.sampling_steps, config.seed)
-        _write(images, out / "images")
-        _write(reference.images, out / "real")
-        (out / "prompts.txt").write_text("".join(f"{title}\n" for title in reference.titles), encoding="utf-8")
-        write_text(done, current)
-    state.wait_for_everyone()
-    return out
+    if done.is_file() and done.read_bytes() == current.encode():
+        return
+    parts = build(config, 1, device)
+    reference = demo_reference(config, parts.source)
+    if reference is None:
+        raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
+    done.unlink(missing_ok=True)
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in reference.batch.items()}
+    with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
+        images = parts.draw(parts.backbone.eval(), batch, config.evaluate.sampling_steps, config.seed)
+    _write(images, out / "images")
+    _write(reference.images, out / "real")
+    (out / "prompts.txt").write_text("".join(f"{title}\n" for title in reference.titles), encoding="utf-8")
+    write_text(done, current)
 
 
 def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:

@@ -229,7 +229,7 @@ class Trainer:
 
         expected = parts.budget.expected(logits)
         ratio = losses.log_ratio(expected, self.target())
-        balance = losses.load_balance(logits.router_TE)
+        balance = losses.load_balance(logits.router_TE, self.weight_T)
         sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
                    if out.requires_grad]
         outputs = [out for out, _ in sampled] + [update.scaler.scale(loss.ratio * ratio + loss.balance * balance)]

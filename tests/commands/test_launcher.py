@@ -218,8 +218,9 @@ def test_bad_number_of_processes(clone):
     assert clone.noted("train") == []
 
 
-def test_bad_input_is_refused_before_several_processes_start(clone):
-    process = clone.run("a=b", ALTER_PROCESSES="2", CHECK_CODE="2")
+@pytest.mark.parametrize("script", ["train_dit.sh", "train_sd21.sh"])
+def test_bad_input_is_refused_before_several_processes_start(clone, script):
+    process = clone.run("a=b", script=script, ALTER_PROCESSES="2", CHECK_CODE="2")
     assert process.returncode == 2
     assert process.stderr.splitlines() == ["error: bad input"]
     assert clone.noted("check")[0]["arguments"][0] == "--check"

@@ -101,6 +101,14 @@ def test_a_missing_file():
         load_config("nowhere.yaml")
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(InputError, match=f"--config {tmp_path}: is a folder: name a YAML file, or one of .*demo_dit"):
+        load_config(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match=f"is a folder: name {tmp_path}/config.yaml in it, or one of"):
+        load_config(tmp_path)
+
+
 def test_the_reference_names_every_key(file):
     text = reference()
     for section, keys in yaml.safe_load((CONFIGS / "demo_dit.yaml").read_text()).items():

@@ -1,14 +1,18 @@
 """A sampler's timesteps weigh the training timesteps: in the budget, in the loss and in what is reported alike."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from helpers import table_of
 
 from alter import TemporalExperts
 from alter.backbones.cost import CostTable
 from alter.method import losses
 from alter.method.budget import Budget, timestep_weights
 from alter.method.hypernetwork import Logits
+from alter.method.sensitivity import allocate, verdict
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build
 from alter.training.trainer import Trainer
@@ -62,6 +66,28 @@ def test_one_share_is_found_measured_and_reported():
     cost = CostTable(tuple(map(str, range(12))), macs, macs, 10**9, 10**9)
     experts = TemporalExperts.build(mask_EL, expert_T, cost, 0.6, "total", budget.timesteps)
     assert experts.keep_ratio == pytest.approx(by_hand)
+
+
+def test_the_balance_counts_a_timestep_as_often_as_it_weighs():
+    logits_TE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([1, 2, 0, 4, 3])
+    weighted = losses.load_balance(logits_TE, counts * 5 / counts.sum())
+    torch.testing.assert_close(weighted, losses.load_balance(logits_TE.repeat_interleave(counts, dim=0)))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_masks_by_sensitivity_are_those_of_bins_as_wide_as_they_weigh(experts):
+    """Of 10 timesteps the upper half weighs three times as much: as 5 and 15 of 20 timesteps that weigh the same."""
+    error_LB = np.random.default_rng(1).exponential(size=(6, 2)) * [[1, 3]]
+    wide = dataclasses.replace(table_of(error_LB), edges=(0, 5, 20))
+    table, even = dataclasses.replace(wide, edges=(0, 5, 10)), Budget(np.full(6, 1 / 6), 0.5, "total")
+    budget = dataclasses.replace(even, timesteps=np.array([7, 7, 2, 7]))
+    (mask_EL, expert_T), (expected_EL, expected_T) = allocate(table, budget, experts), allocate(wide, even, experts)
+    assert np.array_equal(mask_EL, expected_EL) and np.array_equal(expert_T[[0, 5]], expected_T[[0, 5]])
+    assert table.predicted_effect(mask_EL, expert_T, budget.weight_T(10)) == pytest.approx(
+        wide.predicted_effect(expected_EL, expected_T))
+    assert table.gain(budget, 2) == pytest.approx(wide.gain(even, 2)) != pytest.approx(table.gain(even, 2))
+    assert verdict(table, budget, 2) != verdict(table, even, 2)
 
 
 def test_the_loss_has_the_weights_of_the_budget(small_config, tmp_path):

@@ -55,7 +55,8 @@ class Run:
                     f"{SENSITIVITY}.")
         experts = self.experts
         share_L = experts.latency.share_L if experts.latency else np.array(experts.macs) / experts.macs_total
-        return verdict(self.table, Budget(share_L, experts.keep_ratio_target, experts.budget_over),
+        visited = None if experts.timesteps is None else np.array(experts.timesteps)
+        return verdict(self.table, Budget(share_L, experts.keep_ratio_target, experts.budget_over, visited),
                        len(experts.mask_EL))
 
     def visited(self, sampler: str, steps: int) -> list[int]:
