@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .relaxation import one_hot_argmax
+
 
 def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample: [B, ...] and [B, ...] → [B]. Serves L_denoise and L_outKD."""
@@ -54,7 +56,7 @@ def load_balance(logits_TE: Tensor) -> Tensor:
     """
     probability_TE = logits_TE.softmax(dim=-1)
     experts = logits_TE.shape[-1]
-    share_E = torch.bincount(logits_TE.argmax(dim=-1), minlength=experts) / len(logits_TE)
+    share_E = one_hot_argmax(logits_TE).mean(0)
     return experts * (share_E * probability_TE.mean(0)).sum()
 
 

@@ -77,9 +77,10 @@ def _iterate(trainer: Trainer, phase: str, optimizers: list) -> None:
     elif trainer.experts is None:
         budget = trainer.parts.budget
         with torch.no_grad():
-            masks = trainer._agreed(budget.masks(trainer.parts.hypernetwork(), trainer.config.budget.keep_ratio))
+            masks = budget.masks(trainer.parts.hypernetwork(), trainer.config.budget.keep_ratio, trainer.readout.read)
     if phase == "tuning" or trainer.config.train.schedule == "joint":
         trainer.update_backbone(batches, *masks)
+    trainer.readout.read()
 
 
 def _stand_still(optimizers: list) -> None:

@@ -23,6 +23,7 @@ from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folde
 from ...backbones.sites import feature_points
 from ...backbones.text import TextEncoder
 from ...common.config import Config
+from ...common.device import to_device
 from ...common.errors import InputError
 from ...data.base import Source
 from ...data.batches import Fit
@@ -103,12 +104,13 @@ class Parts:
             return batch["latents"]
         if "moments" in batch:
             mean, std = batch["moments"].chunk(2, dim=1)
-            return mean if posterior is None else mean + std * posterior(tuple(mean.shape[1:])).to(mean)
+            return mean if posterior is None else mean + std * to_device(
+                posterior(tuple(mean.shape[1:])), mean.device).to(mean.dtype)
         assert self.vae is not None
         moments = self.vae.encode(batch["images"].to(self.vae.device, self.vae.dtype)).latent_dist
         latents = moments.mean.float()
         if posterior is not None:
-            latents = latents + moments.std.float() * posterior(tuple(latents.shape[1:])).to(latents)
+            latents = latents + moments.std.float() * to_device(posterior(tuple(latents.shape[1:])), latents.device)
         return (latents - shift_of(self.vae)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -126,7 +128,7 @@ class Parts:
         batch: has "labels" long [B], "captions" (a list of B) or "encoder_hidden_states" [B, tokens, D].
         """
         if "labels" in batch:
-            dropped = dropped.to(batch["labels"].device)
+            dropped = to_device(dropped, batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
             text = self.text or TextEncoder(self.folder, self.backbone.device, self.precision)
@@ -134,8 +136,8 @@ class Parts:
             return {"encoder_hidden_states": text(["" if drop else caption for caption, drop in pairs])}
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
-        empty = self.source.empty_text.to(text)
-        return {"encoder_hidden_states": torch.where(dropped.to(text.device)[:, None, None], empty, text)}
+        empty = to_device(self.source.empty_text, text.device).to(text.dtype)
+        return {"encoder_hidden_states": torch.where(to_device(dropped, text.device)[:, None, None], empty, text)}
 
 
 def build(config: Config, processes: int = 1, device: torch.device | str = "cpu",
