@@ -3,7 +3,7 @@ are frozen and the backbone alone is tuned. One trainer for every backbone."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,7 +304,7 @@ class Trainer:
         assert self._masks is not None
         return self._experts(self._masks)
 
-    def _validate_start(self, validator: Validator) -> None:
+    def _validate_start(self, validator: Callable) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
         if self.parts.teacher is not None:
             with self.journal.dispensable("samples/"):
@@ -313,7 +313,7 @@ class Trainer:
         else:
             self._validate(validator)
 
-    def _validate(self, validator: Validator) -> None:
+    def _validate(self, validator: Callable) -> None:
         """Images from the weights to be exported, under the masks of the last iteration."""
         experts = self._present_experts()
         if self.ema:

@@ -32,13 +32,16 @@ class Validator:
         self.conditioning = parts.conditioning(batch, ~everything)
         self.unconditional = parts.conditioning(batch, everything)
 
-    def __call__(self, backbone, step: int, title: str) -> None:
-        evaluate = self.config.evaluate
+    def images(self, backbone, steps: int) -> torch.Tensor:
+        """Float32 [N, C, H, W] in [-1, 1], on the CPU, drawn in `steps` steps."""
         latents = sample_latents(
-            backbone, self.parts.scheduler, self.parts.latent_shape, self.conditioning, self.unconditional,
-            evaluate.sampling_steps, self.config.seed, evaluate.guidance_scale, batch_size=8,
+            backbone, self.parts.scheduler, self.parts.latent_shape, self.conditioning, self.unconditional, steps,
+            self.config.seed, self.config.evaluate.guidance_scale, batch_size=8,
         )
-        images = self.parts.images(latents)
+        return self.parts.images(latents)
+
+    def __call__(self, backbone, step: int, title: str) -> None:
+        images = self.images(backbone, self.config.evaluate.sampling_steps)
         pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
         self.folder.mkdir(exist_ok=True)
         save_strip(pixels, self.captions, self.folder / f"step-{step:06d}-{title}.png")
