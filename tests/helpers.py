@@ -74,6 +74,15 @@ def prepared(trainer):
     return trainer._prepare(trainer.micro_batches(1))
 
 
+def metrics_of_updates(trainer, batches, masks=None):
+    """What one update of each part prints; the backbone's under `masks`, or those of the hypernetwork."""
+    trainer.readout.metrics = {}
+    trainer.update_hypernetwork(batches)
+    trainer.update_backbone(batches, *(masks or trainer.current_masks()))
+    trainer.readout.read()
+    return trainer.readout.metrics
+
+
 def snapshot(module):
     return copy.deepcopy(module.state_dict())
 

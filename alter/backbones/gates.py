@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from ..common.device import to_device
 from ..common.errors import InputError
 from .sites import Site, find_sites
 
@@ -54,7 +55,7 @@ class HardRows:
     def __init__(self, mask_BL: Tensor, device: torch.device | str = "cpu") -> None:
         self.batch = len(mask_BL)
         counts = mask_BL.sum(0).tolist()
-        order_LB = mask_BL.T.int().argsort(dim=1, descending=True, stable=True).to(device, non_blocking=True)
+        order_LB = to_device(mask_BL.T.int().argsort(dim=1, descending=True, stable=True), device)
         # True or False: the site runs for all samples or for none; else the indices of those that keep it.
         self.kept: list[Tensor | bool] = [
             order_LB[site, :count] if 0 < count < len(mask_BL) else count > 0 for site, count in enumerate(counts)

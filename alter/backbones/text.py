@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..common.device import to_device
 from ..common.errors import InputError
 from .pretrained import variant_of
 
@@ -43,7 +44,8 @@ class TextEncoder:
                                 truncation=True, return_tensors="pt")
         mask = tokens.attention_mask if getattr(self.model.config, "use_attention_mask", False) else None
         device = self.model.device
-        return self.model(tokens.input_ids.to(device), attention_mask=None if mask is None else mask.to(device))[0]
+        return self.model(to_device(tokens.input_ids, device),
+                          attention_mask=None if mask is None else to_device(mask, device))[0]
 
     def too_long(self, prompts: Sequence[str]) -> int:
         """How many of `prompts` are cut, being longer than the tokenizer takes."""

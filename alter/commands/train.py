@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    _let_gpu_memory_grow()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.check:
         from ..training.setup.plan import check
@@ -37,3 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
     diffusers.utils.logging.disable_progress_bar()  # of loading and writing files
     transformers.utils.logging.disable_progress_bar()
     train(config)
+
+
+def _let_gpu_memory_grow() -> None:
+    """Layers run on changing numbers of samples, whose tensors would leave gaps in a GPU's memory: torch, which is not
+    imported yet, is told to grow its segments instead, unless its allocator is set already."""
+    if not any(f"PYTORCH_{kind}ALLOC_CONF" in os.environ for kind in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

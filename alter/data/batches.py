@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -206,10 +205,10 @@ def warn_while_waiting(items: Iterator[Any], what: str, every: float = 60.0) -> 
         yield item
 
 
-def make_loader(source: Source | WithSubstitutes, batches: Any, workers: int) -> DataLoader:
-    """Load the samples that `batches` names, in `workers` processes."""
+def make_loader(source: Source | WithSubstitutes, batches: Any, workers: int, pinned: bool = False) -> DataLoader:
+    """Load the samples that `batches` names, in `workers` processes; into pinned memory for a GPU."""
     dataset: Any = source
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(),
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned,
                       collate_fn=collate, worker_init_fn=_leave_signals_to_the_trainer)
 
 

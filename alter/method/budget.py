@@ -5,12 +5,14 @@ the expected share of MACs has a closed form, which L_ratio uses. The determinis
 ones, under that same distribution, whose share of MACs is the wanted one (docs/method.md, "The budget").
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.device import to_device
 from ..common.errors import InputError
 from .hypernetwork import Logits
 
@@ -32,6 +34,10 @@ def timestep_weights(num_timesteps: int, visited: np.ndarray | None) -> np.ndarr
     distinct, counts = np.unique(visited, return_counts=True)
     nearest_T = np.abs(np.arange(num_timesteps)[:, None] - distinct).argmin(axis=1)
     return (counts / counts.sum() / np.bincount(nearest_T))[nearest_T]
+
+
+def _read(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,12 @@ class Budget:
 
         Returns: float32 scalar in `over`'s unit, differentiable with respect to both logits.
         """
-        share_L = torch.as_tensor(self.share_L, dtype=torch.float32, device=logits.mask_EL.device)
+        share_L = to_device(torch.from_numpy(self.share_L).float(), logits.mask_EL.device)
         cost_E = logits.mask_EL.float().sigmoid() @ share_L / self.scale
         probability_TE, weight_T = logits.router_TE.float().softmax(dim=-1), self.weight_T(len(logits.router_TE))
         if weight_T is None:
             return self.fixed + probability_TE.mean(0) @ cost_E
-        return self.fixed + torch.from_numpy(weight_T).to(probability_TE) @ probability_TE @ cost_E
+        return self.fixed + to_device(torch.from_numpy(weight_T).float(), cost_E.device) @ probability_TE @ cost_E
 
     def measured(self, mask_EL: np.ndarray, expert_T: np.ndarray) -> float:
         """The keep ratio of deterministic masks, in `over`'s unit.
@@ -97,7 +103,8 @@ class Budget:
         kept_T = (mask_EL @ self.share_L)[expert_T]
         return self.fixed + float(np.average(kept_T, weights=self.weight_T(len(expert_T)))) / self.scale
 
-    def masks(self, logits: Logits, keep_ratio: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def masks(self, logits: Logits, keep_ratio: float | None = None,
+              read: Callable[[Tensor], np.ndarray] = _read) -> tuple[np.ndarray, np.ndarray]:
         """Probable masks with this keep ratio, and the most probable expert of each timestep.
 
         Maximises Σ_el logit_el·m_el, the log-likelihood up to a constant, subject to a keep ratio within TOLERANCE and
@@ -107,13 +114,14 @@ class Budget:
 
         Args:
             keep_ratio: the wanted share, in `over`'s unit; None: the expected one of these logits.
+            read: brings a tensor, float64 [any], to the host; called once.
 
         Returns: mask_EL bool [E, L], expert_T int64 [T]; for a given `keep_ratio` the same, for equal logits, on every
             machine.
         """
         mask_EL, router_TE = logits.mask_EL.detach().double(), logits.router_TE.detach()
         parts = mask_EL.flatten(), router_TE.argmax(-1).double(), self.expected(logits).detach().double()[None]
-        known = torch.cat(parts).cpu().numpy()  # one host read
+        known = read(torch.cat(parts))
         logits_EL = known[: mask_EL.numel()].reshape(mask_EL.shape)
         expert_T = known[mask_EL.numel() : -1].astype(np.int64)
         served_E = np.bincount(expert_T, self.weight_T(len(expert_T)), minlength=len(logits_EL))

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .relaxation import one_hot_argmax
+
 
 def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample: [B, ...] and [B, ...] → [B]. Serves L_denoise and L_outKD."""
@@ -54,7 +56,7 @@ def load_balance(logits_TE: Tensor, weight_T: Tensor | None = None) -> Tensor:
     """
     probability_TE = logits_TE.softmax(dim=-1)
     experts = logits_TE.shape[-1]
-    chosen_TE = (logits_TE.argmax(dim=-1, keepdim=True) == torch.arange(experts, device=logits_TE.device)).float()
+    chosen_TE = one_hot_argmax(logits_TE)
     if weight_T is not None:
         probability_TE, chosen_TE = weight_T[:, None] * probability_TE, weight_T[:, None] * chosen_TE
     return experts * (chosen_TE.mean(0) * probability_TE.mean(0)).sum()

@@ -7,6 +7,8 @@ The noise comes from a CPU generator, so that processes which share a seed share
 import torch
 from torch import Tensor
 
+from ..common.device import to_device
+
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -57,4 +59,4 @@ def one_hot_argmax(values: Tensor) -> Tensor:
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform in the open interval (0, 1)."""
     sample = torch.rand(like.shape, generator=generator).clamp(_TINY, 1 - 2**-24)
-    return sample.to(like.device, like.dtype)
+    return to_device(sample, like.device).to(like.dtype)

@@ -3,7 +3,7 @@ are frozen and the backbone alone is tuned. One trainer for every backbone."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from ..backbones.family import predict
 from ..backbones.gates import HardRows, Rows, SoftRows
 from ..backbones.pretrained import trained_parameters
 from ..common.config import Config
+from ..common.device import reads_pinned, to_device
 from ..common.process import Interrupted
 from ..data.batches import GlobalBatches, Order, WithSubstitutes, make_loader, split, warn_while_waiting
 from ..experts.artefact import TemporalExperts
@@ -117,14 +118,17 @@ class Trainer:
                 metrics = self.iteration(micro_batches)
                 self.step += 1
                 bar.update()
-                if self.step % config.log.every == 0 or self.step == train.steps:
-                    self._log(metrics, time.perf_counter() - started, bar)
+                seconds, last = time.perf_counter() - started, self.step == train.steps
+                if self.step % config.log.every == 0 or last:
+                    self.readout.read()
+                    self._log(metrics, seconds, bar)
                 if searching and (self.step % config.log.masks_every == 0 or self.step == train.t_end):
                     self.journal.masks(self.step, metrics["keep_ratio"], self._present_experts())
                 if self.validator and self.step % self.validator.every == 0:
                     self._validate(self.validator)
-                stop, last = self.readout.stop, self.step == train.steps
+                stop = self.readout.stop
                 if self.step % config.checkpoint.every == 0 or last or stop:
+                    self.readout.read()  # so that no checkpoint holds weights that are not finite
                     saved = save_state(self, needed=last or stop > 0)
                     if self.accelerator.is_main_process and saved.is_dir() and (last or not self._linked):
                         self._linked = True
@@ -143,7 +147,7 @@ class Trainer:
         batches = GlobalBatches(order, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
                                 self.accelerator.num_processes, self.step, last)
         source = WithSubstitutes(self.parts.source, self.train_indices, config.seed, self.parts.fit)
-        loader = make_loader(source, batches, config.data.workers)
+        loader = make_loader(source, batches, config.data.workers, reads_pinned(self.accelerator.device))
         return warn_while_waiting(iter(loader), f"a batch of data.path={config.data.path!r}")
 
     def close(self) -> None:
@@ -157,18 +161,20 @@ class Trainer:
         self.accelerator.free_memory()
 
     def iteration(self, micro_batches: Any) -> dict[str, float]:
-        """One iteration of Algorithm 1, on one global batch."""
+        """One iteration of Algorithm 1, on one global batch, with one host read: it brings the search's masks and what
+        `readout` has noted, θ's losses of the former iteration included. (A loss scaler reads once more an update.)"""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
         searching = self.experts is None
         batches = self._prepare(micro_batches)
         metrics: dict[str, float] = {}
         if searching:
-            metrics |= self.update_hypernetwork(batches)
-        masks = self.current_masks()
-        if searching and self.step + 1 == self.config.train.t_end:
-            masks = self.freeze()
+            self.update_hypernetwork(batches)
+            metrics["search/target"] = self.target()
+        else:
+            self.readout.read()
+        masks = self.freeze() if searching and self.step + 1 == self.config.train.t_end else self.current_masks()
         if not searching or self.config.train.schedule == "joint":
-            metrics |= self.update_backbone(batches, *masks)
+            self.update_backbone(batches, *masks)
         self._masks = masks
         metrics["keep_ratio"] = self.parts.budget.measured(*masks)
         metrics["experts_used"] = len(np.unique(masks[1]))
@@ -196,8 +202,9 @@ class Trainer:
         raw = {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                for name, value in raw.items()}
         latents = parts.latents(raw, drawn.posterior).to(self.dtype)
-        timesteps = drawn.timesteps.to(device, non_blocking=True)
-        noise = drawn.noise(tuple(latents.shape[1:]), self.config.train.noise_offset).to(latents, non_blocking=True)
+        timesteps = to_device(drawn.timesteps, device)
+        noise = drawn.noise(tuple(latents.shape[1:]), self.config.train.noise_offset)
+        noise = to_device(noise, device).to(self.dtype)
         noisy = parts.noising.noised(latents, noise, timesteps)
         conditioning = parts.conditioning(raw, drawn.dropped)
         if self.config.backbone.channels_last:
@@ -209,7 +216,7 @@ class Trainer:
                 taught = parts.teach(noisy, timesteps, conditioning)
         return Batch(noisy, drawn.timesteps, drawn.rows, conditioning, target, *taught)
 
-    def update_hypernetwork(self, batches: list[Batch]) -> dict[str, float]:
+    def update_hypernetwork(self, batches: list[Batch]) -> None:
         """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
         parts, loss, update = self.parts, self.config.loss, self.hyper_update
         logits = parts.hypernetwork()
@@ -219,7 +226,7 @@ class Trainer:
         leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]
         totals, gradients = [], [torch.zeros_like(leaf) for leaf in leaves]
         for batch in batches:
-            mask_BL = leaves[1][batch.rows.to(mask_EL.device)] @ leaves[0]
+            mask_BL = leaves[1][to_device(batch.rows, mask_EL.device)] @ leaves[0]
             terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
             perf = losses.weighted_sum(terms, self.config.loss.weights)
             for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
@@ -234,10 +241,9 @@ class Trainer:
                    if out.requires_grad]
         outputs = [out for out, _ in sampled] + [update.scaler.scale(loss.ratio * ratio + loss.balance * balance)]
         torch.autograd.backward(outputs, [grad for _, grad in sampled] + [None])
-        metrics = self.readout("search", self.step, update, totals, ratio=ratio, balance=balance,
-                               expected_keep_ratio=expected, gradient_norm=update.clip())
+        self.readout.note("search", self.step, update, totals, ratio=ratio, balance=balance,
+                          expected_keep_ratio=expected, gradient_norm=update.clip())
         update.step()
-        return {**metrics, "search/target": self.target()}
 
     def target(self) -> float:
         """What L_ratio drives the expected keep ratio to, at this step of the search."""
@@ -246,7 +252,7 @@ class Trainer:
         left = 1 - self.step / last if self.step < last else 0.0
         return budget.keep_ratio + left * (1 - budget.keep_ratio)
 
-    def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, float]:
+    def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
         """One step of θ on L_perf under deterministic masks, paying only for the layers that they keep."""
         mask_TL, update = torch.from_numpy(mask_EL[expert_T]), self.backbone_update
         totals = []
@@ -261,24 +267,23 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is None:  # a layer that no sample used: as in the dense simulation
                 parameter.grad = torch.zeros_like(parameter)
-        metrics = self.readout("train", self.step, update, totals, gradient_norm=update.clip())
+        self.readout.note("train", self.step, update, totals, gradient_norm=update.clip())
         update.step()
         if self.ema:
             self.ema.step(self.parameters)
-        return metrics
 
     def current_masks(self) -> tuple[np.ndarray, np.ndarray]:
         """Deterministic masks and routes: the frozen ones, or those of Φ now at its expected keep ratio."""
         if self.experts is not None:
             return self.experts.mask_EL, self.experts.expert_T
         with torch.no_grad():
-            return self._agreed(self.parts.budget.masks(self.parts.hypernetwork()))
+            return self.parts.budget.masks(self.parts.hypernetwork(), read=self.readout.read)
 
     def freeze(self) -> tuple[np.ndarray, np.ndarray]:
         """T_end: the most probable masks at the target itself."""
         budget = self.config.budget
         with torch.no_grad():
-            masks = self._agreed(self.parts.budget.masks(self.parts.hypernetwork(), budget.keep_ratio))
+            masks = self.parts.budget.masks(self.parts.hypernetwork(), budget.keep_ratio, self.readout.read)
         self.experts = self._experts(masks)
         if self.accelerator.is_main_process:
             missed = self.parts.budget.measured(*masks) - budget.keep_ratio
@@ -299,7 +304,7 @@ class Trainer:
         assert self._masks is not None
         return self._experts(self._masks)
 
-    def _validate_start(self, validator: Validator) -> None:
+    def _validate_start(self, validator: Callable) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
         if self.parts.teacher is not None:
             with self.journal.dispensable("samples/"):
@@ -308,7 +313,7 @@ class Trainer:
         else:
             self._validate(validator)
 
-    def _validate(self, validator: Validator) -> None:
+    def _validate(self, validator: Callable) -> None:
         """Images from the weights to be exported, under the masks of the last iteration."""
         experts = self._present_experts()
         if self.ema:
@@ -321,13 +326,9 @@ class Trainer:
         if self.ema:
             self.ema.restore(self.parameters)
 
-    def _agreed(self, masks: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Process 0's masks, on every process."""
-        return broadcast_object_list([masks])[0]
-
     def _terms(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         """The reconstruction losses of one forward, scalars."""
-        timesteps = batch.timesteps.to(batch.noisy_latents.device, non_blocking=True)
+        timesteps = to_device(batch.timesteps, batch.noisy_latents.device)
         with self.parts.simulator.use(rows), self.accelerator.autocast(), \
                 self.parts.student_tap.capture() as features:
             pred = predict(model, batch.noisy_latents, timesteps, batch.conditioning)
@@ -345,4 +346,5 @@ class Trainer:
         if self.backbone_update.scaler.is_enabled():
             metrics["loss_scale"] = self.backbone_update.scaler.get_scale()
         rates = {"backbone_lr": self.backbone_update.lr, "hypernetwork_lr": self.hyper_update.lr}
-        self.journal.metrics(self.step, {**metrics, **self.readout.counts, "seconds_per_step": seconds, **rates}, bar)
+        metrics = {**self.readout.metrics, **metrics, **self.readout.counts, "seconds_per_step": seconds, **rates}
+        self.journal.metrics(self.step, metrics, bar)

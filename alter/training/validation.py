@@ -28,8 +28,12 @@ class Validator:
         self.captions = prompts or [f"class {label}" for label in labels]
         self.batch = {"captions": prompts} if prompts else {"labels": torch.tensor(labels, device=device)}
 
+    def images(self, backbone, steps: int) -> torch.Tensor:
+        """Float32 [N, C, H, W] in [-1, 1], on the CPU, drawn in `steps` steps."""
+        return self.parts.draw(backbone, self.batch, steps, self.config.seed, 8)
+
     def __call__(self, backbone, step: int, title: str) -> None:
-        images = self.parts.draw(backbone, self.batch, self.config.evaluate.sampling_steps, self.config.seed, 8)
+        images = self.images(backbone, self.config.evaluate.sampling_steps)
         pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
         self.folder.mkdir(exist_ok=True)
         save_strip(pixels, self.captions, self.folder / f"step-{step:06d}-{title}.png")

@@ -100,7 +100,9 @@ def run_encode(config, out, **options):
 def first_losses(config, tmp_path, name):
     trainer = Trainer(config, build(config), make_accelerator(config), tmp_path)
     batches = trainer._prepare(trainer.micro_batches(1))
-    return trainer, batches[0], trainer.update_backbone(batches, *trainer.current_masks())
+    trainer.update_backbone(batches, *trainer.current_masks())
+    trainer.readout.read()
+    return trainer, batches[0], trainer.readout.metrics
 
 
 @pytest.mark.parametrize("kind, precision", [("sd", "no"), ("sd", "bf16"), ("dit", "no")])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_stable_diffusion
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from helpers import changed, make_trainer, prepared, snapshot
+from helpers import changed, make_trainer, metrics_of_updates, prepared, snapshot
 from safetensors.torch import load_file, save_file
 
 from alter import InputError, TemporalExperts, train
@@ -31,8 +31,7 @@ def updated(config, tmp_path):
     """The trainer after one update of each part, and what they printed."""
     trainer = make_trainer(config, tmp_path)
     batches = prepared(trainer)
-    metrics = trainer.update_hypernetwork(batches) | trainer.update_backbone(batches, *trainer.current_masks())
-    return trainer, metrics
+    return trainer, metrics_of_updates(trainer, batches)
 
 
 @pytest.mark.parametrize("option, tolerance", [
@@ -121,12 +120,13 @@ def test_a_loss_scaler_leaves_updates_as_they_are_and_skips_infinite_ones(small_
     scaler = trainer.backbone_update.scaler
     before, scale = snapshot(trainer.parts.backbone), scaler.get_scale()
     trainer.parts.backbone.conv_out.bias.register_hook(lambda gradient: gradient * torch.inf)
-    metrics = trainer.update_backbone(batches, *trainer.current_masks())
+    metrics = metrics_of_updates(trainer, batches, trainer.current_masks())
     assert not changed(trainer.parts.backbone, before) and scaler.get_scale() == scale / 2
     assert "train/gradient_norm" not in metrics and trainer.readout.counts["skipped_updates"] == 1
     with pytest.raises(NonFiniteLoss, match="not finite in 51 updates in a row"):
         for _ in range(60):
             trainer.update_backbone(batches, *trainer.current_masks())
+            trainer.readout.read()
 
 
 @pytest.mark.parametrize("poisoned", ["search", "backbone"])
@@ -149,9 +149,8 @@ def test_an_overflow_of_one_update_leaves_the_other_alone(small_config, tmp_path
     before, scales = snapshot(spoilt_module), (spoilt.scaler.get_scale(), other.scaler.get_scale())
     for count in (1, 2, 3):
         batches, masks = prepared(trainer), trainer.current_masks()
-        found = trainer.update_hypernetwork(batches) | trainer.update_backbone(batches, *masks)
-        batches = prepared(clean)
-        expected = clean.update_hypernetwork(batches) | clean.update_backbone(batches, *masks)
+        found = metrics_of_updates(trainer, batches, masks)
+        expected = metrics_of_updates(clean, prepared(clean), masks)
         assert not changed(spoilt_module, before)
         assert (spoilt.skipped, other.skipped) == (count, 0) and trainer.readout.counts["skipped_updates"] == count
         assert (spoilt.scaler.get_scale(), other.scaler.get_scale()) == (scales[0] / 2**count, scales[1])
@@ -164,8 +163,7 @@ def test_an_overflow_of_one_update_leaves_the_other_alone(small_config, tmp_path
     assert all(value.isfinite().all() for value in other_module.state_dict().values())
     with pytest.raises(NonFiniteLoss, match=f"{'search' if dense else 'train'}: .* not finite in 51 updates in a row"):
         for _ in range(60):
-            trainer.update_hypernetwork(batches)
-            trainer.update_backbone(batches, *masks)
+            metrics_of_updates(trainer, batches, masks)
     assert other.skipped == 0 and other.scaler.get_scale() >= scales[1]
 
 
@@ -297,8 +295,9 @@ def test_a_teacher_of_its_own(small_config, tmp_path):
     save_file({name: value + 0.01 for name, value in load_file(file).items()}, file, {"format": "pt"})
     trainer = make_trainer(small_config("sd", teacher={"pretrained": str(other)}), tmp_path)
     sites = len(trainer.parts.cost.sites)
-    metrics = trainer.update_backbone(prepared(trainer), np.ones((1, sites), bool), np.zeros(1000, np.int64))
-    assert metrics["train/output_kd"] > 0
+    trainer.update_backbone(prepared(trainer), np.ones((1, sites), bool), np.zeros(1000, np.int64))
+    trainer.readout.read()
+    assert trainer.readout.metrics["train/output_kd"] > 0
     with pytest.raises(InputError, match="teacher.pretrained=.*: another architecture"):
         build(small_config("dit", teacher={"pretrained": str(other)}))
 

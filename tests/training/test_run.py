@@ -218,7 +218,7 @@ def test_bad_input_is_one_line_through_the_launcher_too(tmp_path):
 
 @pytest.mark.parametrize("case, code, message", [
     ("shape", 2, "do not fit the backbone"), ("no sites", 2, "a UNet2DModel has no sites"),
-    ("overflow", 1, "at step 1: stopped before the optimizer step"),
+    ("overflow", 1, "at step 1: stopped; "),
 ])
 def test_errors_of_models_and_data(small_config, tmp_path, case, code, message):
     save_latents(tmp_path / "latents", (1, 4, 4) if case == "shape" else (1, 8, 8))

@@ -42,8 +42,9 @@ def noted(function, trainer, calls):
 @pytest.mark.parametrize("changes, scaled, searching", [
     ({"train": {"ema_decay": 0.9}}, False, True), ({"train": {"ema_decay": 0.9}}, False, False),
     ({"train": {"schedule": "two_stage"}}, False, True), ({"train": {"gradient_accumulation": 2}}, True, True),
+    ({"validate": {"every": 2, "labels": [1, 2]}, "train": {"ema_decay": 0.9}}, False, True),
     ({"lora": {"rank": 2}, "optim": {"lr_schedule": "cosine", "warmup_steps": 2}}, False, True),
-], ids=["search", "tuning", "two stages", "scaled micro-batches", "lora"])
+], ids=["search", "tuning", "two stages", "scaled micro-batches", "images", "lora"])
 def test_a_trial_changes_nothing(small_config, tmp_path, changes, scaled, searching):
     trainer = make_trainer(small_config("dit", optim={"weight_decay": 0.5, **changes.pop("optim", {})}, **changes),
                            tmp_path)
@@ -59,7 +60,9 @@ def test_a_trial_changes_nothing(small_config, tmp_path, changes, scaled, search
     joint = [] if changes.get("train", {}).get("schedule") else ["update_backbone"]
     assert [name for name, _ in updates] == [*(["update_hypernetwork", *joint] if searching else []), "update_backbone"]
     assert {held for _, held in updates} == {len(trainer.parameters)}  # AdamW's averages are counted in every peak
-    assert list(peaks) == (["search", "tuning"] if searching else ["tuning"])
+    drawn = ["validation images"] if "validate" in changes else []
+    assert list(peaks) == [*(["search"] if searching else []), "tuning", *drawn]
+    assert not (tmp_path / "run/samples").exists()
     assert "of one iteration, measured:" in describe_memory(trainer, peaks)
 
 
@@ -76,6 +79,18 @@ def test_what_does_not_fit_is_one_line(small_config, tmp_path, monkeypatch, erro
     monkeypatch.setattr(trainer, "update_backbone", too_much)
     with pytest.raises(InputError, match="train.batch_size=8: 8 samples at once do not fit into the .* GiB of main "
                                          "memory: set backbone.gradient_checkpointing=true, .*accumulation, .*bf16"):
+        measure_memory(trainer, True)
+
+
+def test_validation_images_that_do_not_fit_are_one_line(small_config, tmp_path, monkeypatch):
+    trainer = make_trainer(small_config("dit", validate={"every": 2, "labels": [1]}), tmp_path)
+
+    def too_much(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(trainer.validator, "images", too_much)
+    with pytest.raises(InputError, match="validate.every=2: validation images do not fit into the .* GiB of main "
+                                         "memory beside the training: set validate.every=null, or give fewer"):
         measure_memory(trainer, True)
 
 

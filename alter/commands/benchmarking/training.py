@@ -121,6 +121,8 @@ def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs
             trainer.current_masks()
             if way == "dense":
                 prepared = trainer._prepare({**raw} for _ in itertools.count())
+        else:
+            trainer.readout.read()
         if way == "ours":
             trainer.update_backbone(prepared, *masks)
         else:

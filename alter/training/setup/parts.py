@@ -27,6 +27,7 @@ from ...backbones.sampling import sample_latents
 from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
 from ...common.config import Config
+from ...common.device import to_device
 from ...common.errors import InputError
 from ...data.base import Source
 from ...data.batches import Fit
@@ -120,11 +121,13 @@ class Parts:
             return batch["latents"]
         if "moments" in batch:
             mean, std = batch["moments"].chunk(2, dim=1)
-            return mean if posterior is None else mean + std * posterior(tuple(mean.shape[1:])).to(mean)
+            return mean if posterior is None else mean + std * to_device(
+                posterior(tuple(mean.shape[1:])), mean.device).to(mean.dtype)
         assert self.vae is not None
         pipe = self.conditioner.pipe if self.conditioner else SimpleNamespace(vae=self.vae)
         mean, std = encode(pipe, batch["images"])
-        return mean if posterior is None else mean + std * posterior(tuple(mean.shape[1:])).to(mean)
+        return mean if posterior is None else mean + std * to_device(
+            posterior(tuple(mean.shape[1:])), mean.device)
 
     def draw(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int,
              batch_size: int = 250) -> Tensor:
@@ -163,15 +166,15 @@ class Parts:
         batch: has "labels" long [B], "captions" (a list of B) or "encoder_hidden_states" [B, tokens, D].
         """
         if "labels" in batch:
-            dropped = dropped.to(batch["labels"].device)
+            dropped = to_device(dropped, batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
             assert self.conditioner is not None
             return self.conditioner(batch["captions"], dropped).arguments()
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
-        empty = self.source.empty_text.to(text)
-        return {"encoder_hidden_states": torch.where(dropped.to(text.device)[:, None, None], empty, text)}
+        empty = to_device(self.source.empty_text, text.device).to(text.dtype)
+        return {"encoder_hidden_states": torch.where(to_device(dropped, text.device)[:, None, None], empty, text)}
 
 
 def build(config: Config, processes: int = 1, device: torch.device | str = "cpu",
