@@ -54,7 +54,7 @@ def _statistics(vae: Any) -> tuple[Any, Any]:
     factor = config.get("scaling_factor") or 1.0
     if hasattr(vae, "bn"):  # FLUX.2
         return vae.bn.running_mean, torch.sqrt(vae.bn.running_var.float() + config.batch_norm_eps)
-    if isinstance(getattr(vae, "latents_mean", None), Tensor):  # LTX-Video
+    if "latents_mean" in vae._buffers:  # LTX-Video
         return vae.latents_mean, vae.latents_std / factor
     if config.get("latents_mean") is not None:
         return config.latents_mean, torch.tensor(config.latents_std) / factor

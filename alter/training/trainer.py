@@ -339,7 +339,7 @@ class Trainer:
         if batch.teacher_pred is not None:
             terms["output_kd"] = losses.mse_per_sample(pred, batch.teacher_pred)
             terms["feature_kd"] = losses.feature_kd(features, batch.teacher_features, loss.feature_kd_outliers)
-        weight_B = 1 if self.weight_T is None else self.weight_T[batch.rows.to(pred.device)]
+        weight_B = 1 if self.weight_T is None else self.weight_T[to_device(batch.rows, pred.device)]
         return {name: (term * weight_B).mean() for name, term in terms.items()}
 
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
