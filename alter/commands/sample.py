@@ -6,6 +6,7 @@ arguments, it draws what is missing.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
                 if name not in ("prompts", "num", "batch", "out")}
+    settings |= {"run": str(arguments.run.resolve()), "experts": _experts_digest(arguments.run)}  # latest may move
     _check_manifest(out / "manifest.json", settings, images)
     pipe = _load(arguments).to(state.device)
     if getattr(pipe, "safety_checker", None) is not None:
@@ -117,6 +119,12 @@ def _load(arguments: argparse.Namespace) -> Any:
     if arguments.steps > most:
         raise InputError(f"--steps {arguments.steps}: the model has {most} timesteps: choose at most that")
     return pipe
+
+
+def _experts_digest(run: Path) -> str | None:
+    """Of the experts.json of a run or a pipeline folder; None without one."""
+    file = next((file for file in (run / "final/experts.json", run / "experts.json") if file.is_file()), None)
+    return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _check(arguments: argparse.Namespace) -> None:

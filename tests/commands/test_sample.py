@@ -101,6 +101,23 @@ def test_dense_images_differ_and_another_setting_is_not_mixed_in(folder, draw):
     assert code == 2 and "was drawn with dense=True, not False" in error
 
 
+def test_images_of_a_run_that_latest_meant_before_are_not_mixed_in(folder, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(folder / "run", tmp_path / name)
+    arguments = ["sample", "--run", str(tmp_path / "latest"), "--prompts", str(folder / "prompts.txt"), "--num", "1",
+                 "--steps", "2", "--out", str(tmp_path / "out")]
+    (tmp_path / "latest").symlink_to("first")
+    assert main(arguments) == main(arguments) == 0
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("second")
+    assert main(arguments) == 2  # another folder
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("first")
+    file = tmp_path / "first/final/experts.json"
+    file.write_text(file.read_text().replace("0", "1", 1))
+    assert main(arguments) == 2  # trained again in the same one
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--labels", "3"], "a StableDiffusionPipeline takes --prompts"),
     (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt: no such file"),
