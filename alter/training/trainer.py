@@ -166,10 +166,9 @@ class Trainer:
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
         searching = self.experts is None
         batches = self._prepare(micro_batches)
-        metrics: dict[str, float] = {}
+        metrics = {"search/target": self.target()} if searching else {}
         if searching:
             self.update_hypernetwork(batches)
-            metrics["search/target"] = self.target()
         else:
             self.readout.read()
         masks = self.freeze() if searching and self.step + 1 == self.config.train.t_end else self.current_masks()
@@ -346,5 +345,5 @@ class Trainer:
         if self.backbone_update.scaler.is_enabled():
             metrics["loss_scale"] = self.backbone_update.scaler.get_scale()
         rates = {"backbone_lr": self.backbone_update.lr, "hypernetwork_lr": self.hyper_update.lr}
-        metrics = {**self.readout.metrics, **metrics, **self.readout.counts, "seconds_per_step": seconds, **rates}
-        self.journal.metrics(self.step, metrics, bar)
+        found = {**self.readout.metrics, **metrics, **self.readout.counts}
+        self.journal.metrics(self.step, {**found, "seconds_per_step": seconds, **rates}, bar)
