@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_unet, save_stable_diffusion
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from helpers import draw, experts_for
 from helpers import load_quietly as load
 
@@ -18,6 +18,18 @@ from alter.backbones.gates import HardRows, Simulator
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_stable_diffusion(tmp_path_factory.mktemp("sd") / "pipe")
+
+
+@pytest.fixture(scope="module")
+def small(folder, tmp_path_factory):
+    """The same with a UNet of two levels, of which dynamo traces the whole."""
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4, norm_num_groups=4)
+    place = tmp_path_factory.mktemp("small") / "pipe"
+    load(folder, unet=unet).save_pretrained(place)
+    return place
 
 
 @pytest.fixture(autouse=True)
@@ -129,9 +141,10 @@ def test_gradients_through_compiled_layers_that_are_recomputed():
 
 @pytest.mark.parametrize("order", ["compile first", *(
     pytest.param(order, marks=pytest.mark.slow) for order in ("apply first", "in place"))])
-def test_a_backbone_that_the_user_compiles(folder, order):
+def test_a_backbone_that_the_user_compiles(small, order):
     """Traced by dynamo and run by its eager backend: the same images, and later steps compile nothing."""
-    experts, eager, pipe = experts_for(load(folder).unet, 16), load(folder), load(folder)
+    experts, eager, pipe = experts_for(load(small).unet, 16), load(small), load(small)
+    assert len(np.unique(experts.mask_EL, axis=0)) == 3
     experts.apply(eager)
     if order == "compile first":
         pipe.unet = torch.compile(pipe.unet, backend="eager")

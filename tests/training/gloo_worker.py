@@ -12,8 +12,7 @@ from alter.training.setup.parts import build
 from alter.training.trainer import Trainer
 
 
-def main(config_file: str, output: str, dtype: str) -> None:
-    torch.set_num_threads(1)
+def main(config_file: str | Path, output: str | Path, dtype: str) -> None:
     config = load_config(config_file)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     parts = build(config, accelerator.num_processes)
@@ -31,4 +30,5 @@ def main(config_file: str, output: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -220,7 +220,7 @@ def test_bad_input_is_one_line_through_the_launcher_too(tmp_path):
     ("shape", 2, "do not fit the backbone"), ("no sites", 2, "a UNet2DModel has no sites"),
     ("overflow", 1, "at step 1: stopped before the optimizer step"),
 ])
-def test_errors_of_models_and_data_through_the_launcher(small_config, tmp_path, case, code, message):
+def test_errors_of_models_and_data(small_config, tmp_path, case, code, message):
     save_latents(tmp_path / "latents", (1, 4, 4) if case == "shape" else (1, 8, 8))
     changes = {"data": {"source": "latents", "path": "latents"}}
     if case == "overflow":
@@ -231,7 +231,7 @@ def test_errors_of_models_and_data_through_the_launcher(small_config, tmp_path, 
         (tmp_path / "other/unet/config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
         changes["backbone"] = {"pretrained": "other"}
     save_config(small_config("dit", **changes), tmp_path / "bad.yaml")
-    result = launcher("--config", "bad.yaml", cwd=tmp_path)
+    result = script("--config", "bad.yaml", cwd=tmp_path)
     assert result.returncode == code
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last and "Traceback" not in result.stderr
