@@ -5,10 +5,17 @@ diffusers' DiTPipeline takes 1000 for the class that means "no label", and needs
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -29,7 +36,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: DiTTransformer2DModel, scheduler: Any, vae: AutoencoderKL | None = None) -> None:
+    # diffusers 0.36 to 0.38 reads no `|` and, in Python 3.10, no Any.
+    def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin,
+                 vae: Optional[AutoencoderKL] = None) -> None:  # noqa: UP045
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
