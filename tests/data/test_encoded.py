@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import make_dit, make_vae, save_latents, save_pipeline
+from conftest import config_factory, make_dit, make_vae, save_latents, save_pipeline
 from helpers import HANGING, ROOT, free_port
 from safetensors.torch import load_file, save_file
 
@@ -262,10 +263,18 @@ def test_latents_of_another_text_encoder_are_refused(small_config, tmp_path):
         build(encode_config(small_config, "sd", tmp_path, source="latents", path=str(tmp_path / "encoded")))
 
 
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """The captioned shapes, encoded."""
+    folder = tmp_path_factory.mktemp("encoded")
+    run_encode(encode_config(config_factory(folder), "sd", folder), folder / "latents")
+    return folder / "latents"
+
+
 @pytest.mark.parametrize("change", [{"shard_size": 0}, {"num_classes": "x"}, {"scaling_factor": "a"},
                                     {"alter_latents": 2}, {"unreadable": []}, "no empty text", "no JSON"], ids=str)
-def test_a_broken_index_is_one_line(small_config, tmp_path, change):
-    run_encode(encode_config(small_config, "sd", tmp_path), tmp_path / "encoded")
+def test_a_broken_index_is_one_line(encoded, tmp_path, change):
+    shutil.copytree(encoded, tmp_path / "encoded")
     index = tmp_path / "encoded/index.json"
     if change == "no empty text":
         (tmp_path / "encoded/empty_text.safetensors").unlink()

@@ -111,6 +111,11 @@ class _InTurn(torch.nn.Module):
         self.copies = torch.nn.ModuleList(copies.values())
         self.turns = itertools.cycle([copies[expert] for expert in order])
 
+    @property
+    def module(self) -> Any:
+        """What `backbones.family` takes for the backbone, as in other wrappers."""
+        return self.copies[0]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return next(self.turns)(*args, **kwargs)
 
