@@ -6,7 +6,6 @@ from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from diffusers.models.resnet import ResnetBlock2D
 from pipelines import draw, make_pipeline
 from torch import nn
@@ -26,13 +25,17 @@ RETURNS = {
 FIRST_TIMESTEPS = (0, 400, 700, 850)  # of the four experts
 
 
-def make_experts(backbone, component=None):
-    """Four experts, each without every fourth layer; the last, at the noisiest timesteps, without the first layer."""
+def make_experts(backbone, component=None, expert_T=None):
+    """Four experts, each without every fourth layer; the last, at the noisiest timesteps, without the first layer.
+
+    expert_T: which serves each timestep; None: intervals.
+    """
     sites = tuple(site.name for site in find_sites(backbone))
     ones = (1,) * len(sites)
     cost = CostTable(sites, ones, ones, 2 * len(sites), len(sites), backbone_class(backbone).__name__)
     mask_EL = np.array([[(site + expert) % 4 != 3 for site in range(len(sites))] for expert in range(4)])
-    expert_T = np.searchsorted(FIRST_TIMESTEPS, np.arange(1000), side="right") - 1
+    if expert_T is None:
+        expert_T = np.searchsorted(FIRST_TIMESTEPS, np.arange(1000), side="right") - 1
     return TemporalExperts.build(mask_EL, expert_T, cost, 0.6, "total", component=component)
 
 
@@ -122,7 +125,7 @@ def counting(backbone, names):
 
 
 def compare(name, change=lambda pipe: pipe, before=lambda backbone: None, after=lambda backbone: None, component=None,
-            **arguments):
+            expert_T=None, **arguments):
     """A pipeline with experts and one altered by hand draw the same, and otherwise than the dense one, which comes
     back.
 
@@ -132,7 +135,7 @@ def compare(name, change=lambda pipe: pipe, before=lambda backbone: None, after=
     pipe, other = (change(make_pipeline(name)) for _ in range(2))
     component = component or ("unet" if hasattr(pipe, "unet") else "transformer")
     backbone = getattr(pipe, component)
-    experts = make_experts(backbone, None if component in ("unet", "transformer") else component)
+    experts = make_experts(backbone, None if component in ("unet", "transformer") else component, expert_T)
     for each in (pipe, other):
         before(getattr(each, component))
     experts.apply(pipe)
@@ -149,4 +152,4 @@ def compare(name, change=lambda pipe: pipe, before=lambda backbone: None, after=
     before(getattr(dense, component))
     after(getattr(dense, component))
     assert np.array_equal(draw(dense, **arguments), plain)
-    torch.compiler.reset()
+    return pipe

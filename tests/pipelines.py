@@ -1,5 +1,6 @@
 """The real pipelines of diffusers with tiny random components, made without a network."""
 
+import inspect
 import string
 
 import diffusers
@@ -45,7 +46,7 @@ def make_pipeline(name, folder=None):
             part.eval().requires_grad_(False)
     for component in ("unet", "transformer", "transformer_2"):
         if getattr(pipe, component, None) is not None:
-            _randomise(getattr(pipe, component))
+            randomise(getattr(pipe, component))
     pipe.set_progress_bar_config(disable=True)
     if folder is not None:
         pipe.save_pretrained(folder)
@@ -72,6 +73,9 @@ def draw(pipe, prompts=PROMPTS[1], **arguments):
         settings["num_frames"] = 5
     if kind.startswith(("Sana", "PixArt")):
         settings |= {"use_resolution_binning": False, "clean_caption": False}
+    accepted = inspect.signature(pipe.__call__).parameters
+    settings = {key: value for key, value in settings.items() if key in accepted}  # image to image takes no size
+    torch.manual_seed(0)  # SD3's ControlNet encodes its picture without the generator
     prompts = [*prompts] if isinstance(prompts, list) else prompts  # Z-Image changes the list that it is given
     output = pipe(prompt=prompts, **{**settings, **arguments})
     return output.frames if hasattr(output, "frames") else output.images
@@ -101,7 +105,7 @@ def received(pipe, name, prompts, steps=1):
     raise AssertionError(f"{name} took {len(seen)} steps")
 
 
-def _randomise(backbone):
+def randomise(backbone):
     """Every block changes the output; some layers begin at zero."""
     for name, value in backbone.named_parameters():
         if value.dim() > 1:

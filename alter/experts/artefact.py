@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..backbones.cost import CostTable
 from ..backbones.family import COMPONENTS, backbone_class
@@ -21,6 +22,10 @@ from .trim import trim_layers
 
 FILE_NAME = "experts.json"
 FORMAT = 1
+
+
+class NoExperts(InputError):
+    """There is no experts.json where it was looked for."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,15 @@ class TemporalExperts:
         return self.summary()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `experts.json` into `folder`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_text(Path(folder) / FILE_NAME, self._to_json())
+        """Write `experts.json` into `folder`, or into the folder of their component in it."""
+        file = Path(folder) / self._place(self.component)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, self._to_json())
+
+    @staticmethod
+    def _place(component: str | None) -> str:
+        """Of the file, in a pipeline's folder."""
+        return f"{component}/{FILE_NAME}" if component else FILE_NAME
 
     def _to_json(self) -> str:
         measured = {} if self.latency is None else {"latency": {**asdict(self.latency), "time_ratio": self.time_ratio}}
@@ -125,36 +136,51 @@ class TemporalExperts:
         """
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_file(path_or_fileobj=self._to_json().encode(), path_in_repo=FILE_NAME, repo_id=repo_id)
+        return api.upload_file(path_or_fileobj=self._to_json().encode(), path_in_repo=self._place(self.component),
+                               repo_id=repo_id)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None, **hub: Any) -> "TemporalExperts":
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, component: str | None = None,
+                        **hub: Any) -> "TemporalExperts":
         """Read `experts.json` from a folder or, if there is no such folder, from a hub id.
 
         Args:
+            component: the one that they are for, of a pipeline with two backbones; None: the first, or the only one
+                that has experts.
             hub: further arguments of huggingface_hub's `hf_hub_download`, for example `token` or `cache_dir`.
 
         Raises:
+            NoExperts: if there is no such file.
             InputError: naming the field that is missing or wrong.
         """
         if Path(source).is_file():
             raise InputError(f"experts: {source} is a file: name the folder that holds {FILE_NAME}")
-        if Path(source).is_dir():
-            file = Path(source) / FILE_NAME
-            if not file.is_file():
-                raise InputError(f"{source}: holds no {FILE_NAME}: name a folder that training has finished")
-        else:
+        missing = ""
+        for place in (component,) if component else (None, COMPONENTS[-1]):
             try:
-                file = Path(hf_hub_download(str(source), FILE_NAME, revision=revision, **hub))
+                file = _fetch(source, cls._place(place), revision, hub)
+            except EntryNotFoundError as error:
+                missing = missing or str(error).splitlines()[0]
             except (OSError, ValueError) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise InputError(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} "
                                  f"({reason})") from None
+            else:
+                return cls._read(file, place)
+        if Path(source).is_dir():
+            raise NoExperts(f"{source}: holds no {cls._place(component)}: name a folder that training has finished")
+        raise NoExperts(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} ({missing})")
+
+    @classmethod
+    def _read(cls, file: Path, component: str | None) -> "TemporalExperts":
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{file}: not valid JSON ({error})") from None
-        return cls._parse(file, content)
+        experts = cls._parse(file, content)
+        if component not in (None, experts.component):
+            raise InputError(f"{file}: component: found {experts.component!r}, and the folder is that of {component}")
+        return experts
 
     @classmethod
     def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
@@ -268,6 +294,15 @@ class TemporalExperts:
             raise refuse("component", f"expected one of {', '.join(COMPONENTS)}")
         return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
                    averaged and tuple(averaged), latency, backbone, component)
+
+
+def _fetch(source: str | Path, name: str, revision: str | None, hub: dict[str, Any]) -> Path:
+    """A file of a folder or a hub id; raises EntryNotFoundError if it is not there."""
+    if not Path(source).is_dir():
+        return Path(hf_hub_download(str(source), name, revision=revision, **hub))
+    if not (Path(source) / name).is_file():
+        raise LocalEntryNotFoundError(f"{source} holds no {name}")
+    return Path(source) / name
 
 
 def _compact(content: dict[str, Any]) -> str:

@@ -1,13 +1,16 @@
 """Loading what alter saved."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from torch import nn
 
+from ..backbones.family import COMPONENTS
 from ..backbones.pretrained import absent_parts
 from ..common.errors import InputError
-from .artefact import TemporalExperts
+from .artefact import NoExperts, TemporalExperts
 from .pipeline import ClassConditionalPipeline
 
 _FROM_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -16,7 +19,7 @@ _IMAGENET = 1000  # its null class
 
 
 def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
-    """A pipeline with an `experts.json`, with its experts applied.
+    """A pipeline with an `experts.json`, with its experts applied; those of its second backbone too, if it has some.
 
     Args:
         source: a folder or a hub id.
@@ -25,9 +28,16 @@ def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
     Raises:
         InputError: if there is no `experts.json`, or it does not fit the backbone.
     """
-    experts = TemporalExperts.from_pretrained(source, **_hub(kwargs))
+    hub = _hub(kwargs)
+    found = [TemporalExperts.from_pretrained(source, **hub)]
     pipe = load_dense(source, **kwargs)
-    experts.apply(pipe)
+    backbones = [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
+    for component in backbones[1:]:
+        if component != found[0].component:
+            with contextlib.suppress(NoExperts):
+                found.append(TemporalExperts.from_pretrained(source, component=component, **hub))
+    for experts in found:
+        experts.apply(pipe)
     return pipe
 
 
