@@ -4,6 +4,7 @@ All else that a pipeline tells its backbone (text states, pooled text, masks, id
 conditioning, which passes unchanged.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
@@ -25,41 +26,54 @@ class Family:
 
     Attributes:
         noise_level: the timestep is the noise level sigma in [0, 1], not a training timestep in [0, T].
-        reversed: it counts from pure noise to the clean image.
+        reversed: it counts from pure noise to the clean image. scale: it is multiplied by this.
         sign: of the output, against what the scheduler steps with.
         listed: inputs and outputs are lists of samples [C, 1, h, w].
         batched: blocks have the batch on their first axis, so that layers can run on some samples alone.
+        unknown: why its timestep does not tell the training timestep, by which experts are chosen.
     """
 
     noise_level: bool = False
     reversed: bool = False
+    scale: float = 1.0
     sign: int = 1
     listed: bool = False
     batched: bool = True
+    unknown: str = ""
 
     def training(self, value: float, count: int) -> float:
         """The training timestep, of `count`, that the backbone's `value` stands for; a flow's has fractions."""
-        timestep = value * count if self.noise_level else value
+        timestep = value / self.scale * count if self.noise_level else value / self.scale
         return count - timestep if self.reversed else timestep
 
     def value(self, timesteps: Tensor) -> Tensor:
         """The inverse, of timesteps [B], of 1000 as every pipeline of such families counts."""
         timesteps = 1000 - timesteps if self.reversed else timesteps
-        return timesteps.float() / 1000 if self.noise_level else timesteps
+        timesteps = timesteps.float() / 1000 if self.noise_level else timesteps
+        return timesteps if self.scale == 1 else timesteps * self.scale
 
 
 _SIGMA = Family(noise_level=True)
 _TO_CLEAN = Family(noise_level=True, reversed=True, sign=-1)
+_EDM = Family(unknown="it is told noise in EDM's units")
 FAMILIES = {
     **dict.fromkeys(
-        ("AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
-         "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
-         "OvisImageTransformer2DModel", "PRXTransformer2DModel", "QwenImageTransformer2DModel"), _SIGMA),
+        ("AceStepTransformer1DModel", "AuraFlowTransformer2DModel", "BriaFibo2Transformer2DModel",
+         "ChromaTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel", "FluxTransformer2DModel",
+         "Krea2Transformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel",
+         "PRXTransformer2DModel", "QwenImage21Transformer2DModel", "QwenImageTransformer2DModel"), _SIGMA),
     **dict.fromkeys(
         ("Ideogram4Transformer2DModel", "Lumina2Transformer2DModel", "LuminaNextDiT2DModel"), _TO_CLEAN),
-    "ZImageTransformer2DModel": Family(noise_level=True, reversed=True, sign=-1, listed=True),
-    "MochiTransformer3DModel": Family(reversed=True),
+    **dict.fromkeys(("CosmosTransformer3DModel", "StableAudioDiTModel"), _EDM),
     "ErnieImageTransformer2DModel": Family(batched=False),
+    "HiDreamImageTransformer2DModel": Family(sign=-1),
+    "LongCatAudioDiTTransformer": Family(noise_level=True, reversed=True),
+    "MiniMaxH3Transformer3DModel": Family(unknown="its timesteps are those of a sequence, not one of each sample"),
+    "MochiTransformer3DModel": Family(reversed=True),
+    "NucleusMoEImageTransformer2DModel": Family(noise_level=True, sign=-1),
+    "OmniGenTransformer2DModel": Family(noise_level=True, reversed=True),
+    "SanaWMTransformer3DModel": Family(sign=-1),
+    "ZImageTransformer2DModel": Family(noise_level=True, reversed=True, sign=-1, listed=True),
 }
 
 
@@ -72,8 +86,11 @@ def backbone_class(backbone: Any) -> Any:
 
 
 def family_of(backbone: Any) -> Family:
-    """By the name of its class."""
-    return FAMILIES.get(backbone_class(backbone).__name__, Family())
+    """By the name of its class, and by its configuration."""
+    family, config = FAMILIES.get(backbone_class(backbone).__name__, Family()), backbone.config
+    if config.get("zero_cond_t") or config.get("causal_condition"):  # Qwen-Image-Edit: further rows for time 0
+        family = dataclasses.replace(family, batched=False)
+    return dataclasses.replace(family, scale=config.get("timestep_scale") or 1.0)
 
 
 @functools.cache
@@ -106,8 +123,7 @@ def predict(backbone: Any, noisy_latents: Tensor, timesteps: Tensor, conditionin
 
     Returns: as `noisy_latents`; with twice the channels where the backbone learns the variance.
     """
-    cls = backbone_class(backbone)
-    family = FAMILIES.get(cls.__name__, Family())
+    cls, family = backbone_class(backbone), family_of(getattr(backbone, "module", backbone))
     dtype = floating_dtype(backbone)
 
     def cast(value: Tensor) -> Tensor:

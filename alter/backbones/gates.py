@@ -34,8 +34,8 @@ class SoftRows:
     def gate(self, index: int, site: Site, layer: Callable, args: tuple, kwargs: dict[str, Any]) -> _Streams:
         mask_B = self.mask_BL[:, index]
 
-        def blend(around: Tensor, output: Tensor | None) -> Any:
-            if output is None:  # a stream that ends in this layer
+        def blend(around: Tensor | None, output: Tensor | None) -> Any:
+            if output is None or around is None:  # a stream that ends in this layer, or is not there
                 return None
             dtype = torch.promote_types(around.dtype, output.dtype)
             mask = mask_B.repeat_interleave(_rows_each(site, around, len(mask_B)))
@@ -68,17 +68,17 @@ class HardRows:
         around = site.bypass(args, kwargs)
         if kept is False:
             return around
-        _check_distinct(site, around, self.batch, (args, kwargs))
+        _check_distinct(site, around, self.batch, {**dict(zip(site.arguments, args, strict=False)), **kwargs})
         rows = {self.batch: kept}  # by the length of what they are taken of
-        for stream in around:
+        for stream in (stream for stream in around if stream is not None):
             each = _rows_each(site, stream, self.batch)  # several rows a sample: the frames of a video
             rows[len(stream)] = (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
 
         def select(value: Tensor) -> Tensor:
             return value.index_select(0, rows[len(value)]) if value.dim() > 0 and len(value) in rows else value
 
-        def scatter(around: Tensor, output: Tensor | None) -> Any:
-            if output is None:
+        def scatter(around: Tensor | None, output: Tensor | None) -> Any:
+            if output is None or around is None:
                 return None
             dtype = torch.promote_types(around.dtype, output.dtype)
             return around.to(dtype).index_copy(0, rows[len(around)], output.to(dtype))
@@ -290,7 +290,7 @@ def _rows_each(site: Site, stream: Tensor, batch: int) -> int:
 
 def _check_distinct(site: Site, around: _Streams, batch: int, given: Any) -> None:
     """Refuse a batch as large as the number of tokens where positions, one a token, could be taken for samples."""
-    tokens = [stream.shape[1] for stream in around if stream.dim() == 3]
+    tokens = [stream.shape[1] for stream in around if stream is not None and stream.dim() == 3]
     if batch not in {*tokens, sum(tokens)}:
         return
     for path, value in tree_flatten_with_path(given)[0]:

@@ -39,12 +39,14 @@ class Site:
         channels: C of its output [B, C, H, W], for a UNet's resnet; None for a layer of tokens.
         streams: name and place of the arguments that it returns, in this order; several are returned as a tuple.
         batched: the batch is on their first axis, so that the layer can run on some samples alone.
+        arguments: the names of all that it takes.
     """
 
     name: str
     channels: int | None
     streams: tuple[tuple[str, int], ...] = (("hidden_states", 0),)
     batched: bool = True
+    arguments: tuple[str, ...] = ()
 
     def bypass(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """x_in of every stream, the layer's output when it is skipped; of a resnet its first channels."""
@@ -88,7 +90,10 @@ def find_sites(backbone: nn.Module, field: str = "backbone.pretrained") -> tuple
     Raises:
         InputError: about `field`, if it has no prunable layer.
     """
-    sites = _unet_sites(backbone) if isinstance(backbone, UNet2DConditionModel) else _block_sites(backbone)
+    is_unet = "UNet" in backbone_class(backbone).__name__
+    sites = [] if is_unet else _block_sites(backbone)
+    if isinstance(backbone, UNet2DConditionModel):
+        sites = _unet_sites(backbone)
     if not sites:
         raise InputError(f"{field}: this {type(backbone).__name__} has no layers known to be prunable (a transformer's "
                          "blocks that return what they were given, changed): use another backbone")
@@ -142,7 +147,7 @@ def _block_sites(backbone: nn.Module) -> list[Site]:
                 if isinstance(block, Removed):
                     sites.append(block.site)
                 elif streams := _streams(backbone_class(block)):
-                    sites.append(Site(path, None, streams, batched))
+                    sites.append(Site(path, None, streams, batched, parameters(backbone_class(block))))
     return sites
 
 

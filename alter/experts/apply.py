@@ -89,7 +89,10 @@ def check_fit(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray,
     Raises:
         InputError: for another backbone's experts, or if one runs a layer that this one was trimmed of.
     """
-    sites = named_sites(backbone, names)
+    sites, unknown = named_sites(backbone, names), family_of(backbone).unknown
+    if unknown:
+        raise InputError(f"experts: a {backbone_class(backbone).__name__} cannot be served: {unknown}, by which no "
+                         "expert can be chosen")
     check_runnable(backbone, sites, mask_EL, np.unique(expert_T).tolist())
     return sites
 
