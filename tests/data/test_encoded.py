@@ -183,9 +183,8 @@ def test_two_processes_share_the_shards_through_the_script(small_config, tmp_pat
     config = encode_config(small_config, "dit", tmp_path)
     run_encode(config, tmp_path / "one")
     save_config(config, tmp_path / "config.yaml")
-    script = ROOT / "scripts/encode_latents.py"
-    command = [sys.executable, str(script), "--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "two"),
-               "--shard-size", "10", "--batch", "4"]
+    command = [sys.executable, ROOT / "scripts/encode_latents.py", "--config", tmp_path / "config.yaml", "--out",
+               tmp_path / "two", "--shard-size", "10", "--batch", "4"]
     port = free_port()
     workers = [subprocess.Popen(command, env={
         **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -265,9 +264,8 @@ def test_latents_of_another_text_encoder_are_refused(small_config, tmp_path):
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory):
-    """The captioned shapes, encoded."""
     folder = tmp_path_factory.mktemp("encoded")
-    run_encode(encode_config(config_factory(folder), "sd", folder), folder / "latents")
+    run_encode(config_factory(folder)("sd"), folder / "latents")
     return folder / "latents"
 
 
@@ -277,7 +275,7 @@ def test_a_broken_index_is_one_line(encoded, tmp_path, change):
     shutil.copytree(encoded, tmp_path / "encoded")
     index = tmp_path / "encoded/index.json"
     if change == "no empty text":
-        (tmp_path / "encoded/empty_text.safetensors").unlink()
+        index.with_name("empty_text.safetensors").unlink()
     else:
         index.write_text("{" if change == "no JSON" else json.dumps({**json.loads(index.read_text()), **change}))
     with pytest.raises(InputError, match="data.path: .*index.json") as caught:

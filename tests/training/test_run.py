@@ -164,7 +164,7 @@ def test_a_folder_with_another_kind_of_model(small_config, tmp_path):
     folder = tmp_path / "other/unet"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(InputError, match="a UNet2DModel has no sites"):
+    with pytest.raises(InputError, match="a UNet2DModel is no backbone that"):
         train(small_config("dit", backbone={"pretrained": str(tmp_path / "other")}))
 
 
@@ -217,7 +217,7 @@ def test_bad_input_is_one_line_through_the_launcher_too(tmp_path):
 
 
 @pytest.mark.parametrize("case, code, message", [
-    ("shape", 2, "do not fit the backbone"), ("no sites", 2, "a UNet2DModel has no sites"),
+    ("shape", 2, "do not fit the backbone"), ("no sites", 2, "a UNet2DModel is no backbone that"),
     ("overflow", 1, "at step 1: stopped; "),
 ])
 def test_errors_of_models_and_data(small_config, tmp_path, case, code, message):
