@@ -123,9 +123,10 @@ def image_tokens(shape: tuple[int, ...], patch: Any) -> int:
 
 
 def tokens_of(folder: Path, resolution: int | None) -> int:
-    """`image_tokens` of a pipeline's folder; resolution: in pixels, None: the size for which the backbone was made."""
+    """`image_tokens` of a pipeline's folder; resolution: in pixels; None: the backbone's own, or 1024."""
     backbone = read_config(folder / component_of(folder)[1] / "config.json")
-    size = backbone["sample_size"] if resolution is None else latent_size(folder, resolution)
+    size = backbone.get("sample_size") if resolution is None else None
+    size = size if isinstance(size, int) else latent_size(folder, resolution or 1024)
     return image_tokens((backbone["in_channels"], size, size), backbone.get("patch_size"))
 
 
