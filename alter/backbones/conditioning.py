@@ -192,11 +192,20 @@ def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"backbone.pretrained: {folder}: its pipeline cannot be loaded "
                          f"({' '.join(str(error).split())[:300]})") from None
-    for part in pipe.components.values():
+    for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
+        if name.startswith("tokenizer") and part is not None:
+            _check_vocabulary(folder, name, part, getattr(pipe, name.replace("tokenizer", "text_encoder"), None))
     pipe.set_progress_bar_config(disable=True)
     return pipe, hollows[component]
+
+
+def _check_vocabulary(folder: Path, name: str, tokenizer: Any, encoder: Any) -> None:
+    known = encoder and (getattr(encoder.config, "vocab_size", None) or encoder.config.get_text_config().vocab_size)
+    if known and len(tokenizer) > known:
+        raise InputError(f"{folder / name}: {len(tokenizer)} tokens do not fit the text encoder's vocab_size={known}: "
+                         "use the tokenizer it was trained with")
 
 
 def hollow(cls: Any, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Backbone:

@@ -145,7 +145,8 @@ def test_one_caption_of_several_is_drawn_and_too_long_ones_are_counted(small_con
     assert summary["truncated_prompts"] == 6 * 8 and summary["output_error"] is None
     pipe = pipeline(config.backbone.pretrained)
     expected = pipe.encode_prompt([long], "cpu", 1, False)[0]
-    assert torch.equal(build(config).text([long]), expected)
+    told = build(config).conditioning({"captions": [long]}, torch.tensor([False]))
+    assert torch.equal(told["encoder_hidden_states"], expected)
 
 
 def test_unreadable_images_are_skipped_counted_named_and_bounded(small_config, tmp_path):
