@@ -15,7 +15,8 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from ..common.config import FlowConfig
 from ..common.errors import InputError
 from ..method.noising import PREDICTION_TYPES, Betas, Flow, Noising
-from .pretrained import component_of, latent_size, read_config
+from .inputs import latent_shape
+from .pretrained import latent_size, meta_backbone, read_config
 
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # What most pipelines of flows hand to `set_timesteps` as sigmas: 1, (n-1)/n, ..., 1/n, in one of two spellings.
@@ -123,11 +124,14 @@ def image_tokens(shape: tuple[int, ...], patch: Any) -> int:
 
 
 def tokens_of(folder: Path, resolution: int | None) -> int:
-    """`image_tokens` of a pipeline's folder; resolution: in pixels; None: the backbone's own, or 1024."""
-    backbone = read_config(folder / component_of(folder)[1] / "config.json")
-    size = backbone.get("sample_size") if resolution is None else None
-    size = size if isinstance(size, int) else latent_size(folder, resolution or 1024)
-    return image_tokens((backbone["in_channels"], size, size), backbone.get("patch_size"))
+    """`image_tokens` of a pipeline's folder.
+
+    resolution: in pixels; None: the size for which the backbone was made, or else 1024.
+    """
+    backbone: Any = meta_backbone(folder)
+    made_for = backbone.config.get("sample_size") if resolution is None else None
+    size = made_for if isinstance(made_for, int) else latent_size(folder, resolution or 1024)
+    return image_tokens(latent_shape(backbone, size), backbone.config.get("patch_size"))
 
 
 def own_shift(config: Mapping[str, Any], tokens: int) -> float:
