@@ -38,7 +38,8 @@ class SoftRows:
             if output is None or around is None:  # a stream that ends in this layer, or is not there
                 return None
             dtype = torch.promote_types(around.dtype, output.dtype)
-            mask = mask_B.repeat_interleave(_rows_each(site, around, len(mask_B)))
+            each = _rows_each(site, around, len(mask_B))
+            mask = mask_B.repeat_interleave(each) if each > 1 else mask_B
             return torch.lerp(around.to(dtype), output.to(dtype), mask.view(-1, *[1] * (output.dim() - 1)).to(dtype))
 
         return tuple(map(blend, site.bypass(args, kwargs), layer(*args, **kwargs)))
@@ -71,8 +72,9 @@ class HardRows:
         _check_distinct(site, around, self.batch, {**dict(zip(site.arguments, args, strict=False)), **kwargs})
         rows = {self.batch: kept}  # by the length of what they are taken of
         for stream in (stream for stream in around if stream is not None):
-            each = _rows_each(site, stream, self.batch)  # several rows a sample: the frames of a video
-            rows[len(stream)] = (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
+            each = _rows_each(site, stream, self.batch)
+            if each > 1:  # the frames of a video
+                rows[len(stream)] = (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
 
         def select(value: Tensor) -> Tensor:
             return value.index_select(0, rows[len(value)]) if value.dim() > 0 and len(value) in rows else value
