@@ -1,7 +1,8 @@
 """Experts in the pipelines of each family, against copies whose layers were removed by hand."""
 
+import numpy as np
 import pytest
-from by_hand import compare
+from by_hand import compare, make_experts
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -11,7 +12,9 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from pipelines import PIPELINES, PROMPTS
+from pipelines import PIPELINES, PROMPTS, draw, make_pipeline
+
+from alter import load_pipeline
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -19,7 +22,21 @@ def test_text_to_image_or_video(name):
     compare(name, num_inference_steps=4)
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen", "wan", "z_image", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "qwen", "z_image"))])
+def test_a_saved_pipeline_loads_with_its_experts(name, tmp_path):
+    """Also Stable Diffusion 3 without its third text encoder, which diffusers itself does not load so."""
+    pipe = make_pipeline(name, tmp_path)
+    experts = make_experts(pipe.transformer)
+    experts.save_pretrained(tmp_path)
+    experts.apply(pipe)
+    loaded = load_pipeline(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe) and np.array_equal(draw(loaded), draw(pipe))
+
+
+@pytest.mark.parametrize("name", ["qwen", "wan", "sdxl", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "z_image"))])
 def test_batches_and_guidance(name):
     guidance = {"true_cfg_scale": 3.0, "negative_prompt": "a"} if name == "qwen" else {"guidance_scale": 3.0}
     compare(name, prompts=PROMPTS, num_inference_steps=4, **guidance)
@@ -37,7 +54,7 @@ BETAS = [DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
 
 
 @pytest.mark.parametrize("scheduler", BETAS)
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_schedulers_of_betas(name, scheduler):
     compare(name, _with(scheduler), num_inference_steps=4)
 
@@ -56,6 +73,8 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("name, scheduler, options", [(name, *each) for name, many in FLOWS.items() for each in many])
+@pytest.mark.parametrize("name, scheduler, options", [
+    pytest.param(name, *each, marks=[] if name == "sd3" else pytest.mark.slow)
+    for name, many in FLOWS.items() for each in many])
 def test_schedulers_of_flows(name, scheduler, options):
     compare(name, _with(scheduler, **options), num_inference_steps=4)
