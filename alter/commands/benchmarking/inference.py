@@ -109,6 +109,7 @@ class _InTurn(torch.nn.Module):
     def __init__(self, copies: dict[int, Any], order: list[int]) -> None:
         super().__init__()
         self.copies = torch.nn.ModuleList(copies.values())
+        self.config = copies[order[0]].config
         self.turns = itertools.cycle([copies[expert] for expert in order])
 
     @property
