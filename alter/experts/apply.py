@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -44,9 +44,11 @@ class Applied:
         if installed is not None:
             check_same(installed, mask_EL, expert_T)
             return
-        check_fit(backbone, sites, mask_EL, expert_T)
+        check_caches(backbone, check_fit(backbone, sites, mask_EL, expert_T), mask_EL, expert_T)
         simulator = Simulator(backbone)
         simulator.require_rows(True)
+        if hasattr(backbone, "enable_cache"):
+            backbone.enable_cache = _refuse_cache
         backbone._alter_applied = Installed(mask_EL, expert_T, simulator, _register(
             simulator, _Chooser(simulator, mask_EL, expert_T, target)))
 
@@ -73,6 +75,7 @@ def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray 
     for hook in installed.hooks:
         hook.remove()
     installed.simulator.remove()
+    vars(backbone).pop("enable_cache", None)
     del backbone._alter_applied
 
 
@@ -95,6 +98,36 @@ def check_fit(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray,
                          "expert can be chosen")
     check_runnable(backbone, sites, mask_EL, np.unique(expert_T).tolist())
     return sites
+
+
+def check_caches(backbone: nn.Module, sites: Sequence[Site], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
+    """Refuse experts that skip a layer from which a cache of diffusers takes what it keeps.
+
+    First-block caches compare what their first layer did, and keep what their last one gave. FasterCache wants an
+    output of every attention from before it begins to leave them out.
+    """
+    runs_L, first_L = mask_EL[np.unique(expert_T)].min(axis=0), mask_EL[expert_T[-1]]
+    for index, site in enumerate(sites):
+        for name, hook in _cache_hooks(backbone.get_submodule(site.name)):
+            if ("leader" in name or getattr(hook, "is_tail", False)) and not runs_L[index]:
+                raise InputError(f"experts: one skips {site.name}, which the enabled cache of diffusers ({name}) needs "
+                                 "at every step: call disable_cache, or use experts that all run it")
+            if name.startswith("faster_cache") and not first_L[index] and mask_EL[:, index].any():
+                raise InputError(f"experts: the one of the first step skips {site.name}, of which FasterCache needs an "
+                                 "output: call disable_cache, or use experts of which that one runs it")
+
+
+def _cache_hooks(layer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """diffusers' hooks on a layer and what is in it."""
+    for module in layer.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        yield from registry.hooks.items() if registry is not None else ()
+
+
+def _refuse_cache(*_: Any, **__: Any) -> NoReturn:
+    """In place of a backbone's `enable_cache`, which does not know layers with gates."""
+    raise InputError("experts: a cache of diffusers is enabled before experts are applied: remove them, call "
+                     "enable_cache, and apply them again")
 
 
 @contextmanager
