@@ -19,6 +19,7 @@ from alter.backbones.sites import find_sites
 RETURNS = {
     **dict.fromkeys(("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock",
                      "Flux2TransformerBlock", "QwenImageTransformerBlock"), ("encoder_hidden_states", "hidden_states")),
+    "CogVideoXBlock": ("hidden_states", "encoder_hidden_states"),
     "ZImageTransformerBlock": ("x",),
     "ResnetBlock2D": ("input_tensor",),
 }

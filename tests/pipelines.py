@@ -9,10 +9,12 @@ import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -27,7 +29,7 @@ from alter.training.demo import make_tokenizer
 
 PROMPTS = ["a red circle", "a small green triangle above a blue square"]
 SIZE = {"height": 32, "width": 32}  # of their images, in pixels
-VIDEOS = ("wan", "wan22", "ltx")  # of 5 frames
+VIDEOS = ("wan", "wan22", "ltx", "cogvideox")  # of 5 frames
 _WIDTH = 16  # of text states
 _CLIP = CONFIGS / "models/demo/sd-shapes"
 # What Qwen-Image's pipeline puts around a prompt, of which it drops as many tokens as its own tokenizer makes.
@@ -69,7 +71,7 @@ def draw(pipe, prompts=PROMPTS[1], **arguments):
     """Images or frames of 32 x 32 pixels, from one seed, as an array."""
     settings = {**SIZE, "num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(0)}
     kind = type(pipe).__name__
-    if kind.startswith(("Wan", "LTX")):
+    if kind.startswith(("Wan", "LTX", "CogVideoX")):
         settings["num_frames"] = 5
     if kind.startswith(("Sana", "PixArt")):
         settings |= {"use_resolution_binning": False, "clean_caption": False}
@@ -256,6 +258,18 @@ def _ltx():
                                  text_encoder=_t5(), tokenizer=_word_tokenizer())
 
 
+def _cogvideox():
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=_WIDTH, num_layers=3, sample_width=8, sample_height=8, sample_frames=5, patch_size=2,
+        max_text_seq_length=226)
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, scaling_factor=0.7)
+    return diffusers.CogVideoXPipeline(transformer=transformer, vae=vae, scheduler=CogVideoXDDIMScheduler(),
+                                       text_encoder=_t5(), tokenizer=_word_tokenizer())
+
+
 def _pixart():
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=16, num_layers=3, patch_size=2, attention_head_dim=8, num_attention_heads=2,
@@ -313,6 +327,6 @@ def _sd():
 
 PIPELINES = {
     "sd3": _sd3, "sd3_t5": lambda: _sd3(True), "flux": _flux, "flux2": _flux2, "qwen": _qwen, "wan": _wan,
-    "wan22": lambda: _wan(True), "ltx": _ltx, "pixart": _pixart, "sana": _sana, "z_image": _z_image, "sdxl": _sdxl,
-    "sd": _sd,
+    "wan22": lambda: _wan(True), "ltx": _ltx, "cogvideox": _cogvideox, "pixart": _pixart, "sana": _sana,
+    "z_image": _z_image, "sdxl": _sdxl, "sd": _sd,
 }

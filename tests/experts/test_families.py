@@ -1,7 +1,8 @@
 """Experts in the pipelines of each family, against copies whose layers were removed by hand."""
 
+import numpy as np
 import pytest
-from by_hand import compare
+from by_hand import compare, make_experts
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -11,12 +12,27 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from pipelines import PIPELINES, PROMPTS
+from pipelines import PIPELINES, PROMPTS, draw, make_pipeline
+
+from alter import load_pipeline
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_text_to_image_or_video(name):
     compare(name, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("name", ["sd3", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "qwen", "z_image"))])
+def test_a_saved_pipeline_loads_with_its_experts(name, tmp_path):
+    """Also Stable Diffusion 3 without its third text encoder, which diffusers itself does not load so."""
+    pipe = make_pipeline(name, tmp_path)
+    experts = make_experts(pipe.transformer)
+    experts.save_pretrained(tmp_path)
+    experts.apply(pipe)
+    loaded = load_pipeline(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is type(pipe) and np.array_equal(draw(loaded), draw(pipe))
 
 
 @pytest.mark.parametrize("name", ["sd3", "qwen", "wan", "z_image", "sdxl"])
