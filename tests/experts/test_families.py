@@ -35,7 +35,8 @@ def test_a_saved_pipeline_loads_with_its_experts(name, tmp_path):
     assert type(loaded) is type(pipe) and np.array_equal(draw(loaded), draw(pipe))
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen", "wan", "z_image", "sdxl"])
+@pytest.mark.parametrize("name", ["qwen", "wan", "sdxl", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "z_image"))])
 def test_batches_and_guidance(name):
     guidance = {"true_cfg_scale": 3.0, "negative_prompt": "a"} if name == "qwen" else {"guidance_scale": 3.0}
     compare(name, prompts=PROMPTS, num_inference_steps=4, **guidance)
@@ -53,7 +54,7 @@ BETAS = [DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
 
 
 @pytest.mark.parametrize("scheduler", BETAS)
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_schedulers_of_betas(name, scheduler):
     compare(name, _with(scheduler), num_inference_steps=4)
 
@@ -72,6 +73,8 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("name, scheduler, options", [(name, *each) for name, many in FLOWS.items() for each in many])
+@pytest.mark.parametrize("name, scheduler, options", [
+    pytest.param(name, *each, marks=[] if name == "sd3" else pytest.mark.slow)
+    for name, many in FLOWS.items() for each in many])
 def test_schedulers_of_flows(name, scheduler, options):
     compare(name, _with(scheduler, **options), num_inference_steps=4)

@@ -84,13 +84,15 @@ def lora(backbone):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl", "qwen", "wan", "z_image"])
+@pytest.mark.parametrize("name", ["flux", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "sdxl", "qwen", "wan", "z_image"))])
 def test_adapters_loaded_before_or_after(name, when):
     pytest.importorskip("peft")
     compare(name, **{when: lora})
 
 
-@pytest.mark.parametrize("name", ["flux", "sdxl", "wan"])
+@pytest.mark.parametrize("name", ["flux", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "wan"))])
 def test_a_lora_file_loads_and_unloads_while_experts_are_on(name, tmp_path):
     pytest.importorskip("peft")
     from peft.utils import get_peft_model_state_dict
