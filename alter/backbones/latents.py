@@ -28,14 +28,14 @@ def encode(pipe: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     if images.dim() == 4 and _encodes_videos(vae):
         images = images.unsqueeze(2)
     try:
-        encoded = vae.encode(images)
+        encoded = vae.encode(images, return_dict=False)[0]
     except RuntimeError as error:
         raise InputError(f"data: the {type(vae).__name__} refuses images of {tuple(images.shape)} "
                          f"({' '.join(str(error).split())[:200]}): use the sizes that the pipeline takes") from None
-    if hasattr(encoded, "latent_dist"):
-        mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+    if isinstance(encoded, Tensor):
+        mean, std = encoded.float(), torch.zeros_like(encoded, dtype=torch.float32)
     else:
-        mean, std = encoded.latent.float(), torch.zeros_like(encoded.latent, dtype=torch.float32)
+        mean, std = encoded.mean.float(), encoded.std.float()
     if hasattr(pipe, "_patchify_latents"):  # FLUX.2 normalises patches
         mean, std = pipe._patchify_latents(mean), pipe._patchify_latents(std)
     shift, scale = (torch.as_tensor(value, dtype=torch.float32, device=mean.device) for value in _statistics(vae))

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from pipelines import PIPELINES, PROMPTS, VIDEOS, draw, make_pipeline, received, unguided
 
 from alter import InputError
@@ -43,6 +44,16 @@ def test_latents_are_those_that_the_pipeline_decodes(name):
             found = decoded(pipe, name, mean + ratio * std)
             torch.testing.assert_close(found, expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
     assert (std == 0).all() if name == "sana" else (std > 0).all()
+
+
+def test_the_tiny_autoencoder_has_no_posterior():
+    pipe, images = make_pipeline("sd"), pictures("sd")
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                               num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval().requires_grad_(False)
+    mean, std = encode(pipe, images)
+    expected = pipe.vae.decode(pipe.vae.encode(images).latents).sample / 2 + 0.5
+    torch.testing.assert_close(decoded(pipe, "sd", mean), expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert (std == 0).all()
 
 
 def test_sizes_that_the_autoencoder_refuses():
