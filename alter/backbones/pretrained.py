@@ -15,7 +15,7 @@ from ..common.errors import InputError
 from ..common.files import publish
 from .dit import tie_embedders
 from .family import COMPONENTS, Backbone
-from .inputs import check_supported
+from .inputs import check_supported, is_class_conditional
 from .lora import plain_state
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -181,6 +181,9 @@ def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
     file, channels = folder / "vae" / "config.json", backbone.config.in_channels
     if file.is_file():
         vae = read_config(file)
+        name = vae.get("_class_name", AutoencoderKL.__name__)
+        if is_class_conditional(backbone) and name != AutoencoderKL.__name__:
+            raise InputError(f"{file}: a {name} beside a backbone of classes is not supported: use an AutoencoderKL")
         given = vae.get("latent_channels", vae.get("z_dim", 4))
         if channels not in (given, 4 * given):  # 4: packed by 2 x 2
             raise InputError(f"{file}: latent_channels={given} do not fit the backbone's in_channels={channels}: use "

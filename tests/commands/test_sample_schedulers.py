@@ -1,6 +1,5 @@
 """`alter sample --scheduler`: a scheduler of another noise than the pipeline's own is refused."""
 
-import json
 
 import pytest
 from conftest import make_dit
