@@ -29,7 +29,7 @@ PROMPTS = ["a red circle", "a small green triangle above a blue square"]
 SIZE = {"height": 32, "width": 32}  # of their images, in pixels
 VIDEOS = ("wan", "wan22", "ltx")  # of 5 frames
 _WIDTH = 16  # of text states
-_CLIP = CONFIGS / "models/demo/sd-shapes"
+_CLIP = CONFIGS / "models/demo/sd-shapes/text_encoder"
 # What Qwen-Image's pipeline puts around a prompt, of which it drops as many tokens as its own tokenizer makes.
 _TEMPLATE = ("system user assistant Describe the image by detailing color shape size texture quantity text spatial "
              "relationships of objects and background")
@@ -116,7 +116,7 @@ def randomise(backbone):
 
 def _clip(cls, width):
     """`cls`: CLIPTextModel or CLIPTextModelWithProjection, of text states and pooled text of one width."""
-    config = transformers.CLIPTextConfig.from_pretrained(_CLIP / "text_encoder")
+    config = transformers.CLIPTextConfig.from_pretrained(_CLIP)
     config.hidden_size, config.intermediate_size, config.num_attention_heads = width, 2 * width, 2
     config.projection_dim = width
     return getattr(transformers, cls)(config)
