@@ -22,6 +22,7 @@ from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parame
 from .pretrained import absent_parts, component_of, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
+_SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
 # How a pipeline is told to draw without guidance, in the order of preference; Z-Image counts from 0.
 _UNGUIDED = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
@@ -41,10 +42,17 @@ class Conditioning:
     rows: dict[str, Any]
     shared: dict[str, Any]
 
-    def arguments(self) -> dict[str, Any]:
-        """As the backbone takes them."""
+    def arguments(self, sizes: Tensor | None = None) -> dict[str, Any]:
+        """As the backbone takes them.
+
+        sizes: [B, 4], height and width of the image that each sample was cut from, top and left of the part, for a
+            backbone that is told them (SDXL), in place of those of an image that is drawn.
+        """
         nested: dict[str, Any] = {}
-        for name, value in {**self.shared, **self.rows}.items():
+        rows = dict(self.rows)
+        if sizes is not None and _SIZES in rows:
+            rows[_SIZES] = torch.cat([sizes.to(rows[_SIZES]), rows[_SIZES][:, 4:]], dim=1)
+        for name, value in {**self.shared, **rows}.items():
             place, parts = nested, name.split(".")
             for part in parts[:-1]:
                 place = place.setdefault(part, {})

@@ -61,7 +61,8 @@ class Source(Protocol):
 
     A sample is {"images" float32 [C, H, W] in [-1, 1], "latents" float32 [C, h, w] or "moments" float32 [2C, h, w],
     means and standard deviations of latents} and {"labels" int, "captions" str, "conditioning" rows [1, ...] by name or
-    "encoder_hidden_states" float32 [tokens, D]}; what is random about it is a function of (seed, epoch, index).
+    "encoder_hidden_states" float32 [tokens, D]}, and of images "sizes" int64 [4] as
+    `load_pixels` gives them; what is random about it is a function of (seed, epoch, index).
     """
 
     num_classes: int | None  # 0 where the condition is text; None where only all labels together would tell
@@ -94,18 +95,19 @@ class SourceDefaults:
 
 
 class Framing:
-    """The square that is cut from an image at (epoch, index), mirrored or not."""
+    """The part that is cut from an image at (epoch, index), mirrored or not."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
-        self.resolution, self.crop, self.flip, self.seed = config.resolution, config.crop, config.flip, seed
+        self.sizes = [(config.resolution, config.resolution)]
+        self.crop, self.flip, self.seed = config.crop, config.flip, seed
 
-    def __call__(self, content: Path | bytes, epoch: int, index: int) -> Tensor:
-        """float32 [3, resolution, resolution] in [-1, 1]; raises Unreadable if it is no complete image."""
+    def __call__(self, content: Path | bytes, epoch: int, index: int) -> dict[str, Tensor]:
+        """What `load_pixels` gives; raises Unreadable if it is no complete image."""
         across, down = 0.5, 0.5
         if self.crop == "random":
             across, down = np.random.default_rng([self.seed, 6, epoch, index]).random(2)
         mirror = self.flip and coin(self.seed, epoch, index)
-        return load_pixels(content, self.resolution, (across, down), mirror)
+        return load_pixels(content, self.sizes, (across, down), mirror)
 
 
 def coin(seed: int, epoch: int, index: int) -> bool:

@@ -195,7 +195,8 @@ class _Whole:
 
 @torch.no_grad()
 def _encode(samples: list[dict[str, Any]], models: _Models, mirror: bool) -> Iterator[dict[str, Any]]:
-    """For each sample "moments" float32 [V, 2C, ...] and "labels", or "rows", a list of each caption's; or a reason."""
+    """For each sample "moments" float32 [V, 2C, ...] and "labels", or "sizes" and "rows", a list of each caption's; or
+    a reason."""
     usable = [sample for sample in samples if "reason" not in sample]
     moments: Iterator[Tensor] = iter(())
     rows: Iterator[dict[str, Any]] = iter(())
@@ -214,6 +215,7 @@ def _encode(samples: list[dict[str, Any]], models: _Models, mirror: bool) -> Ite
         if models.conditioner is None:
             encoded["labels"] = sample["labels"]
         else:
+            encoded["sizes"] = sample["sizes"]
             encoded["rows"] = tree_map_only(Tensor, Tensor.cpu, list(islice(rows, len(sample["captions"]))))
         finite = all(value.isfinite().all() for value in tree_leaves(encoded) if isinstance(value, Tensor))
         yield encoded if finite else {"reason": "its latents or text states are not finite"}
@@ -229,6 +231,8 @@ def _join(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     if "labels" in usable[0]:
         return tensors | {"labels": torch.tensor([sample.get("labels", -1) for sample in samples])}
     tensors["captions"] = torch.tensor([len(sample.get("rows", ())) for sample in samples]).cumsum(0)
+    blank = torch.zeros_like(usable[0]["sizes"])
+    tensors["sizes"] = torch.stack([sample.get("sizes", blank) for sample in samples])
     captions = [rows for sample in usable for rows in sample["rows"]]
     for name in captions[0]:
         values = [rows[name][0] for rows in captions]

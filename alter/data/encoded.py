@@ -28,8 +28,9 @@ class EncodedShards(SourceDefaults):
     A shard of N samples holds `moments` [N, V, 2C, ...], means and standard deviations, normalised and laid out as the
     pipeline's scheduler steps latents, of the image and, with V = 2, of its mirror image; and `labels` int64 [N], or
     `captions` int64 [N], where each sample's captions end, with the rows of all captions as `rows.NAME`: stacked, or,
-    where their lengths differ, joined on the first axis with `ends.NAME` int64 [captions]. Moments and text states are
-    float16, or bfloat16 where a value does not fit. Samples that could not be encoded keep their place.
+    where their lengths differ, joined on the first axis with `ends.NAME` int64 [captions]; and `sizes` int64 [N, 4] as
+    `load_pixels` gives them. Moments and text states are float16, or bfloat16 where a value does not fit. Samples that
+    could not be encoded keep their place.
 
     Version 1 has moments before scaling, and `text` float16 [captions, tokens, D] with `text_ends`.
     """
@@ -94,8 +95,8 @@ class EncodedShards(SourceDefaults):
         if self.version == 1:
             return {"moments": moments, "encoder_hidden_states": content.get_slice("text")[chosen].float()}
         assert self.common is not None
-        return {"moments": moments, "conditioning": {name: self._row(content, name, chosen)
-                                                     for name in self.common.dropped}}
+        rows = {name: self._row(content, name, chosen) for name in self.common.dropped}
+        return {"moments": moments, "sizes": content.get_slice("sizes")[row], "conditioning": rows}
 
     def _row(self, content: Any, name: str, chosen: int) -> Any:
         """[1, ...], or a list of one."""

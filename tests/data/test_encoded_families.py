@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from conftest import config_factory
 from helpers import HANGING, ROOT, free_port, metrics_of_updates, prepared
+from PIL import Image
 from pipelines import PIPELINES, make_pipeline
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ from alter.training.setup.parts import build
 from alter.training.setup.plan import check
 from alter.training.trainer import Trainer
 
-FAMILIES = ["sd", "sd3", "flux", "qwen", "z_image", "wan"]
+FAMILIES = ["sd3", "flux", "qwen", "z_image", "wan", "sdxl"]
 OTHERS = sorted({*PIPELINES} - {*FAMILIES, "wan22"})
 
 
@@ -58,6 +59,9 @@ def prepare(config, folder):
 @pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_training_from_encoded_data_equals_training_from_images(tmp_path, name, monkeypatch):
     config = family_config(tmp_path, name)
+    if name == "sdxl":
+        for file in (tmp_path / "shapes").glob("*.png"):
+            Image.open(file).resize((96, 64)).save(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alter.backbones.pretrained, "load_backbone", None)
         index = run_encode(config, tmp_path / "encoded")
@@ -68,6 +72,8 @@ def test_training_from_encoded_data_equals_training_from_images(tmp_path, name, 
     assert trainer.parts.vae is None
     torch.testing.assert_close(batch.noisy_latents, expected.noisy_latents, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(batch.conditioning, expected.conditioning, atol=2e-3, rtol=2e-3, check_dtype=False)
+    if name == "sdxl":
+        assert batch.conditioning["added_cond_kwargs"]["time_ids"].tolist() == [[64, 96, 0, 8, 32, 32]] * 8
     for key, value in losses.items():
         assert encoded_losses[key] == pytest.approx(value, rel=3e-3, abs=1e-5), key
 

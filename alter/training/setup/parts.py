@@ -165,20 +165,20 @@ class Parts:
         """The backbone's conditioning arguments, with that of the samples in `dropped` (bool [B]) removed.
 
         batch: has "labels" long [B], "captions" (a list of B), "conditioning" (rows of each of B) or
-            "encoder_hidden_states" [B, tokens, D].
+            "encoder_hidden_states" [B, tokens, D], and of images "sizes" [B, 4].
         """
         if "labels" in batch:
             dropped = to_device(dropped, batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
             assert self.conditioner is not None
-            return self.conditioner(batch["captions"], dropped).arguments()
+            return self.conditioner(batch["captions"], dropped).arguments(batch.get("sizes"))
         if "conditioning" in batch:
             common = self.source.common
             assert common is not None
             samples = [{**common.same, **(common.dropped if drop else rows)}
                        for rows, drop in zip(batch["conditioning"], dropped.tolist(), strict=True)]
-            told = Conditioning(join(samples, self.backbone), common.shared).arguments()
+            told = Conditioning(join(samples, self.backbone), common.shared).arguments(batch.get("sizes"))
             return tree_map_only(Tensor, lambda value: to_device(value, self.backbone.device), told)
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
