@@ -22,6 +22,7 @@ from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parame
 from .pretrained import absent_parts, component_of, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
+_SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
 # How a pipeline is told to draw without guidance, in the order of preference; Z-Image counts from 0.
 _UNGUIDED = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
@@ -41,10 +42,17 @@ class Conditioning:
     rows: dict[str, Any]
     shared: dict[str, Any]
 
-    def arguments(self) -> dict[str, Any]:
-        """As the backbone takes them."""
+    def arguments(self, sizes: Tensor | None = None) -> dict[str, Any]:
+        """As the backbone takes them.
+
+        sizes: [B, 4], height and width of the image that each sample was cut from, top and left of the part, for a
+            backbone that is told them (SDXL), in place of those of an image that is drawn.
+        """
         nested: dict[str, Any] = {}
-        for name, value in {**self.shared, **self.rows}.items():
+        rows = dict(self.rows)
+        if sizes is not None and _SIZES in rows:
+            rows[_SIZES] = torch.cat([sizes.to(rows[_SIZES]), rows[_SIZES][:, 4:]], dim=1)
+        for name, value in {**self.shared, **rows}.items():
             place, parts = nested, name.split(".")
             for part in parts[:-1]:
                 place = place.setdefault(part, {})
@@ -74,6 +82,9 @@ class Conditioner:
         # Qwen-Image's mask of text is told only where lengths differ.
         self.rows = frozenset(name for name in two if _length(two[name]) == 2 and (
             name not in one or _length(one[name]) == 1))
+        self.same = frozenset(name for name in self.rows if _alike(*two[name]))  # whatever the prompt
+        self._always = frozenset(one)
+        self.is_told_guidance = bool(self.backbone.config.get("guidance_embeds"))
         self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()
@@ -87,6 +98,16 @@ class Conditioner:
                 if name in rows:
                     rows[name][torch.tensor(drops, device=rows[name].device)] = 0
         return Conditioning(rows, {name: value for name, value in told.items() if name not in rows})
+
+    def each(self, prompts: Sequence[str], dropped: Tensor | None = None) -> list[dict[str, Any]]:
+        """The rows [1, ...] of each prompt as it is told alone, without those that are the `same` for all."""
+        rows = {name: value for name, value in self(prompts, dropped).rows.items() if name not in self.same}
+        masks = [rows.pop(name) for name in _TEXT_MASKS if name in rows and name not in self._always]
+        alone = [{name: value[i : i + 1] for name, value in rows.items()} for i in range(len(prompts))]
+        for mask in masks:  # that of text which is padded only beside longer ones
+            for row, length in zip(alone, mask.sum(1).tolist(), strict=True):
+                row["encoder_hidden_states"] = row["encoder_hidden_states"][:, :length]
+        return alone
 
     @torch.no_grad()
     def draw(self, backbone: Backbone, prompts: Sequence[str], steps: int, guidance_scale: float, seed: int,
@@ -294,6 +315,10 @@ def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 def _length(value: Any) -> int | None:

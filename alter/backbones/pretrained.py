@@ -157,6 +157,12 @@ def latent_size(folder: Path, resolution: int) -> int:
     return resolution // factor
 
 
+def pixel_size(folder: Path, resolution: int) -> tuple[int, ...]:
+    """(height, width) of a pipeline's images; (frames, height, width), of one frame, where it makes videos."""
+    size = resolution, resolution
+    return (1, *size) if "3D" in component_of(folder)[0].__name__ else size
+
+
 def vae_factor(folder: Path) -> int:
     """Pixels a side of one latent pixel; 1 without a VAE."""
     file = folder / "vae" / "config.json"
@@ -166,6 +172,8 @@ def vae_factor(folder: Path) -> int:
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
         if config.get(name):
             return config[name]
+    if "spatio_temporal_scaling" in config:  # LTX-Video
+        return config.get("patch_size", 4) * 2 ** sum(config["spatio_temporal_scaling"])
     if "temperal_downsample" in config:  # Wan, Qwen-Image; the key is spelt so
         return 2 ** len(config["temperal_downsample"])
     widths = config.get("encoder_block_out_channels") or config.get("block_out_channels", [64])
@@ -194,6 +202,23 @@ def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
             raise InputError(f"data.resolution={resolution}: gives latents of {size}x{size}, and this DiT was made for "
                              f"{made_for}x{made_for}: use data.resolution={made_for * vae_factor(folder)}, or a DiT of "
                              "another size")
+
+
+def check_text(folder: Path, width: int) -> None:
+    """Refuse a tokenizer or text encoder that does not fit a backbone with cross-attention of `width`; reads JSON only.
+
+    Raises:
+        InputError: naming the file and the value.
+    """
+    encoder = read_config(folder / "text_encoder" / "config.json")
+    tokenizer = read_config(folder / "tokenizer" / "tokenizer_config.json")
+    if encoder.get("hidden_size") != width:
+        raise InputError(f"{folder / 'text_encoder'}: hidden_size={encoder.get('hidden_size')} does not fit the "
+                         f"backbone's cross_attention_dim={width}: use the text encoder it was trained with")
+    length, most = tokenizer.get("model_max_length", 0), encoder.get("max_position_embeddings", 0)
+    if not 0 < length <= most:
+        raise InputError(f"{folder / 'tokenizer'}: model_max_length={length} does not fit the text encoder's "
+                         f"max_position_embeddings={most}: use the tokenizer it was trained with")
 
 
 def variant_of(folder: Path) -> str | None:

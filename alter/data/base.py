@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -26,32 +26,50 @@ class Encoding:
 
     Attributes:
         maker: whose convention it is, for messages.
-        scaling_factor, shift_factor: of the VAE; latents = (latents - shift_factor) * scaling_factor.
-        vae, text_encoder: `weights_hash` of the folder.
-        resolution: in pixels. mirrored: whether mirror images were encoded as well.
+        vae_settings: keys of the VAE's configuration by which latents are normalised.
+        vae, text_encoders: `weights_hash` of the folders, of text encoders by name.
+        pipeline: its class. resolution: in pixels. mirrored: whether mirror images were encoded as well.
+        told: `data.max_tokens` and, of a backbone that is told its guidance, `evaluate.guidance_scale`.
     """
 
     maker: str
-    scaling_factor: float
-    shift_factor: float = 0.0
+    vae_settings: Mapping[str, Any]
     vae: str | None = None
-    text_encoder: str | None = None
+    text_encoders: Mapping[str, str] = field(default_factory=dict)
+    pipeline: str | None = None
     resolution: int | None = None
     mirrored: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What encoded captions have in common, as `backbones.conditioning` names it.
+
+    Attributes:
+        shared: of all samples: positions, sizes, settings. same: rows [1, ...] that no prompt changes.
+        dropped: the other rows [1, ...], of the dropped prompt.
+    """
+
+    shared: dict[str, Any]
+    same: dict[str, Any]
+    dropped: dict[str, Any]
 
 
 class Source(Protocol):
     """A data set of `len()` samples, addressed by (epoch, index).
 
     A sample is {"images" float32 [C, H, W] in [-1, 1], "latents" float32 [C, h, w] or "moments" float32 [2C, h, w],
-    means and standard deviations of latents} and {"labels" int, "captions" str or "encoder_hidden_states" float32
-    [tokens, D]}; what is random about it is a function of (seed, epoch, index).
+    means and standard deviations of latents} and {"labels" int, "captions" str, "conditioning" rows [1, ...] by name or
+    "encoder_hidden_states" float32 [tokens, D]}, and of images "sizes" int64 [4] as
+    `load_pixels` gives them; what is random about it is a function of (seed, epoch, index).
     """
 
     num_classes: int | None  # 0 where the condition is text; None where only all labels together would tell
     classes: dict[str, int]  # name → label, where the data name their classes
     encoded: bool  # True: samples are latents; False: images for the VAE
-    empty_text: Tensor | None  # where the condition is encoded text: that of a dropped prompt
+    empty_text: Tensor | None  # where samples have "encoder_hidden_states": those of a dropped prompt
+    common: Common | None  # where they have "conditioning"
     encoding: Encoding | None  # where samples are encoded
     shards: list[int] | None  # lengths of the runs that are stored together; None: each sample is on its own
 
@@ -68,6 +86,7 @@ class SourceDefaults:
     classes: dict[str, int] = {}
     encoded = False
     empty_text: Tensor | None = None
+    common: Common | None = None
     encoding: Encoding | None = None
     shards: list[int] | None = None
 
@@ -76,18 +95,19 @@ class SourceDefaults:
 
 
 class Framing:
-    """The square that is cut from an image at (epoch, index), mirrored or not."""
+    """The part that is cut from an image at (epoch, index), mirrored or not."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
-        self.resolution, self.crop, self.flip, self.seed = config.resolution, config.crop, config.flip, seed
+        self.sizes = [(config.resolution, config.resolution)]
+        self.crop, self.flip, self.seed = config.crop, config.flip, seed
 
-    def __call__(self, content: Path | bytes, epoch: int, index: int) -> Tensor:
-        """float32 [3, resolution, resolution] in [-1, 1]; raises Unreadable if it is no complete image."""
+    def __call__(self, content: Path | bytes, epoch: int, index: int) -> dict[str, Tensor]:
+        """What `load_pixels` gives; raises Unreadable if it is no complete image."""
         across, down = 0.5, 0.5
         if self.crop == "random":
             across, down = np.random.default_rng([self.seed, 6, epoch, index]).random(2)
         mirror = self.flip and coin(self.seed, epoch, index)
-        return load_pixels(content, self.resolution, (across, down), mirror)
+        return load_pixels(content, self.sizes, (across, down), mirror)
 
 
 def coin(seed: int, epoch: int, index: int) -> bool:

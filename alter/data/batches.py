@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
@@ -44,8 +46,9 @@ class Fit:
         for name, shape in (("latents", (first, *others)), ("moments", (2 * first, *others))):
             if name in sample and tuple(sample[name].shape) != shape:
                 raise Unreadable(f"{name} of shape {tuple(sample[name].shape)} do not fit the backbone's {shape}")
-        for name in ("latents", "moments", "encoder_hidden_states"):
-            if name in sample and not sample[name].isfinite().all():
+        for name in ("latents", "moments", "encoder_hidden_states", "conditioning"):
+            values = [value for value in tree_leaves(sample.get(name)) if isinstance(value, Tensor)]
+            if not all(value.isfinite().all() for value in values):
                 raise Unreadable(f"{name}: not finite")
         if self.classes is not None and "labels" in sample and not 0 <= sample["labels"] < self.classes:
             raise Unreadable(f"class {sample['labels']}: the backbone knows {self.classes}")
@@ -171,11 +174,12 @@ class GlobalBatches:
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples: stacked tensors, "captions" as a list, and all "skipped" as one flat list."""
+    """A batch of samples: stacked tensors, "captions" and "conditioning" as lists, and all "skipped" as one flat
+    list."""
     batch: dict[str, Any] = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
-        if name == "captions":
+        if name in ("captions", "conditioning"):
             batch[name] = values
         elif name == "skipped":
             batch[name] = [line for lines in values for line in lines]

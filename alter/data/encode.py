@@ -1,28 +1,34 @@
-"""Encodes images to the moments of their latents, and captions to text states, in shards that `EncodedShards` reads."""
+"""Encodes images to moments of latents, and captions to conditioning, in shards that `EncodedShards` reads."""
 
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError  # of torch.load, which runs no code
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..backbones.pretrained import DTYPES, condition_of, load_vae, local_folder, set_tf32
-from ..backbones.text import TextEncoder
+from ..backbones import latents
+from ..backbones.conditioning import Conditioner
+from ..backbones.pretrained import DTYPES, condition_of, load_vae, local_folder, pixel_size, set_tf32
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import sync, write_text
 from ..common.process import on_main_process
+from .encoded import COMMON, INDEX, VAE_SETTINGS, VERSION, shard_name
 from .images import Unreadable
-from .open import INDEX, Source, open_source, shard_name, weights_hash
+from .latents import text_hashes, weights_hash
+from .open import Source, open_source
 
 _PLAN = "encoding.json"  # until the index is there
 _DATA = ("source", "path", "split", "stream", "image_column", "caption_column", "label_column", "prompt", "prior_path",
@@ -32,8 +38,8 @@ _DATA = ("source", "path", "split", "stream", "image_column", "caption_column", 
 def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: PartialState) -> dict[str, Any]:
     """Encode a configuration's images (and captions) into the folder `out`, on all processes.
 
-    Shards that exist already are kept. VAE and text encoder run in the precision of training, so that what is stored,
-    as float16, is what training would have computed.
+    Shards that exist already are kept. VAE and text encoders run in the precision of training, so that what is stored,
+    as float16, is what training would have computed. The backbone is not loaded.
 
     Args:
         shard_size: samples per file. batch_size: images per forward of the VAE.
@@ -46,28 +52,24 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     """
     folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
     source = _images(config, folder)
-    dtype = DTYPES[config.train.mixed_precision]
     set_tf32(config.train.tf32)
-    vae = load_vae(folder, state.device, dtype)
-    text = TextEncoder(folder, state.device, dtype) if source.num_classes == 0 else None
+    models = _Models(config, folder, state.device, source.num_classes == 0)
     plan = {
-        "alter_latents": 1, "model": config.backbone.pretrained, "vae": weights_hash(folder / "vae"),
-        "scaling_factor": vae.config.scaling_factor, "shift_factor": getattr(vae.config, "shift_factor", None) or 0.0,
-        "text_encoder": weights_hash(folder / "text_encoder") if text else None,
+        "alter_latents": VERSION, "model": config.backbone.pretrained, **models.described(folder),
         "resolution": config.data.resolution, "crop": config.data.crop, "mirrored": config.data.flip,
         "precision": config.train.mixed_precision, "num_classes": source.num_classes, "count": len(source),
         "shard_size": shard_size, "data": {name: getattr(config.data, name) for name in _DATA},
     }
     missing, unusable = on_main_process(lambda: _begin(out, plan))
-    if text is not None and state.is_main_process:
-        _save(out / "empty_text.safetensors", {"text": text([""])[0].half()})
+    if models.conditioner is not None and state.is_main_process:
+        _save_common(out / COMMON, models.conditioner)
 
     mine = missing[state.process_index :: state.num_processes]
     shards = [range(number * shard_size, min((number + 1) * shard_size, len(source))) for number in mine]
     batches = [list(rows[first : first + batch_size]) for rows in shards for first in range(0, len(rows), batch_size)]
     loaded = iter(DataLoader(_Whole(source), batch_sampler=batches, num_workers=config.data.workers,  # type: ignore
                              collate_fn=list))
-    encoded = (sample for raw in loaded for sample in _encode(raw, vae, text, config.data.flip))
+    encoded = (sample for raw in loaded for sample in _encode(raw, models, config.data.flip))
     with tqdm(total=sum(map(len, shards)), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
         for number, rows in zip(mine, shards, strict=True):
             samples = []
@@ -80,10 +82,11 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
             if reasons:
                 _bound(unusable, config, len(source), list(reasons.values())[-1])
     state.wait_for_everyone()
-    unreadable = _unreadable(out, range(-(-len(source) // shard_size)))
+    numbers = range(-(-len(source) // shard_size))
+    unreadable = _unreadable(out, numbers)
     if unreadable:
         _bound(len(unreadable), config, len(source), list(unreadable.values())[-1])
-    index = {**plan, "classes": source.classes, "unreadable": unreadable}
+    index = {**plan, "classes": source.classes, "bfloat16": _bfloat16(out, numbers), "unreadable": unreadable}
     if state.is_main_process:
         write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
         (out / _PLAN).unlink(missing_ok=True)
@@ -142,6 +145,40 @@ def _unreadable(out: Path, shards: Iterable[int]) -> dict[str, str]:
     return reasons
 
 
+def _bfloat16(out: Path, shards: Iterable[int]) -> list[str]:
+    """The names of the tensors that some shard holds as bfloat16."""
+    found = set()
+    for shard in shards:
+        with safe_open(out / shard_name(shard), framework="pt") as content:
+            found |= {name for name in content.keys() if content.get_slice(name).get_dtype() == "BF16"}
+    return sorted(found)
+
+
+class _Models:
+    """What encodes: a pipeline's VAE and, of captions, its `Conditioner`."""
+
+    def __init__(self, config: Config, folder: Path, device: torch.device, captioned: bool) -> None:
+        dtype, guidance = DTYPES[config.train.mixed_precision], config.evaluate.guidance_scale
+        self.conditioner = Conditioner(folder, device, dtype, pixel_size(folder, config.data.resolution), guidance,
+                                       config.data.max_tokens) if captioned else None
+        self.pipe: Any = (self.conditioner.pipe if self.conditioner is not None
+                          else SimpleNamespace(vae=load_vae(folder, device, dtype)))
+
+    def described(self, folder: Path) -> dict[str, Any]:
+        """For the index."""
+        config = {**self.pipe.vae.config, "shift_factor": self.pipe.vae.config.get("shift_factor") or 0.0}
+        settings = {name: json.loads(json.dumps(config.get(name))) for name in VAE_SETTINGS}
+        told: dict[str, Any] = {}
+        conditioner = self.conditioner
+        if conditioner is not None:
+            told["max_tokens"] = conditioner.max_tokens
+            if conditioner.is_told_guidance:
+                told["guidance_scale"] = conditioner.guidance
+        return {"pipeline": type(self.pipe).__name__ if conditioner else None, "vae": weights_hash(folder / "vae"),
+                "vae_settings": {name: value for name, value in settings.items() if value is not None},
+                "text_encoders": text_hashes(folder) if conditioner else {}, "told": told}
+
+
 class _Whole:
     """A source's images, each with all its captions; {"reason"} in place of an unusable sample."""
 
@@ -157,41 +194,84 @@ class _Whole:
 
 
 @torch.no_grad()
-def _encode(samples: list[dict[str, Any]], vae: AutoencoderKL, text: TextEncoder | None,
-            mirror: bool) -> Iterator[dict[str, Any]]:
-    """For each sample "moments" float16 [V, 2C, h, w] and "labels", or "text" float16 [captions, tokens, D]; or a
-    reason."""
+def _encode(samples: list[dict[str, Any]], models: _Models, mirror: bool) -> Iterator[dict[str, Any]]:
+    """For each sample "moments" float32 [V, 2C, ...] and "labels", or "sizes" and "rows", a list of each caption's; or
+    a reason."""
     usable = [sample for sample in samples if "reason" not in sample]
     moments: Iterator[Tensor] = iter(())
-    states: Iterator[Tensor] = iter(())
+    rows: Iterator[dict[str, Any]] = iter(())
     if usable:
-        images = torch.stack([sample["images"] for sample in usable]).to(vae.device, vae.dtype)
-        views = [vae.encode(view).latent_dist for view in ([images, images.flip(-1)] if mirror else [images])]
-        moments = iter(torch.stack([torch.cat([view.mean, view.std], dim=1) for view in views], dim=1).half().cpu())
-    if usable and text is not None:
-        captions = [sample["captions"] for sample in usable]
-        states = iter(text(sum(captions, [])).half().cpu().split([len(several) for several in captions]))
+        images = torch.stack([sample["images"] for sample in usable])
+        views = [torch.cat(latents.encode(models.pipe, view), dim=1)
+                 for view in ([images, images.flip(-1)] if mirror else [images])]
+        moments = iter(torch.stack(views, dim=1).cpu())
+    if usable and models.conditioner is not None:
+        rows = iter(models.conditioner.each([caption for sample in usable for caption in sample["captions"]]))
     for sample in samples:
         if "reason" in sample:
             yield sample
             continue
-        condition = {"labels": sample["labels"]} if text is None else {"text": next(states)}
-        encoded = {"moments": next(moments), **condition}
-        finite = all(value.isfinite().all() for value in encoded.values() if isinstance(value, Tensor))
-        yield encoded if finite else {"reason": "its latents or text states are not finite in float16"}
+        encoded = {"moments": next(moments)}
+        if models.conditioner is None:
+            encoded["labels"] = sample["labels"]
+        else:
+            encoded["sizes"] = sample["sizes"]
+            encoded["rows"] = tree_map_only(Tensor, Tensor.cpu, list(islice(rows, len(sample["captions"]))))
+        finite = all(value.isfinite().all() for value in tree_leaves(encoded) if isinstance(value, Tensor))
+        yield encoded if finite else {"reason": "its latents or text states are not finite"}
 
 
 def _join(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A shard's tensors; zeros, and no text, in place of unusable samples."""
+    """A shard's tensors; zeros, and no captions, in place of unusable samples."""
     usable = [sample for sample in samples if "reason" not in sample]
     if not usable:
-        return {"text_ends": torch.zeros(len(samples), dtype=torch.long)}
+        return {"captions": torch.zeros(len(samples), dtype=torch.long)}
     blank = torch.zeros_like(usable[0]["moments"])
-    tensors = {"moments": torch.stack([sample.get("moments", blank) for sample in samples])}
+    tensors = {"moments": _compact(torch.stack([sample.get("moments", blank) for sample in samples]))}
     if "labels" in usable[0]:
         return tensors | {"labels": torch.tensor([sample.get("labels", -1) for sample in samples])}
-    counts = torch.tensor([len(sample.get("text", ())) for sample in samples])
-    return tensors | {"text": torch.cat([sample["text"] for sample in usable]), "text_ends": counts.cumsum(0)}
+    tensors["captions"] = torch.tensor([len(sample.get("rows", ())) for sample in samples]).cumsum(0)
+    blank = torch.zeros_like(usable[0]["sizes"])
+    tensors["sizes"] = torch.stack([sample.get("sizes", blank) for sample in samples])
+    captions = [rows for sample in usable for rows in sample["rows"]]
+    for name in captions[0]:
+        values = [rows[name][0] for rows in captions]
+        if len({value.shape for value in values}) == 1:
+            tensors[f"rows.{name}"] = _compact_text(torch.stack(values), values[0].dim())
+        else:
+            tensors[f"rows.{name}"] = _compact_text(torch.cat(values), values[0].dim())
+            tensors[f"ends.{name}"] = torch.tensor([len(value) for value in values]).cumsum(0)
+    return tensors
+
+
+def _compact_text(values: Tensor, axes: int) -> Tensor:
+    """States of tokens made small; what is no larger than one state of each sample stays whole."""
+    if not values.is_floating_point():
+        return values
+    return _compact(values) if axes > 1 else values.float()
+
+
+def _compact(values: Tensor) -> Tensor:
+    """As float16, or bfloat16 where a value does not fit."""
+    half = values.half()
+    return half if half.isfinite().all() else values.bfloat16()
+
+
+def _save_common(file: Path, conditioner: Conditioner) -> None:
+    """Write what encoded captions have in common."""
+    told, everything = conditioner([""]), torch.ones(1, dtype=torch.bool)
+    (dropped,) = conditioner.each([""], everything)
+    common = {"shared": told.shared, "same": {name: told.rows[name] for name in conditioner.same}, "dropped": dropped,
+              "listed": [name for name, value in dropped.items() if isinstance(value, list)]}
+    partial = file.with_name(f".partial-{file.name}")
+    torch.save(tree_map_only(Tensor, Tensor.cpu, common), partial)
+    try:
+        torch.load(partial, weights_only=True)
+    except UnpicklingError as error:
+        raise InputError(f"backbone.pretrained: what its {type(conditioner.pipe).__name__} tells its backbone cannot "
+                         f"be stored ({' '.join(str(error).split())[:200]}): train from images") from None
+    sync(partial)
+    partial.replace(file)
 
 
 def _save(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

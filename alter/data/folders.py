@@ -61,7 +61,7 @@ class ImageFolder(SourceDefaults):
         return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        return {"images": self.framing(self._file(key[1]), *key), "labels": int(self.labels[key[1]])}
+        return {**self.framing(self._file(key[1]), *key), "labels": int(self.labels[key[1]])}
 
     def describe(self, index: int) -> str:
         return str(self._file(index))
@@ -92,7 +92,7 @@ class CaptionedFolder(SourceDefaults):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         condition = ({"captions": self.caption(key)} if self.num_classes == 0
                      else {"labels": read_label(*self.samples[key[1]][1:])})
-        return {"images": self.framing(self.folder / self.samples[key[1]][0], *key), **condition}
+        return {**self.framing(self.folder / self.samples[key[1]][0], *key), **condition}
 
     def caption(self, key: tuple[int, int]) -> str:
         """The caption that is used at (epoch, index), without reading the image."""

@@ -1,7 +1,9 @@
-"""Decodes one image file of any kind to square RGB pixels."""
+"""Decodes one image file of any kind to RGB pixels of a given size."""
 
 import io
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +28,45 @@ class Unreadable(Exception):
     """A sample that cannot be used; the message is the reason."""
 
 
-def load_pixels(content: Path | bytes, resolution: int, crop: tuple[float, float], mirror: bool) -> Tensor:
-    """The largest square of an image, resized.
+def load_pixels(content: Path | bytes, sizes: Sequence[tuple[int, int]], crop: tuple[float, float],
+                mirror: bool) -> dict[str, Tensor]:
+    """The largest part of an image that has the shape of one of `sizes`, the nearest to its own, resized.
 
     Args:
         content: an image file, or its bytes; of an animation the first frame is used.
-        resolution: the side R of the result, in pixels.
-        crop: position of the square, horizontally and vertically: 0 left or top, 0.5 centre, 1 right or bottom.
+        sizes: (height, width) in pixels.
+        crop: position of the part, horizontally and vertically: 0 left or top, 0.5 centre, 1 right or bottom.
         mirror: swap left and right of the result.
 
     Returns:
-        float32 [3, R, R] in [-1, 1]; transparent parts are white, and the EXIF orientation is applied.
+        "images" float32 [3, height, width] in [-1, 1]; transparent parts are white, and the EXIF orientation is
+        applied. "sizes" int64 [4]: height and width of the whole image, top and left of the part in the resized (and
+        mirrored) image.
 
     Raises:
         Unreadable: if it is not a complete image, or has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
     """
     image, _ = decode(content)
-    side = min(image.size)
-    left, top = (round(position * (length - side)) for position, length in zip(crop, image.size, strict=True))
-    square = (left, top, left + side, top + side)
-    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=square, reducing_gap=3.0)
+    (across, down), (whole_width, whole_height) = crop, image.size
+    height, width = sizes[nearest(sizes, whole_height, whole_width)]
+    if whole_width * height >= whole_height * width:
+        part_width, part_height = whole_height * width / height, float(whole_height)
+    else:
+        part_width, part_height = float(whole_width), whole_width * height / width
+    left = min(round(across * (whole_width - part_width)), whole_width - part_width)
+    top = min(round(down * (whole_height - part_height)), whole_height - part_height)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + part_width,
+                                                                         top + part_height), reducing_gap=3.0)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels.flip(-1) if mirror else pixels
+    corner = (round(down * (whole_height - part_height) * height / part_height),
+              round((1 - across if mirror else across) * (whole_width - part_width) * width / part_width))
+    return {"images": pixels.flip(-1) if mirror else pixels,
+            "sizes": torch.tensor([whole_height, whole_width, *corner])}
+
+
+def nearest(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:
+    """Which of `sizes` (height, width) has the ratio of sides nearest to an image's."""
+    return min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i][1] * height / (sizes[i][0] * width))))
 
 
 def square(image: Image.Image, size: int) -> Image.Image:

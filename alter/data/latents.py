@@ -1,4 +1,4 @@
-"""Latents that were encoded before, by `alter encode`, or in the layouts of fast-DiT and REPA."""
+"""Latents in the layouts of fast-DiT and REPA, and the hashes by which encoded data know their models."""
 
 import contextlib
 import hashlib
@@ -8,91 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.config import DataConfig
 from ..common.errors import InputError
-from .base import Encoding, SourceDefaults, coin, draw_caption, is_inside, read_label
+from .base import Encoding, SourceDefaults, coin, is_inside, read_label
 from .images import Unreadable
 
-INDEX = "index.json"
-_VERSION = 1
 _REPA = 0.18215  # the factor of the VAE that REPA's preprocessing uses
-
-
-class EncodedShards(SourceDefaults):
-    """Moments of latents and text states in safetensors shards, as `alter encode` writes them.
-
-    A shard of N samples holds `moments` float16 [N, V, 2C, h, w], means and standard deviations before scaling, of the
-    image and, with V = 2, of its mirror image; and `labels` int64 [N], or `text` float16 [captions of all, tokens, D]
-    with `text_ends` int64 [N]. Samples that could not be encoded keep their place.
-    """
-
-    encoded = True
-
-    def __init__(self, config: DataConfig, seed: int) -> None:
-        self.folder, self.seed, self.flip = Path(str(config.path)), seed, config.flip
-        index = _read_json(self.folder / INDEX)
-        try:
-            if index["alter_latents"] != _VERSION:
-                raise InputError(f"data.path: {self.folder / INDEX}: alter_latents={index['alter_latents']!r}: this "
-                                 f"version reads {_VERSION}")
-            self.size, self.count = int(index["shard_size"]), int(index["count"])
-            self.unreadable = {int(i): str(reason) for i, reason in index["unreadable"].items()}
-            self.num_classes = None if index["num_classes"] is None else int(index["num_classes"])
-            self.encoding = Encoding(
-                "alter encode", float(index["scaling_factor"]), float(index["shift_factor"]), index["vae"],
-                index["text_encoder"], int(index["resolution"]), bool(index["mirrored"]))
-            self.classes = {str(name): int(label) for name, label in index.get("classes", {}).items()}
-            if self.size < 1 or self.count < 0:
-                raise ValueError(f"shard_size={self.size}, count={self.count}")
-            if self.num_classes == 0:
-                self.empty_text = self._read(self.folder / "empty_text.safetensors", "text").float()
-        except (LookupError, TypeError, ValueError, AttributeError, Unreadable) as error:
-            raise InputError(f"data.path: {self.folder / INDEX}: {type(error).__name__}: {error}: "
-                             "encode again") from None
-        if config.flip and not self.encoding.mirrored:
-            raise _no_mirror_images(config, "encode again with data.flip=true, or set false")
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        index = key[1]
-        if index in self.unreadable:
-            raise Unreadable(f"was not encoded: {self.unreadable[index]}")
-        file, row = self._file(index), index % self.size
-        mirror = int(self.flip and coin(self.seed, *key))
-        assert self.encoding is not None
-        mean, std = self._read(file, "moments", row)[mirror].float().chunk(2)
-        moments = torch.cat([mean - self.encoding.shift_factor, std]) * self.encoding.scaling_factor
-        if self.num_classes != 0:
-            return {"moments": moments, "labels": int(self._read(file, "labels", row))}
-        ends = self._read(file, "text_ends")
-        first = int(ends[row - 1]) if row else 0
-        chosen = first + draw_caption(int(ends[row]) - first, self.seed, *key)
-        return {"moments": moments, "encoder_hidden_states": self._read(file, "text", chosen).float()}
-
-    def describe(self, index: int) -> str:
-        return f"{self._file(index)} sample {index % self.size}"
-
-    def _file(self, index: int) -> Path:
-        return self.folder / shard_name(index // self.size)
-
-    @staticmethod
-    def _read(file: Path, name: str, row: int | None = None) -> Tensor:
-        """One tensor of a file, or one row of it."""
-        try:
-            with safe_open(file, framework="pt") as content:
-                part = content.get_slice(name)
-                return part[:] if row is None else part[row]
-        except (OSError, SafetensorError, IndexError) as error:
-            raise Unreadable(f"{name} cannot be read ({' '.join(str(error).split())[:200]})") from None
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:06d}.safetensors"
 
 
 class FastDiT(SourceDefaults):
@@ -112,7 +35,7 @@ class FastDiT(SourceDefaults):
         features, texts = sorted(folder.glob("*_features")), sorted(folder.glob("*_text"))
         conditions = texts or sorted(folder.glob("*_labels"))
         if len(features) != 1 or len(conditions) != 1:
-            raise InputError(f"data.path={config.path!r}: expected {INDEX} (`alter encode`), dataset.json "
+            raise InputError(f"data.path={config.path!r}: expected index.json (`alter encode`), dataset.json "
                              "(REPA), or one *_features folder and one *_labels or *_text folder (fast-DiT)")
         self.files = sorted(features[0].glob("*.npy"), key=lambda file: (len(file.stem), file.stem))
         if not self.files:
@@ -126,7 +49,7 @@ class FastDiT(SourceDefaults):
                 raise InputError(f"data.path: {folder / 'empty_text.npy'} {error}: dropped prompts need it") from None
         with contextlib.suppress(Unreadable):
             if self.flip and len(_variants(self.files[0])) < 2:
-                raise _no_mirror_images(config, "set false")
+                raise no_mirror_images(config, "set false")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -153,11 +76,11 @@ class Repa(SourceDefaults):
     [2C, h, w] of means and standard deviations before scaling. `data.path` is that folder or the one above vae-sd/."""
 
     encoded = True
-    encoding: Encoding | None = Encoding("REPA", _REPA)
+    encoding: Encoding | None = Encoding("REPA", {"scaling_factor": _REPA, "shift_factor": 0.0})
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.folder = repa_folder(Path(str(config.path)))
-        labels: Any = _read_json(self.folder / "dataset.json").get("labels")
+        labels: Any = read_json(self.folder / "dataset.json").get("labels")
         try:
             self.samples = [(str(file), read_label(label, str(file))) for file, label in labels]
             if not all(is_inside(file) for file, _ in self.samples):
@@ -166,7 +89,7 @@ class Repa(SourceDefaults):
             raise InputError(f"data.path: {self.folder / 'dataset.json'}: expected \"labels\", a list of "
                              "[file in the folder, class]") from None
         if config.flip:
-            raise _no_mirror_images(config, "set false")
+            raise no_mirror_images(config, "set false")
         self.num_classes = 1 + max((label for _, label in self.samples), default=-1)
 
     def __len__(self) -> int:
@@ -196,7 +119,12 @@ def weights_hash(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _no_mirror_images(config: DataConfig, remedy: str) -> InputError:
+def text_hashes(folder: Path) -> dict[str, str | None]:
+    """`weights_hash` of a pipeline's text encoders, by name."""
+    return {path.name: weights_hash(path) for path in sorted(folder.glob("text_encoder*"))}
+
+
+def no_mirror_images(config: DataConfig, remedy: str) -> InputError:
     return InputError(f"data.flip=true: data.path={config.path!r} holds no mirror images: {remedy}")
 
 
@@ -210,7 +138,7 @@ def _variants(file: Path) -> Tensor:
     return variants
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -6,8 +6,9 @@ from ..common.config import Config, DataConfig
 from ..common.errors import InputError
 from .base import Encoding, Source, require_folder
 from .digits import Digits
+from .encoded import INDEX, EncodedShards, shard_name
 from .folders import CaptionedFolder, ImageFolder, TextsBeside, open_folder
-from .latents import INDEX, EncodedShards, FastDiT, Repa, repa_folder, shard_name, weights_hash
+from .latents import FastDiT, Repa, repa_folder, weights_hash
 from .prior import WithPrior
 from .shards import TarShards
 from .tables import OpenedTable, StreamedTable

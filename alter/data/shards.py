@@ -103,7 +103,7 @@ class TarShards(SourceDefaults):
         else:
             captions = self._captions(path, members)
             condition = {"captions": captions[draw_caption(len(captions), self.seed, *key)]}
-        return {"images": self.framing(_read(path, members, self._image(members)), *key), **condition}
+        return {**self.framing(_read(path, members, self._image(members)), *key), **condition}
 
     def captions(self, index: int) -> list[str]:
         return self._captions(*self._sample(index))

@@ -61,7 +61,7 @@ class Rows(SourceDefaults):
             condition = {"captions": captions[draw_caption(len(captions), self.seed, *key)]}
         else:
             condition = {"labels": read_label(value, f"column {self.condition!r}")}
-        return {"images": self.framing(self._content(row[self.image_column]), *key), **condition}
+        return {**self.framing(self._content(row[self.image_column]), *key), **condition}
 
     def captions(self, index: int) -> list[str]:
         return read_captions(self.row(index)[self.condition], f"column {self.condition!r}")

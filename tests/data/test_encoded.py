@@ -1,9 +1,6 @@
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +8,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import config_factory, make_dit, make_vae, save_latents, save_pipeline
-from helpers import HANGING, ROOT, free_port
 from safetensors.torch import load_file, save_file
 
 import alter.data.encode
 import alter.training.setup.parts as parts_module
 from alter import InputError
+from alter.backbones.conditioning import Conditioner
 from alter.common.config import BackboneConfig, Config, DataConfig
-from alter.common.load import save_config
 from alter.data.base import coin
 from alter.data.batches import Fit, WithSubstitutes
 from alter.data.encode import encode
@@ -116,10 +112,10 @@ def test_training_from_latents_equals_training_from_images(small_config, tmp_pat
     assert index["count"] == 24 and not index["unreadable"] and index["resolution"] == from_images.data.resolution
     cached = dataclasses.replace(from_images.data, source="latents", path=str(tmp_path / "encoded"))
     _, expected, losses = first_losses(from_images, tmp_path, "images")
-    for loader in ("load_vae", "TextEncoder"):
+    for loader in ("load_vae", "Conditioner"):
         monkeypatch.setattr(parts_module, loader, None)
     trainer, batch, cached_losses = first_losses(dataclasses.replace(from_images, data=cached), tmp_path, "latents")
-    assert trainer.parts.vae is None and trainer.parts.text is None
+    assert trainer.parts.vae is None and trainer.parts.conditioner is None
     assert torch.equal(batch.timesteps, expected.timesteps)
     assert torch.allclose(batch.noisy_latents, expected.noisy_latents, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(batch.noisy_latents[0], batch.noisy_latents[1], atol=0.1)
@@ -142,7 +138,8 @@ def test_mirrored_latents_and_several_captions_are_drawn_as_from_images(small_co
         moments = parts.vae.encode(raw["images"][None]).latent_dist
         expected = torch.cat([moments.mean, moments.std], dim=1)[0] * 0.5
         assert torch.allclose(sample["moments"], expected, atol=1e-3, rtol=2e-3)
-        assert torch.allclose(sample["encoder_hidden_states"], parts.text([raw["captions"]])[0], atol=2e-3, rtol=2e-3)
+        text = parts.conditioner([raw["captions"]]).rows["encoder_hidden_states"]
+        assert torch.allclose(sample["conditioning"]["encoder_hidden_states"], text, atol=2e-3, rtol=2e-3)
         mirrored.add(coin(config.seed, *key))
     assert mirrored == {True, False}
     assert len({images.captions(0)[0], *images.captions(0)}) > 1
@@ -177,21 +174,6 @@ def test_encoding_goes_on_where_it_was_stopped(small_config, tmp_path):
     assert run_encode(config, halves) == index
     for number in range(3):
         assert (halves / shard_name(number)).read_bytes() == (tmp_path / "whole" / shard_name(number)).read_bytes()
-
-
-def test_two_processes_share_the_shards_through_the_script(small_config, tmp_path):
-    config = encode_config(small_config, "dit", tmp_path)
-    run_encode(config, tmp_path / "one")
-    save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, ROOT / "scripts/encode_latents.py", "--config", tmp_path / "config.yaml", "--out",
-               tmp_path / "two", "--shard-size", "10", "--batch", "4"]
-    port = free_port()
-    workers = [subprocess.Popen(command, env={
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}) for rank in range(2)]
-    assert [worker.wait(timeout=HANGING) for worker in workers] == [0, 0]
-    for name in [*map(shard_name, range(3)), "index.json"]:
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
 def test_unusable_images_keep_their_place_and_are_bounded(small_config, tmp_path):
@@ -269,13 +251,13 @@ def encoded(tmp_path_factory):
     return folder / "latents"
 
 
-@pytest.mark.parametrize("change", [{"shard_size": 0}, {"num_classes": "x"}, {"scaling_factor": "a"},
-                                    {"alter_latents": 2}, {"unreadable": []}, "no empty text", "no JSON"], ids=str)
+@pytest.mark.parametrize("change", [{"shard_size": 0}, {"num_classes": "x"}, {"vae_settings": "a"},
+                                    {"alter_latents": 3}, {"unreadable": []}, "conditioning.pt", "no JSON"], ids=str)
 def test_a_broken_index_is_one_line(encoded, tmp_path, change):
     shutil.copytree(encoded, tmp_path / "encoded")
     index = tmp_path / "encoded/index.json"
-    if change == "no empty text":
-        index.with_name("empty_text.safetensors").unlink()
+    if change == "conditioning.pt":
+        index.with_name(change).unlink()
     else:
         index.write_text("{" if change == "no JSON" else json.dumps({**json.loads(index.read_text()), **change}))
     with pytest.raises(InputError, match="data.path: .*index.json") as caught:
@@ -299,22 +281,18 @@ def test_validation_images_load_the_decoder_and_the_text_encoder_for_themselves(
         validate=dataclasses.replace(config.validate, every=3, prompts=("a red circle",)))
     loaded = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_vae", "TextEncoder"):
-            patch.setattr(parts_module, name, counted(getattr(parts_module, name), name, loaded))
+        patch.setattr(parts_module, "Conditioner", counted(Conditioner, loaded))
         parts = build(config)
-        assert not loaded and parts.vae is None and parts.text is None
+        assert not loaded and parts.vae is None and parts.conditioner is None
         (tmp_path / "run").mkdir()
         Trainer(config, parts, make_accelerator(config), tmp_path / "run").run()
-    assert loaded.count("load_vae") == 3  # dense, step 3, step 6
-    assert parts.vae is None and parts.text is None
+    assert len(loaded) == 3  # dense, step 3, step 6
+    assert parts.vae is None and parts.conditioner is None
     assert len(list((tmp_path / "run/samples").glob("*.png"))) == 3
 
 
-def counted(function, name, calls):
-    def call(*arguments):
-        calls.append(name)
-        return function(*arguments)
-    return call
+def counted(function, calls):
+    return lambda *arguments: (calls.append(function), function(*arguments))[1]
 
 
 @pytest.mark.parametrize("poison", [np.array([-1]), np.array([np.nan]), np.array([]), np.array([3.7])], ids=str)

@@ -28,7 +28,7 @@ def eight_bits(tensor) -> np.ndarray:
 
 
 def load(content, side, crop=CENTRE, mirror=False) -> np.ndarray:
-    return eight_bits(load_pixels(content, side, crop, mirror))
+    return eight_bits(load_pixels(content, [(side, side)], crop, mirror)["images"])
 
 
 def on_white(colour, alpha) -> np.ndarray:
@@ -41,10 +41,10 @@ def on_white(colour, alpha) -> np.ndarray:
 def test_the_square_at_the_position_is_shown(crop, left, mirror):
     pixels = noise(8, 20, 3)
     square = pixels[:, left : left + 8]
-    shown = load_pixels(encode(Image.fromarray(pixels)), 8, crop, mirror)
+    shown = load_pixels(encode(Image.fromarray(pixels)), [(8, 8)], crop, mirror)["images"]
     assert shown.dtype == torch.float32 and shown.shape == (3, 8, 8)
     assert np.array_equal(np.rint(eight_bits(shown)), square[:, ::-1] if mirror else square)
-    high = load_pixels(encode(Image.fromarray(pixels.transpose(1, 0, 2))), 8, crop[::-1], mirror)
+    high = load_pixels(encode(Image.fromarray(pixels.transpose(1, 0, 2))), [(8, 8)], crop[::-1], mirror)["images"]
     turned = square.transpose(1, 0, 2)
     assert np.array_equal(np.rint(eight_bits(high)), turned[:, ::-1] if mirror else turned)
 
@@ -126,6 +126,29 @@ def test_exif_orientation(orientation, upright):
     assert np.array_equal(np.rint(load(encode(Image.fromarray(pixels), exif=exif), 4, (0.0, 0.0))), expected)
 
 
+@pytest.mark.parametrize("size, crop, mirror, corner", [
+    ((20, 20), CENTRE, False, [0, 5]), ((20, 20), (1.0, 0.0), False, [0, 10]), ((20, 20), (1.0, 0.0), True, [0, 0]),
+    ((20, 20), (0.2, 0.0), True, [0, 8]), ((10, 30), (0.5, 1.0), False, [10, 0]), ((20, 30), CENTRE, True, [0, 0]),
+])
+def test_the_part_that_is_shown_lies_in_the_resized_image_where_sizes_say(size, crop, mirror, corner):
+    image = Image.fromarray(np.kron(noise(4, 6, 3), np.ones((10, 10, 1), np.uint8)))
+    shown = load_pixels(encode(image), [size], crop, mirror)
+    assert shown["sizes"].tolist() == [40, 60, *corner]
+    scale = max(size[0] / 40, size[1] / 60)
+    whole = np.array(image.resize((round(60 * scale), round(40 * scale)), Image.Resampling.BICUBIC)).astype(float)
+    top, left = corner
+    part = (whole[:, ::-1] if mirror else whole)[top : top + size[0], left : left + size[1]]
+    assert part.shape == (*size, 3)
+    assert np.abs(eight_bits(shown["images"]) - part).mean() < 3
+
+
+def test_the_nearest_of_several_shapes_is_taken():
+    shapes = [(16, 16), (8, 32), (32, 8)]
+    for (width, height), expected in {(50, 40): 0, (90, 30): 1, (30, 100): 2}.items():
+        shown = load_pixels(encode(Image.new("RGB", (width, height))), shapes, CENTRE, False)["images"]
+        assert tuple(shown.shape) == (3, *shapes[expected])
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_the_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime", "blue")]
@@ -167,7 +190,7 @@ def test_what_cannot_be_used_is_unreadable(content, reason, tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(content)
     for given in (content, tmp_path / "a.png"):
         with pytest.raises(Unreadable, match=reason) as caught:
-            load_pixels(given, 8, CENTRE, False)
+            load_pixels(given, [(8, 8)], CENTRE, False)
         assert "\n" not in str(caught.value) and len(str(caught.value)) <= 200
     assert capfd.readouterr() == ("", "")
 
@@ -181,7 +204,7 @@ def test_whatever_bytes_are_damaged_nothing_else_is_raised():
             for place in rng.integers(min(len(content), 200), size=4):
                 content[place] = rng.integers(256)
             try:
-                assert load_pixels(bytes(content), 8, CENTRE, False).isfinite().all()
+                assert load_pixels(bytes(content), [(8, 8)], CENTRE, False)["images"].isfinite().all()
             except Unreadable as error:
                 assert str(error)
 
@@ -192,4 +215,4 @@ def test_a_missing_file_and_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("none.png", "pipe.png", "."):
         with pytest.raises(Unreadable, match="no such file"):
-            load_pixels(tmp_path / name, 8, CENTRE, False)
+            load_pixels(tmp_path / name, [(8, 8)], CENTRE, False)

@@ -12,8 +12,9 @@ import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from ...backbones.conditioning import Conditioner
+from ...backbones.conditioning import Conditioner, Conditioning, join
 from ...backbones.cost import CostTable
 from ...backbones.dit import null_class, tie_embedders
 from ...backbones.family import Backbone, predict
@@ -22,7 +23,7 @@ from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
 from ...backbones.latents import encode
 from ...backbones.lora import add_adapters
-from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, shift_of
+from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, pixel_size, shift_of
 from ...backbones.sampling import sample_latents
 from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
@@ -48,7 +49,7 @@ class Parts:
     vae: frozen; None where the data is encoded already, or the model has none.
     conditioner: of captions; None where the data has none. Images of encoded data load both for as long as they take.
     scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
-    precision: of vae and text encoders. size: of images in pixels, (height, width).
+    precision: of vae and text encoders. size: of images in pixels, (height, width), or (frames, height, width).
     guidance_scale, max_tokens: of all images that are drawn.
     experts: those given by `experts.pretrained`, or None where they are to be found.
     latency: what the budget's time was measured as; None for a budget of MACs.
@@ -163,14 +164,22 @@ class Parts:
     def conditioning(self, batch: Mapping[str, Any], dropped: Tensor) -> dict[str, Any]:
         """The backbone's conditioning arguments, with that of the samples in `dropped` (bool [B]) removed.
 
-        batch: has "labels" long [B], "captions" (a list of B) or "encoder_hidden_states" [B, tokens, D].
+        batch: has "labels" long [B], "captions" (a list of B), "conditioning" (rows of each of B) or
+            "encoder_hidden_states" [B, tokens, D], and of images "sizes" [B, 4].
         """
         if "labels" in batch:
             dropped = to_device(dropped, batch["labels"].device)
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
             assert self.conditioner is not None
-            return self.conditioner(batch["captions"], dropped).arguments()
+            return self.conditioner(batch["captions"], dropped).arguments(batch.get("sizes"))
+        if "conditioning" in batch:
+            common = self.source.common
+            assert common is not None
+            samples = [{**common.same, **(common.dropped if drop else rows)}
+                       for rows, drop in zip(batch["conditioning"], dropped.tolist(), strict=True)]
+            told = Conditioning(join(samples, self.backbone), common.shared).arguments(batch.get("sizes"))
+            return tree_map_only(Tensor, lambda value: to_device(value, self.backbone.device), told)
         text = batch["encoder_hidden_states"]
         assert self.source.empty_text is not None
         empty = to_device(self.source.empty_text, text.device).to(text.dtype)
@@ -197,7 +206,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     backbone = load_backbone(folder)
     tie_embedders(backbone)
     dtype = DTYPES[config.train.mixed_precision]
-    size, guidance = (config.data.resolution,) * 2, config.evaluate.guidance_scale
+    size, guidance = pixel_size(folder, config.data.resolution), config.evaluate.guidance_scale
     tokens = config.data.max_tokens
     conditioner = Conditioner(folder, device, dtype, size, guidance, tokens) if reads_captions(source) else None
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)

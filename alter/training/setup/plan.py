@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from diffusers import AutoencoderKL
 from torch import nn
 
 from ...backbones.cost import CostTable, count_cost
@@ -20,6 +19,7 @@ from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
     check_latents,
+    check_text,
     condition_of,
     latent_size,
     local_folder,
@@ -28,17 +28,16 @@ from ...backbones.pretrained import (
 )
 from ...backbones.schedules import image_tokens, load_scheduler, make_noising
 from ...backbones.sites import named_sites
-from ...backbones.text import check_text
 from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...common.load import CONFIGS
 from ...data.base import Source
 from ...data.batches import WithSubstitutes, split
-from ...data.latents import weights_hash
 from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.noising import Noising
+from .encoding import check_encoding
 from .noise import check_noise, sampled_timesteps
 
 
@@ -231,7 +230,7 @@ def measure(config: Config, device: torch.device | str) -> Latency:
 
 def reads_captions(source: Source) -> bool:
     """Whether its samples are images with text, which a text encoder has to read."""
-    return source.num_classes == 0 and source.empty_text is None
+    return source.num_classes == 0 and not source.encoded
 
 
 def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTable, size: int,
@@ -299,7 +298,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
         raise InputError(f"data.source={data.source!r}: has {has}, and the backbone is conditioned on {needs}, which "
                          f"this data does not have: give {give}")
     if CONFIGS not in folder.parents:  # there, weights are yet to come
-        _check_encoding(config, folder, source)
+        check_encoding(config, folder, source)
         if not by_class and (reads_captions(source) or (config.validate.every and config.validate.prompts)):
             if takes_one_text(backbone):
                 check_text(folder, backbone.config.cross_attention_dim)
@@ -314,30 +313,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     if by_class and (source.num_classes or 0) > null_class(backbone):
         raise InputError(f"data.path={data.path!r}: labels up to {(source.num_classes or 0) - 1}, but the "
                          f"backbone knows 0 to {null_class(backbone) - 1}: use data or a backbone of its classes")
-    if "encoder_hidden_states" in sample:
-        width = text_width(backbone)
-        if sample["encoder_hidden_states"].shape[-1] != width:
-            raise InputError(f"data.path={data.path!r}: text states of width "
-                             f"{sample['encoder_hidden_states'].shape[-1]} do not fit the backbone's {width}")
-
-
-def _check_encoding(config: Config, folder: Path, source: Source) -> None:
-    """Refuse latents that were made otherwise than this run would make them, as far as is written in them."""
-    data, encoding = config.data, source.encoding
-    if encoding is None:
-        return
-    found: dict[str, Any] = {"resolution": encoding.resolution}
-    wanted: dict[str, Any] = {"resolution": data.resolution}
-    if (folder / "vae" / "config.json").is_file():
-        vae = AutoencoderKL.load_config(folder / "vae")
-        found |= {"scaling factor": encoding.scaling_factor, "shift factor": encoding.shift_factor, "VAE": encoding.vae}
-        wanted |= {"scaling factor": vae.get("scaling_factor", 0.18215), "shift factor": vae.get("shift_factor") or 0.0,
-                   "VAE": encoding.vae and weights_hash(folder / "vae")}
-    if encoding.text_encoder is not None:
-        found["text encoder"] = encoding.text_encoder
-        wanted["text encoder"] = weights_hash(folder / "text_encoder")
-    for name, value in found.items():
-        if value is not None and wanted[name] is not None and value != wanted[name]:
-            raise InputError(f"data.path={data.path!r}: encoded by {encoding.maker} with {name} {value}, but "
-                             f"backbone.pretrained={config.backbone.pretrained!r} at data.resolution={data.resolution} "
-                             f"has {wanted[name]}: encode again with `alter encode`")
+    text = {**sample, **sample.get("conditioning", {})}.get("encoder_hidden_states")
+    if text is not None and text.shape[-1] != text_width(backbone):
+        raise InputError(f"data.path={data.path!r}: text states of width {text.shape[-1]} do not fit the backbone's "
+                         f"{text_width(backbone)}")
