@@ -204,6 +204,25 @@ def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
                              "another size")
 
 
+def check_bucket_step(folder: Path, step: int) -> None:
+    """Refuse aspect-ratio buckets whose sides a pipeline cannot take; reads JSON only.
+
+    Raises:
+        InputError: about data.bucket_step.
+    """
+    cls, component = component_of(folder)
+    if cls is DiTTransformer2DModel:
+        raise InputError(f"data.bucket_step={step}: a DiT takes images of one shape: set null")
+    config = read_config(folder / component / "config.json")
+    patch = config.get("patch_size") or 1
+    patch = max(2, *patch) if isinstance(patch, (list, tuple)) else max(2, patch)
+    if "UNet" in cls.__name__:
+        patch = 2 ** (len(config.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
+    multiple = vae_factor(folder) * patch
+    if step % multiple:
+        raise InputError(f"data.bucket_step={step}: choose a multiple of {multiple}, as the backbone and its VAE need")
+
+
 def check_text(folder: Path, width: int) -> None:
     """Refuse a tokenizer or text encoder that does not fit a backbone with cross-attention of `width`; reads JSON only.
 

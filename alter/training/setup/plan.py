@@ -18,6 +18,7 @@ from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_te
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
+    check_bucket_step,
     check_latents,
     check_text,
     condition_of,
@@ -96,6 +97,9 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
             latency = Latency.load(Path(config.budget.latency_file))
     with faults.caught():
         size = latent_size(folder, config.data.resolution)
+    with faults.caught():
+        if config.data.bucket_step is not None:
+            check_bucket_step(folder, config.data.bucket_step)
     shape = latent_shape(backbone, size)
     with faults.caught():
         if source is not None and size:
@@ -183,6 +187,10 @@ def open_data(config: Config, folder: Path | None) -> Source:
     """
     source = open_source(config, None if folder is None else condition_of(folder))
     split(source, config.data.holdout, config.seed)
+    if config.data.bucket_step is not None and source.buckets is None:
+        raise InputError(f"data.bucket_step={config.data.bucket_step}: the shapes of the samples are known only for "
+                         "folders of captioned images, without data.prior_path, and for what `alter encode` wrote with "
+                         "it: encode the data first, or set null")
     return source
 
 
@@ -305,7 +313,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     sample = WithSubstitutes(source, np.arange(len(source)), config.seed)[0, 0]
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
-        if name in sample and tuple(sample[name].shape) != expected:
+        if source.buckets is None and name in sample and tuple(sample[name].shape) != expected:
             raise InputError(
                 f"data.path={data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
                 f"backbone, which takes {expected} at data.resolution={data.resolution}"
