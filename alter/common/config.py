@@ -58,9 +58,9 @@ class DataConfig:
         "image_folder",
         "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl or metadata.csv (`file_name` "
         "and captions), or .txt files beside them, or one sub-folder of images per class. datasets: a Hugging Face "
-        "data set, parquet or arrow. webdataset: tar files as img2dataset writes them. latents: written by "
-        "`alter encode`, or in the layout of fast-DiT or REPA.",
-        choices=("digits", "image_folder", "datasets", "webdataset", "latents"))
+        "data set, parquet or arrow. webdataset: tar files as img2dataset writes them. video_folder: videos, or "
+        "folders of frames, with .txt files beside them. latents: of `alter encode`, fast-DiT or REPA.",
+        choices=("digits", "image_folder", "datasets", "webdataset", "video_folder", "latents"))
     path: str | None = key(None, "Folder of the data set (not used by digits).")
     split: str | None = key("train", "Part of a Hugging Face data set that has several; null takes every file.")
     stream: bool = key(
@@ -81,6 +81,7 @@ class DataConfig:
         None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior).")
     prior_prompt: str | None = key(None, "Caption of the images in `prior_path`.")
     resolution: int = key(256, "Side of the square images, in pixels.", within="[1, inf)")
+    frames: int = key(1, "Frames of a clip, for a backbone of videos; 1: images.", within="[1, inf)")
     bucket_step: int | None = key(
         None, "Aspect-ratio buckets: frame images to the nearest of the shapes of about resolution² pixels whose sides "
         "are multiples of this (64 is usual); a batch has one shape. null: squares.", within="[1, inf)")

@@ -113,12 +113,16 @@ class Framing:
     def __call__(self, content: Path | bytes, epoch: int, index: int) -> dict[str, Any]:
         """What `load_pixels` gives, and "bucket", the number of the shape where there are several; raises Unreadable if
         it is no complete image."""
-        across, down = 0.5, 0.5
-        if self.crop == "random":
-            across, down = np.random.default_rng([self.seed, 6, epoch, index]).random(2)
-        mirror = self.flip and coin(self.seed, epoch, index)
+        across, down, _, mirror = self.place(epoch, index)
         shown: dict[str, Any] = load_pixels(content, self.sizes, (across, down), mirror)
         return {**shown, "bucket": self.sizes.index(tuple(shown["images"].shape[1:]))} if self.bucketed else shown
+
+    def place(self, epoch: int, index: int) -> tuple[float, float, float, bool]:
+        """Where the part is, across, down and (of a video) in time, each in [0, 1]; and whether it is mirrored."""
+        place = 0.5, 0.5, 0.5
+        if self.crop == "random":
+            place = tuple(np.random.default_rng([self.seed, 6, epoch, index]).random(3))
+        return *place, self.flip and coin(self.seed, epoch, index)
 
     def buckets(self, files: Sequence[Path]) -> np.ndarray | None:
         """The number of each image's shape, int64 [len(files)], from its header; None where there is one shape."""

@@ -25,6 +25,7 @@ from ..backbones.pretrained import (
     DTYPES,
     check_bucket_step,
     condition_of,
+    latent_frames,
     load_vae,
     local_folder,
     pixel_size,
@@ -62,6 +63,7 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     """
     folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
     source = _images(config, folder)
+    latent_frames(folder, config.data.frames)
     if config.data.bucket_step is not None:
         check_bucket_step(folder, config.data.bucket_step)
     set_tf32(config.train.tf32)
@@ -177,10 +179,11 @@ class _Models:
     """What encodes: a pipeline's VAE and, of captions, its `Conditioner`."""
 
     def __init__(self, config: Config, folder: Path, device: torch.device, captioned: bool) -> None:
-        dtype, guidance = DTYPES[config.train.mixed_precision], config.evaluate.guidance_scale
-        self.bucket_step = config.data.bucket_step
-        self.conditioner = Conditioner(folder, device, dtype, pixel_size(folder, config.data.resolution), guidance,
-                                       config.data.max_tokens) if captioned else None
+        dtype, data = DTYPES[config.train.mixed_precision], config.data
+        self.bucket_step, self.frames = data.bucket_step, data.frames
+        size = pixel_size(folder, data.resolution, data.frames)
+        self.conditioner = Conditioner(folder, device, dtype, size, config.evaluate.guidance_scale,
+                                       data.max_tokens) if captioned else None
         self.pipe: Any = (self.conditioner.pipe if self.conditioner is not None
                           else SimpleNamespace(vae=load_vae(folder, device, dtype)))
 
@@ -191,7 +194,8 @@ class _Models:
         told: dict[str, Any] = {}
         conditioner = self.conditioner
         if conditioner is not None:
-            told |= {"max_tokens": conditioner.max_tokens, "bucket_step": self.bucket_step}
+            told |= {"max_tokens": conditioner.max_tokens, "bucket_step": self.bucket_step,
+                     "frames": self.frames}
             if conditioner.is_told_guidance:
                 told["guidance_scale"] = conditioner.guidance
         return {"pipeline": type(self.pipe).__name__ if conditioner else None, "vae": weights_hash(folder / "vae"),

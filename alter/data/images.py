@@ -46,7 +46,12 @@ def load_pixels(content: Path | bytes, sizes: Sequence[tuple[int, int]], crop: t
     Raises:
         Unreadable: if it is not a complete image, or has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
     """
-    image, _ = decode(content)
+    return frame(decode(content)[0], sizes, crop, mirror)
+
+
+def frame(image: Image.Image, sizes: Sequence[tuple[int, int]], crop: tuple[float, float],
+          mirror: bool) -> dict[str, Tensor]:
+    """As `load_pixels`, of RGB pixels."""
     (across, down), (whole_width, whole_height) = crop, image.size
     height, width = sizes[nearest(sizes, whole_height, whole_width)]
     if whole_width * height >= whole_height * width:

@@ -100,8 +100,8 @@ def test_an_unusable_sample_is_replaced_by_one_of_its_shape(tmp_path):
     assert tuple(sample["images"].shape[1:]) == source.framing.sizes[source.buckets[1]] == (24, 48)
 
 
-@pytest.mark.parametrize("name", ["flux", "sdxl", pytest.param("qwen", marks=pytest.mark.slow),
-                                  pytest.param("sd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow)
+                                            for name in ("sdxl", "qwen", "sd"))])
 def test_encoded_batches_are_those_of_images(tmp_path, name):
     config = bucket_config(tmp_path, name)
     online = make_trainer(config, tmp_path)

@@ -207,7 +207,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     backbone = load_backbone(folder)
     tie_embedders(backbone)
     dtype = DTYPES[config.train.mixed_precision]
-    size, guidance = pixel_size(folder, config.data.resolution), config.evaluate.guidance_scale
+    size, guidance = pixel_size(folder, config.data.resolution, config.data.frames), config.evaluate.guidance_scale
     tokens = config.data.max_tokens
     conditioner = Conditioner(folder, device, dtype, size, guidance, tokens) if reads_captions(source) else None
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)

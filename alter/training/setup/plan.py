@@ -22,6 +22,7 @@ from ...backbones.pretrained import (
     check_latents,
     check_text,
     condition_of,
+    latent_frames,
     latent_size,
     local_folder,
     meta_backbone,
@@ -100,7 +101,13 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     with faults.caught():
         if config.data.bucket_step is not None:
             check_bucket_step(folder, config.data.bucket_step)
-    shape = latent_shape(backbone, size)
+    frames = 1
+    with faults.caught():
+        frames = latent_frames(folder, config.data.frames)
+        if config.data.frames > 1 and config.budget.cost == "latency":
+            raise InputError(f"data.frames={config.data.frames}: latency is measured of images alone: use "
+                             "budget.cost=macs")
+    shape = latent_shape(backbone, size, frames)
     with faults.caught():
         if source is not None and size:
             _check_source(config, folder, backbone, source, shape)
@@ -110,7 +117,7 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     tokens = image_tokens(shape, backbone.config.get("patch_size"))
     with faults.caught():
         check_noise(config, scheduler)
-    cost = count_cost(backbone, size)
+    cost = count_cost(backbone, size, frames)
     with faults.caught():
         if latency is not None or not by_time(config):
             budget, experts = _plan_budget(config, folder, backbone, cost, size, tokens, scheduler, latency)
