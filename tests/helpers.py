@@ -105,12 +105,12 @@ def uneven_latency(**changes) -> Latency:
 _COSTS: dict = {}
 
 
-def known_cost(backbone, size):
+def known_cost(backbone, size, frames=1):
     """`count_cost`, which depends on the configuration alone, counted once for each."""
     values = {name: value for name, value in backbone.config.items() if not name.startswith("_")}
-    key = type(backbone), str(values), size
+    key = type(backbone), str(values), size, frames
     if key not in _COSTS:
-        _COSTS[key] = count_cost(backbone, size)
+        _COSTS[key] = count_cost(backbone, size, frames)
     return _COSTS[key]
 
 

@@ -88,10 +88,14 @@ class Conditioner:
         self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], dropped: Tensor | None = None) -> Conditioning:
-        """Of B `prompts`; those in `dropped`, bool [B], become what the pipeline guides away from: the empty prompt."""
+    def __call__(self, prompts: Sequence[str], dropped: Tensor | None = None,
+                 size: tuple[int, int] | None = None) -> Conditioning:
+        """Of B `prompts`; those in `dropped`, bool [B], become what the pipeline guides away from: the empty prompt.
+
+        size: height and width, if not the usual ones.
+        """
         drops = [False] * len(prompts) if dropped is None else dropped.tolist()
-        told = self._call(["" if drop else prompt for prompt, drop in zip(prompts, drops, strict=True)])
+        told = self._call(["" if drop else prompt for prompt, drop in zip(prompts, drops, strict=True)], size)
         rows = {name: value for name, value in told.items() if name in self.rows}
         if self.zeroes and any(drops):
             for name in _ZEROED:
@@ -163,10 +167,10 @@ class Conditioner:
             return 0
         return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(list(prompts), verbose=False).input_ids)
 
-    def _call(self, prompts: list[str]) -> dict[str, Any]:
+    def _call(self, prompts: list[str], size: tuple[int, int] | None = None) -> dict[str, Any]:
         """What the pipeline tells its backbone, under dotted names."""
         accepted = inspect.signature(self.pipe.__call__).parameters
-        wanted = {**self._shape(), "prompt": prompts, "num_inference_steps": 2, "output_type": "latent",
+        wanted = {**self._shape(size), "prompt": prompts, "num_inference_steps": 2, "output_type": "latent",
                   "generator": torch.Generator().manual_seed(0), **_AS_GIVEN, **self._unguided(accepted)}
         given = {name: value for name, value in wanted.items() if name in accepted}
         told = stop_at_backbone(self.pipe, self.backbone, given)
@@ -174,10 +178,11 @@ class Conditioner:
         left_out = (parameters(cls)[0], timestep_argument(cls)[0], "return_dict")
         return _flat({name: value for name, value in told.items() if name not in left_out})
 
-    def _shape(self) -> dict[str, Any]:
+    def _shape(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         frames = {"num_frames": self.size[0]} if len(self.size) == 3 else {}
         tokens = {} if self.max_tokens is None else {"max_sequence_length": self.max_tokens}
-        return {**frames, **tokens, "height": self.size[-2], "width": self.size[-1]}
+        height, width = size or self.size[-2:]
+        return {**frames, **tokens, "height": height, "width": width}
 
     def _guided(self, accepted: Mapping[str, Any], scale: float, count: int) -> dict[str, Any]:
         if "true_cfg_scale" in accepted and not getattr(self.backbone.config, "guidance_embeds", False):

@@ -59,12 +59,12 @@ class CostTable:
         return "\n".join(rows)
 
 
-def count_cost(backbone: Any, latent_size: int) -> CostTable:
+def count_cost(backbone: Any, latent_size: int, frames: int = 1) -> CostTable:
     """Count the backbone's MACs at latents of `latent_size` × `latent_size`; its weights are not touched.
 
     Args:
         backbone: on any device, without gates in force.
-        latent_size: side of the latents, in latent pixels.
+        latent_size: side of the latents, in latent pixels. frames: of a video's latents.
 
     Raises:
         InputError: if the backbone has no prunable layer.
@@ -86,7 +86,7 @@ def count_cost(backbone: Any, latent_size: int) -> CostTable:
         layer.register_forward_pre_hook(count(name, -1))
         layer.register_forward_hook(count(name, +1))
     with counter, torch.no_grad():
-        model(**example_inputs(model, latent_size))
+        model(**example_inputs(model, latent_size, frames=frames))
     return CostTable(tuple(macs), tuple(macs.values()), tuple(parameters.values()), counter.get_total_flops() // 2,
                      _size(model), backbone_class(model).__name__)
 

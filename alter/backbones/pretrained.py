@@ -157,10 +157,36 @@ def latent_size(folder: Path, resolution: int) -> int:
     return resolution // factor
 
 
-def pixel_size(folder: Path, resolution: int) -> tuple[int, ...]:
-    """(height, width) of a pipeline's images; (frames, height, width), of one frame, where it makes videos."""
+def pixel_size(folder: Path, resolution: int, frames: int) -> tuple[int, ...]:
+    """(height, width) of a pipeline's images; (frames, height, width) where it makes videos."""
     size = resolution, resolution
-    return (1, *size) if "3D" in component_of(folder)[0].__name__ else size
+    return (frames, *size) if _makes_videos(folder) else size
+
+
+def _makes_videos(folder: Path) -> bool:
+    return "3D" in component_of(folder)[0].__name__
+
+
+def latent_frames(folder: Path, frames: int) -> int:
+    """Frames of the latents of a video.
+
+    Raises:
+        InputError: if the pipeline makes images, or its VAE takes no such number.
+    """
+    if frames == 1:
+        return 1
+    if not _makes_videos(folder):
+        raise InputError(f"data.frames={frames}: the backbone is of images: set 1")
+    file = folder / "vae" / "config.json"
+    config = read_config(file) if file.is_file() else {}
+    factor = next((config[name] for name in ("temporal_compression_ratio", "scale_factor_temporal")
+                   if config.get(name)), 4)
+    for name in ("temperal_downsample", "spatio_temporal_scaling"):  # Wan; LTX-Video
+        if name in config:
+            factor = config.get("patch_size_t", 1) * 2 ** sum(config[name])
+    if (frames - 1) % factor:
+        raise InputError(f"data.frames={frames}: choose a multiple of the VAE's {factor}, and one more")
+    return 1 + (frames - 1) // factor
 
 
 def vae_factor(folder: Path) -> int:
@@ -202,6 +228,25 @@ def check_latents(folder: Path, backbone: Backbone, resolution: int) -> None:
             raise InputError(f"data.resolution={resolution}: gives latents of {size}x{size}, and this DiT was made for "
                              f"{made_for}x{made_for}: use data.resolution={made_for * vae_factor(folder)}, or a DiT of "
                              "another size")
+
+
+def check_bucket_step(folder: Path, step: int) -> None:
+    """Refuse aspect-ratio buckets whose sides a pipeline cannot take; reads JSON only.
+
+    Raises:
+        InputError: about data.bucket_step.
+    """
+    cls, component = component_of(folder)
+    if cls is DiTTransformer2DModel:
+        raise InputError(f"data.bucket_step={step}: a DiT takes images of one shape: set null")
+    config = read_config(folder / component / "config.json")
+    patch = config.get("patch_size") or 1
+    patch = max(2, *patch) if isinstance(patch, (list, tuple)) else max(2, patch)
+    if "UNet" in cls.__name__:
+        patch = 2 ** (len(config.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
+    multiple = vae_factor(folder) * patch
+    if step % multiple:
+        raise InputError(f"data.bucket_step={step}: choose a multiple of {multiple}, as the backbone and its VAE need")
 
 
 def check_text(folder: Path, width: int) -> None:

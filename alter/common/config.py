@@ -58,9 +58,9 @@ class DataConfig:
         "image_folder",
         "digits: scikit-learn's 8x8 digits. image_folder: images with a metadata.jsonl or metadata.csv (`file_name` "
         "and captions), or .txt files beside them, or one sub-folder of images per class. datasets: a Hugging Face "
-        "data set, parquet or arrow. webdataset: tar files as img2dataset writes them. latents: written by "
-        "`alter encode`, or in the layout of fast-DiT or REPA.",
-        choices=("digits", "image_folder", "datasets", "webdataset", "latents"))
+        "data set, parquet or arrow. webdataset: tar files as img2dataset writes them. video_folder: videos, or "
+        "folders of frames, with .txt files beside them. latents: of `alter encode`, fast-DiT or REPA.",
+        choices=("digits", "image_folder", "datasets", "webdataset", "video_folder", "latents"))
     path: str | None = key(None, "Folder of the data set (not used by digits).")
     split: str | None = key("train", "Part of a Hugging Face data set that has several; null takes every file.")
     stream: bool = key(
@@ -81,6 +81,10 @@ class DataConfig:
         None, "Folder of images of the same class, half of every epoch, against forgetting (DreamBooth's prior).")
     prior_prompt: str | None = key(None, "Caption of the images in `prior_path`.")
     resolution: int = key(256, "Side of the square images, in pixels.", within="[1, inf)")
+    frames: int = key(1, "Frames of a clip, for a backbone of videos; 1: images.", within="[1, inf)")
+    bucket_step: int | None = key(
+        None, "Aspect-ratio buckets: frame images to the nearest of the shapes of about resolution² pixels whose sides "
+        "are multiples of this (64 is usual); a batch has one shape. null: squares.", within="[1, inf)")
     crop: str = key("center", "Square that is cut from an image.", choices=("center", "random"))
     flip: bool = key(False, "Mirror half of the images; of latents encoded with their mirror images, draw either.")
     max_unreadable: float = key(
@@ -93,8 +97,7 @@ class DataConfig:
         0.1, "Probability of dropping a label or prompt (for classifier-free guidance).", within="[0, 1]")
     holdout: int | None = key(
         None, "Samples kept out of training, on which `output_error` is measured; null: 5% of them, at most 256.",
-        within="[0, inf)",
-    )
+        within="[0, inf)")
     workers: int = key(4, "Loader processes per training process.", within="[0, inf)")
 
 
@@ -104,8 +107,7 @@ class ExpertsConfig:
     router: str = key(
         "learned",
         "learned: the router is trained. uniform: fixed equal intervals (the paper's ablation `Manual`).",
-        choices=("learned", "uniform"),
-    )
+        choices=("learned", "uniform"))
     tau: float = key(0.4, "Temperature of the Gumbel-sigmoid and the Gumbel-softmax.", within="(0, inf)")
     start: str = key(
         "dense", "Masks near which the search starts. dense: every layer is kept, as in the paper. greedy: every "
@@ -133,8 +135,7 @@ class BudgetConfig:
     over: str = key(
         "total",
         "What p is a share of. total: the whole backbone. prunable: only its prunable layers.",
-        choices=("total", "prunable"),
-    )
+        choices=("total", "prunable"))
     cost: str = key(
         "macs", "What p counts. macs: multiply-accumulate operations. latency: seconds, measured per layer on the "
         "run's device in its precision when the run begins, and kept in latency.json.", choices=("macs", "latency"),
@@ -191,8 +192,7 @@ class TrainConfig:
         "joint",
         "joint: hypernetwork and backbone are updated in turn during the search. two_stage: the backbone is tuned "
         "only after the search (the paper's ablation `TwoStage`).",
-        choices=("joint", "two_stage"),
-    )
+        choices=("joint", "two_stage"))
     batch_size: int = key(64, "Samples per update, of all processes and micro-batches together.", within="[1, inf)")
     gradient_accumulation: int = key(1, "Micro-batches per update: more need less memory.", within="[1, inf)")
     mixed_precision: str = key(

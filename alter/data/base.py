@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..common.config import DataConfig
 from ..common.errors import InputError
 from ..common.files import folder_fault
-from .images import Unreadable, load_pixels
+from .images import Unreadable, bucket_sizes, load_pixels, measure, nearest
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}  # folders that systems make
@@ -61,15 +62,16 @@ class Source(Protocol):
 
     A sample is {"images" float32 [C, H, W] in [-1, 1], "latents" float32 [C, h, w] or "moments" float32 [2C, h, w],
     means and standard deviations of latents} and {"labels" int, "captions" str, "conditioning" rows [1, ...] by name or
-    "encoder_hidden_states" float32 [tokens, D]}, and of images "sizes" int64 [4] as
-    `load_pixels` gives them; what is random about it is a function of (seed, epoch, index).
+    "encoder_hidden_states" float32 [tokens, D]}, and of images "sizes" int64 [4] as `load_pixels` gives them and, of
+    several shapes, "bucket" int; what is random about it is a function of (seed, epoch, index).
     """
 
     num_classes: int | None  # 0 where the condition is text; None where only all labels together would tell
     classes: dict[str, int]  # name → label, where the data name their classes
     encoded: bool  # True: samples are latents; False: images for the VAE
     empty_text: Tensor | None  # where samples have "encoder_hidden_states": those of a dropped prompt
-    common: Common | None  # where they have "conditioning"
+    common: Sequence[Common]  # where they have "conditioning": for each shape
+    buckets: np.ndarray | None  # the number of each sample's shape, int64 [len()]; None: all have one
     encoding: Encoding | None  # where samples are encoded
     shards: list[int] | None  # lengths of the runs that are stored together; None: each sample is on its own
 
@@ -86,7 +88,8 @@ class SourceDefaults:
     classes: dict[str, int] = {}
     encoded = False
     empty_text: Tensor | None = None
-    common: Common | None = None
+    common: Sequence[Common] = ()
+    buckets: np.ndarray | None = None
     encoding: Encoding | None = None
     shards: list[int] | None = None
 
@@ -98,16 +101,42 @@ class Framing:
     """The part that is cut from an image at (epoch, index), mirrored or not."""
 
     def __init__(self, config: DataConfig, seed: int) -> None:
+        self.bucketed = config.bucket_step is not None
         self.sizes = [(config.resolution, config.resolution)]
+        if config.bucket_step is not None:
+            if config.resolution % config.bucket_step:
+                raise InputError(f"data.bucket_step={config.bucket_step}: choose a divisor of data.resolution="
+                                 f"{config.resolution}")
+            self.sizes = bucket_sizes(config.resolution, config.bucket_step)
         self.crop, self.flip, self.seed = config.crop, config.flip, seed
 
-    def __call__(self, content: Path | bytes, epoch: int, index: int) -> dict[str, Tensor]:
-        """What `load_pixels` gives; raises Unreadable if it is no complete image."""
-        across, down = 0.5, 0.5
+    def __call__(self, content: Path | bytes, epoch: int, index: int) -> dict[str, Any]:
+        """What `load_pixels` gives, and "bucket", the number of the shape where there are several; raises Unreadable if
+        it is no complete image."""
+        across, down, _, mirror = self.place(epoch, index)
+        shown: dict[str, Any] = load_pixels(content, self.sizes, (across, down), mirror)
+        return {**shown, "bucket": self.sizes.index(tuple(shown["images"].shape[1:]))} if self.bucketed else shown
+
+    def place(self, epoch: int, index: int) -> tuple[float, float, float, bool]:
+        """Where the part is, across, down and (of a video) in time, each in [0, 1]; and whether it is mirrored."""
+        place = 0.5, 0.5, 0.5
         if self.crop == "random":
-            across, down = np.random.default_rng([self.seed, 6, epoch, index]).random(2)
-        mirror = self.flip and coin(self.seed, epoch, index)
-        return load_pixels(content, self.sizes, (across, down), mirror)
+            place = tuple(np.random.default_rng([self.seed, 6, epoch, index]).random(3))
+        return *place, self.flip and coin(self.seed, epoch, index)
+
+    def buckets(self, files: Sequence[Path]) -> np.ndarray | None:
+        """The number of each image's shape, int64 [len(files)], from its header; None where there is one shape."""
+        if not self.bucketed:
+            return None
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(measure, files))
+        return with_usual(np.array([nearest(self.sizes, *size) if size else -1 for size in found], dtype=np.int64))
+
+
+def with_usual(buckets: np.ndarray) -> np.ndarray:
+    """With the commonest number in place of -1, those of unusable samples, which are replaced by others."""
+    known = buckets[buckets >= 0]
+    return np.where(buckets < 0, np.bincount(known).argmax() if len(known) else 0, buckets)
 
 
 def coin(seed: int, epoch: int, index: int) -> bool:

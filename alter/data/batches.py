@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -31,20 +32,20 @@ class Fit:
     """What the backbone requires of a sample.
 
     Attributes:
-        latent_shape: of one sample, [C, h, w], [C, F, h, w] or [tokens, C].
+        latent_shape: of one sample, [C, h, w], [C, F, h, w] or [tokens, C]; None where samples have several.
         classes: labels must be below it; None: not checked.
         text_shape: (tokens, D) of encoder_hidden_states, if they are stored.
     """
 
-    latent_shape: tuple[int, ...]
+    latent_shape: tuple[int, ...] | None
     classes: int | None = None
     text_shape: tuple[int, ...] | None = None
 
     def check(self, sample: dict[str, Any]) -> None:
         """Raises Unreadable unless the sample fits and all its numbers are finite."""
-        first, *others = self.latent_shape
+        first, *others = self.latent_shape or (0,)
         for name, shape in (("latents", (first, *others)), ("moments", (2 * first, *others))):
-            if name in sample and tuple(sample[name].shape) != shape:
+            if self.latent_shape and name in sample and tuple(sample[name].shape) != shape:
                 raise Unreadable(f"{name} of shape {tuple(sample[name].shape)} do not fit the backbone's {shape}")
         for name in ("latents", "moments", "encoder_hidden_states", "conditioning"):
             values = [value for value in tree_leaves(sample.get(name)) if isinstance(value, Tensor)]
@@ -74,7 +75,9 @@ class WithSubstitutes:
         """
         epoch, index = key
         reasons: dict[int, str] = {}
-        candidate = index
+        candidate, others = index, self.indices
+        if self.source.buckets is not None:
+            others = others[self.source.buckets[others] == self.source.buckets[index]]
         for attempt in range(SPARE_DRAWS + 1):
             try:
                 sample = self.source[epoch, candidate]
@@ -83,8 +86,8 @@ class WithSubstitutes:
                 return {**sample, "skipped": list(reasons.values())}
             except Unreadable as error:
                 reasons[candidate] = f"{self.source.describe(candidate)}: {error}"
-            draw = np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(self.indices))
-            candidate = int(self.indices[draw])
+            draw = np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(others))
+            candidate = int(others[draw])
         raise InputError(f"data.path: none of {len(reasons)} samples can be used: correct the data set; the first "
                          f"was {reasons[index]}")
 
@@ -147,11 +150,13 @@ class GlobalBatches:
     Args:
         batch_size: the global one. micro_batches: per step and process.
         rank, processes: number of this process, and of all.
+        buckets: the number of every sample's shape, of which a global batch has one: a batch is complete where the
+            stream of all epochs brings its last sample. None: all samples have one shape.
     """
 
     def __init__(self, order: Order, batch_size: int, micro_batches: int, rank: int, processes: int,
-                 first_step: int, last_step: int) -> None:
-        self.order, self.batch_size = order, batch_size
+                 first_step: int, last_step: int, buckets: np.ndarray | None = None) -> None:
+        self.order, self.batch_size, self.buckets = order, batch_size, buckets
         self.steps = range(first_step, last_step)
         size = batch_size // (micro_batches * processes)
         self.slices = [slice((rank * micro_batches + k) * size, (rank * micro_batches + k + 1) * size)
@@ -161,6 +166,23 @@ class GlobalBatches:
         return len(self.steps) * len(self.slices)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches = (self._in_order() if self.buckets is None
+                   else islice(self._by_bucket(self.buckets), self.steps.start, self.steps.stop))
+        for batch in batches:
+            for rows in self.slices:
+                yield batch[rows]
+
+    def _by_bucket(self, buckets: np.ndarray) -> Iterator[list[tuple[int, int]]]:
+        """All global batches from step 0 on."""
+        waiting: dict[int, list[tuple[int, int]]] = {}
+        for epoch in count():
+            for index in self.order(epoch).tolist():
+                batch = waiting.setdefault(buckets[index], [])
+                batch.append((epoch, index))
+                if len(batch) == self.batch_size:
+                    yield waiting.pop(buckets[index])
+
+    def _in_order(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, self.order.indices
         for step in self.steps:
             batch = []
@@ -169,17 +191,23 @@ class GlobalBatches:
                     epoch = position // len(order)
                     order = self.order(epoch)
                 batch.append((epoch, int(order[position % len(order)])))
-            for rows in self.slices:
-                yield batch[rows]
+            yield batch
+
+
+def of_one_shape(indices: np.ndarray, size: int, buckets: np.ndarray | None) -> list[np.ndarray]:
+    """The indices in parts of at most `size`, each of samples of one shape; `buckets` as for GlobalBatches."""
+    groups = [indices] if buckets is None else [
+        indices[buckets[indices] == bucket] for bucket in np.unique(buckets[indices])]
+    return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples: stacked tensors, "captions" and "conditioning" as lists, and all "skipped" as one flat
-    list."""
+    """A batch of samples: stacked tensors, "captions", "conditioning" and "bucket" as lists, and all "skipped" as one
+    flat list."""
     batch: dict[str, Any] = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
-        if name in ("captions", "conditioning"):
+        if name in ("captions", "conditioning", "bucket"):
             batch[name] = values
         elif name == "skipped":
             batch[name] = [line for lines in values for line in lines]

@@ -9,6 +9,7 @@ from pickle import UnpicklingError  # of torch.load, which runs no code
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -20,12 +21,22 @@ from tqdm import tqdm
 
 from ..backbones import latents
 from ..backbones.conditioning import Conditioner
-from ..backbones.pretrained import DTYPES, condition_of, load_vae, local_folder, pixel_size, set_tf32
+from ..backbones.pretrained import (
+    DTYPES,
+    check_bucket_step,
+    condition_of,
+    latent_frames,
+    load_vae,
+    local_folder,
+    pixel_size,
+    set_tf32,
+)
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import sync, write_text
 from ..common.process import on_main_process
-from .encoded import COMMON, INDEX, VAE_SETTINGS, VERSION, shard_name
+from .base import Framing, with_usual
+from .encoded import BUCKETS, COMMON, INDEX, VAE_SETTINGS, VERSION, shard_name
 from .images import Unreadable
 from .latents import text_hashes, weights_hash
 from .open import Source, open_source
@@ -52,6 +63,9 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     """
     folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
     source = _images(config, folder)
+    latent_frames(folder, config.data.frames)
+    if config.data.bucket_step is not None:
+        check_bucket_step(folder, config.data.bucket_step)
     set_tf32(config.train.tf32)
     models = _Models(config, folder, state.device, source.num_classes == 0)
     plan = {
@@ -62,7 +76,7 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
     }
     missing, unusable = on_main_process(lambda: _begin(out, plan))
     if models.conditioner is not None and state.is_main_process:
-        _save_common(out / COMMON, models.conditioner)
+        _save_common(out / COMMON, models.conditioner, Framing(config.data, config.seed).sizes)
 
     mine = missing[state.process_index :: state.num_processes]
     shards = [range(number * shard_size, min((number + 1) * shard_size, len(source))) for number in mine]
@@ -88,6 +102,8 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
         _bound(len(unreadable), config, len(source), list(unreadable.values())[-1])
     index = {**plan, "classes": source.classes, "bfloat16": _bfloat16(out, numbers), "unreadable": unreadable}
     if state.is_main_process:
+        if config.data.bucket_step is not None:
+            np.save(out / BUCKETS, with_usual(np.concatenate([_buckets(out, number) for number in numbers])))
         write_text(out / INDEX, json.dumps(index, indent=1) + "\n")
         (out / _PLAN).unlink(missing_ok=True)
     state.wait_for_everyone()
@@ -145,6 +161,11 @@ def _unreadable(out: Path, shards: Iterable[int]) -> dict[str, str]:
     return reasons
 
 
+def _buckets(out: Path, number: int) -> np.ndarray:
+    with safe_open(out / shard_name(number), framework="np") as content:
+        return content.get_tensor("bucket")
+
+
 def _bfloat16(out: Path, shards: Iterable[int]) -> list[str]:
     """The names of the tensors that some shard holds as bfloat16."""
     found = set()
@@ -158,9 +179,11 @@ class _Models:
     """What encodes: a pipeline's VAE and, of captions, its `Conditioner`."""
 
     def __init__(self, config: Config, folder: Path, device: torch.device, captioned: bool) -> None:
-        dtype, guidance = DTYPES[config.train.mixed_precision], config.evaluate.guidance_scale
-        self.conditioner = Conditioner(folder, device, dtype, pixel_size(folder, config.data.resolution), guidance,
-                                       config.data.max_tokens) if captioned else None
+        dtype, data = DTYPES[config.train.mixed_precision], config.data
+        self.bucket_step, self.frames = data.bucket_step, data.frames
+        size = pixel_size(folder, data.resolution, data.frames)
+        self.conditioner = Conditioner(folder, device, dtype, size, config.evaluate.guidance_scale,
+                                       data.max_tokens) if captioned else None
         self.pipe: Any = (self.conditioner.pipe if self.conditioner is not None
                           else SimpleNamespace(vae=load_vae(folder, device, dtype)))
 
@@ -171,7 +194,8 @@ class _Models:
         told: dict[str, Any] = {}
         conditioner = self.conditioner
         if conditioner is not None:
-            told["max_tokens"] = conditioner.max_tokens
+            told |= {"max_tokens": conditioner.max_tokens, "bucket_step": self.bucket_step,
+                     "frames": self.frames}
             if conditioner.is_told_guidance:
                 told["guidance_scale"] = conditioner.guidance
         return {"pipeline": type(self.pipe).__name__ if conditioner else None, "vae": weights_hash(folder / "vae"),
@@ -201,10 +225,13 @@ def _encode(samples: list[dict[str, Any]], models: _Models, mirror: bool) -> Ite
     moments: Iterator[Tensor] = iter(())
     rows: Iterator[dict[str, Any]] = iter(())
     if usable:
-        images = torch.stack([sample["images"] for sample in usable])
-        views = [torch.cat(latents.encode(models.pipe, view), dim=1)
-                 for view in ([images, images.flip(-1)] if mirror else [images])]
-        moments = iter(torch.stack(views, dim=1).cpu())
+        found: dict[int, Tensor] = {}
+        for places in _of_one_shape(usable):
+            images = torch.stack([usable[place]["images"] for place in places])
+            views = [torch.cat(latents.encode(models.pipe, view), dim=1)
+                     for view in ([images, images.flip(-1)] if mirror else [images])]
+            found |= zip(places, torch.stack(views, dim=1).cpu(), strict=True)
+        moments = iter([found[place] for place in range(len(usable))])
     if usable and models.conditioner is not None:
         rows = iter(models.conditioner.each([caption for sample in usable for caption in sample["captions"]]))
     for sample in samples:
@@ -215,19 +242,33 @@ def _encode(samples: list[dict[str, Any]], models: _Models, mirror: bool) -> Ite
         if models.conditioner is None:
             encoded["labels"] = sample["labels"]
         else:
-            encoded["sizes"] = sample["sizes"]
+            encoded |= {name: sample[name] for name in ("sizes", "bucket") if name in sample}
             encoded["rows"] = tree_map_only(Tensor, Tensor.cpu, list(islice(rows, len(sample["captions"]))))
         finite = all(value.isfinite().all() for value in tree_leaves(encoded) if isinstance(value, Tensor))
         yield encoded if finite else {"reason": "its latents or text states are not finite"}
 
 
+def _of_one_shape(samples: list[dict[str, Any]]) -> list[list[int]]:
+    """The places of the samples whose images have the same shape, for each shape."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, sample in enumerate(samples):
+        places.setdefault(tuple(sample["images"].shape), []).append(place)
+    return list(places.values())
+
+
 def _join(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A shard's tensors; zeros, and no captions, in place of unusable samples."""
     usable = [sample for sample in samples if "reason" not in sample]
+    tensors = {"bucket": torch.tensor([sample.get("bucket", -1) for sample in samples])}
     if not usable:
-        return {"captions": torch.zeros(len(samples), dtype=torch.long)}
-    blank = torch.zeros_like(usable[0]["moments"])
-    tensors = {"moments": _compact(torch.stack([sample.get("moments", blank) for sample in samples]))}
+        return {**tensors, "captions": torch.zeros(len(samples), dtype=torch.long)}
+    if "bucket" in usable[0]:
+        for bucket in {sample["bucket"] for sample in usable}:
+            tensors[f"moments.{bucket}"] = _compact(torch.stack([
+                sample["moments"] for sample in usable if sample["bucket"] == bucket]))
+    else:
+        blank = torch.zeros_like(usable[0]["moments"])
+        tensors = {"moments": _compact(torch.stack([sample.get("moments", blank) for sample in samples]))}
     if "labels" in usable[0]:
         return tensors | {"labels": torch.tensor([sample.get("labels", -1) for sample in samples])}
     tensors["captions"] = torch.tensor([len(sample.get("rows", ())) for sample in samples]).cumsum(0)
@@ -257,11 +298,12 @@ def _compact(values: Tensor) -> Tensor:
     return half if half.isfinite().all() else values.bfloat16()
 
 
-def _save_common(file: Path, conditioner: Conditioner) -> None:
-    """Write what encoded captions have in common."""
-    told, everything = conditioner([""]), torch.ones(1, dtype=torch.bool)
-    (dropped,) = conditioner.each([""], everything)
-    common = {"shared": told.shared, "same": {name: told.rows[name] for name in conditioner.same}, "dropped": dropped,
+def _save_common(file: Path, conditioner: Conditioner, sizes: list[tuple[int, int]]) -> None:
+    """Write what encoded captions have in common, for each size of images."""
+    told = [conditioner([""], size=size) for size in sizes]
+    (dropped,) = conditioner.each([""], torch.ones(1, dtype=torch.bool))
+    common = {"shared": [each.shared for each in told], "dropped": dropped,
+              "same": [{name: each.rows[name] for name in conditioner.same} for each in told],
               "listed": [name for name, value in dropped.items() if isinstance(value, list)]}
     partial = file.with_name(f".partial-{file.name}")
     torch.save(tree_map_only(Tensor, Tensor.cpu, common), partial)

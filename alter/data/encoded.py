@@ -4,6 +4,7 @@ from pathlib import Path
 from pickle import UnpicklingError  # of torch.load, which runs no code
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from .latents import no_mirror_images, read_json
 
 INDEX = "index.json"
 COMMON = "conditioning.pt"  # a Common's fields, and the names of the rows that are lists
+BUCKETS = "buckets.npy"  # the number of each sample's shape, where there are several
 VERSION = 2
 # Keys of a VAE's configuration by which pipelines normalise latents.
 VAE_SETTINGS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "batch_norm_eps")
@@ -29,7 +31,8 @@ class EncodedShards(SourceDefaults):
     pipeline's scheduler steps latents, of the image and, with V = 2, of its mirror image; and `labels` int64 [N], or
     `captions` int64 [N], where each sample's captions end, with the rows of all captions as `rows.NAME`: stacked, or,
     where their lengths differ, joined on the first axis with `ends.NAME` int64 [captions]; and `sizes` int64 [N, 4] as
-    `load_pixels` gives them. Moments and text states are float16, or bfloat16 where a value does not fit. Samples that
+    `load_pixels` gives them. Where images have several shapes, `bucket` int64 [N] numbers them, and `moments.B` holds
+    those of bucket B alone. Moments and text states are float16, or bfloat16 where a value does not fit. Samples that
     could not be encoded keep their place.
 
     Version 1 has moments before scaling, and `text` float16 [captions, tokens, D] with `text_ends`.
@@ -53,7 +56,7 @@ class EncodedShards(SourceDefaults):
             if self.size < 1 or self.count < 0:
                 raise ValueError(f"shard_size={self.size}, count={self.count}")
             if self.num_classes == 0:
-                self._read_common()
+                self._read_common(encoding)
         except (OSError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, SafetensorError,
                 UnpicklingError) as error:
             raise InputError(f"data.path: {self.folder / INDEX}: {type(error).__name__}: "
@@ -62,13 +65,18 @@ class EncodedShards(SourceDefaults):
         if config.flip and not encoding.mirrored:
             raise no_mirror_images(config, "encode again with data.flip=true, or set false")
 
-    def _read_common(self) -> None:
+    def _read_common(self, encoding: Encoding) -> None:
         if self.version == 1:
             self.empty_text = load_file(self.folder / "empty_text.safetensors")["text"].float()
             return
         stored = torch.load(self.folder / COMMON, weights_only=True)
         self.listed = frozenset(stored.pop("listed"))
-        self.common = Common(**stored)
+        self.common = [Common(shared, same, stored["dropped"])
+                       for shared, same in zip(stored["shared"], stored["same"], strict=True)]
+        if encoding.told["bucket_step"] is not None:
+            self.buckets = np.load(self.folder / BUCKETS)
+            if self.buckets.shape != (self.count,):
+                raise ValueError(f"{BUCKETS} has {len(self.buckets)} of {self.count} samples")
 
     def __len__(self) -> int:
         return self.count
@@ -84,7 +92,12 @@ class EncodedShards(SourceDefaults):
             raise Unreadable(f"cannot be read ({' '.join(str(error).split())[:200]})") from None
 
     def _sample(self, content: Any, row: int, key: tuple[int, int]) -> dict[str, Any]:
-        moments = content.get_slice("moments")[row][int(self.flip and coin(self.seed, *key))].float()
+        name, place, bucket = "moments", row, {}  # type: str, int, dict[str, int]
+        if self.buckets is not None:
+            buckets = content.get_tensor("bucket")
+            bucket = {"bucket": int(buckets[row])}
+            name, place = f"moments.{buckets[row]}", int((buckets[:row] == buckets[row]).sum())
+        moments = content.get_slice(name)[place][int(self.flip and coin(self.seed, *key))].float()
         if self.version == 1:
             mean, std = moments.chunk(2)
             moments = torch.cat([mean - self.settings["shift_factor"], std]) * self.settings["scaling_factor"]
@@ -94,9 +107,8 @@ class EncodedShards(SourceDefaults):
         chosen = first + draw_caption(last - first, self.seed, *key)
         if self.version == 1:
             return {"moments": moments, "encoder_hidden_states": content.get_slice("text")[chosen].float()}
-        assert self.common is not None
-        rows = {name: self._row(content, name, chosen) for name in self.common.dropped}
-        return {"moments": moments, "sizes": content.get_slice("sizes")[row], "conditioning": rows}
+        rows = {name: self._row(content, name, chosen) for name in self.common[0].dropped}
+        return {"moments": moments, "sizes": content.get_slice("sizes")[row], "conditioning": rows, **bucket}
 
     def _row(self, content: Any, name: str, chosen: int) -> Any:
         """[1, ...], or a list of one."""

@@ -85,6 +85,7 @@ class CaptionedFolder(SourceDefaults):
             self._take(config, wanted, find_metadata(self.folder) or METADATA[0])
         else:
             self.samples = [(name, config.prompt, "data.prompt") for name in list_images(self.folder)]
+        self.buckets = self.framing.buckets([self.folder / name for name, _, _ in self.samples])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -133,6 +134,7 @@ class TextsBeside(CaptionedFolder):
         self.folder, self.seed, self.framing = Path(str(config.path)), seed, Framing(config, seed)
         beside = {os.path.splitext(text)[0]: text for text in texts}
         self.samples = [(name, beside.get(os.path.splitext(name)[0]), "") for name in images]
+        self.buckets = self.framing.buckets([self.folder / name for name in images])
 
     def captions(self, index: int) -> list[str]:
         name, text, _ = self.samples[index]

@@ -46,7 +46,12 @@ def load_pixels(content: Path | bytes, sizes: Sequence[tuple[int, int]], crop: t
     Raises:
         Unreadable: if it is not a complete image, or has more pixels than PIL.Image.MAX_IMAGE_PIXELS.
     """
-    image, _ = decode(content)
+    return frame(decode(content)[0], sizes, crop, mirror)
+
+
+def frame(image: Image.Image, sizes: Sequence[tuple[int, int]], crop: tuple[float, float],
+          mirror: bool) -> dict[str, Tensor]:
+    """As `load_pixels`, of RGB pixels."""
     (across, down), (whole_width, whole_height) = crop, image.size
     height, width = sizes[nearest(sizes, whole_height, whole_width)]
     if whole_width * height >= whole_height * width:
@@ -62,6 +67,27 @@ def load_pixels(content: Path | bytes, sizes: Sequence[tuple[int, int]], crop: t
               round((1 - across if mirror else across) * (whole_width - part_width) * width / part_width))
     return {"images": pixels.flip(-1) if mirror else pixels,
             "sizes": torch.tensor([whole_height, whole_width, *corner])}
+
+
+def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """The shapes (height, width) of about resolution² pixels, ascending, with sides that are multiples of `step` and
+    at least half and at most twice `resolution`."""
+    sides = range(-(-resolution // (2 * step)) * step, 2 * resolution + 1, step)
+    pairs = {(side, min(sides, key=lambda other: abs(side * other - resolution**2))) for side in sides}
+    pairs = {(height, width) for height, width in pairs if abs(height * width / resolution**2 - 1) <= 0.25}
+    return sorted(pairs | {(width, height) for height, width in pairs})
+
+
+def measure(file: Path) -> tuple[int, int] | None:
+    """Height and width of an image file as it is shown, from its header; None if that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=FORMATS) as image:
+                turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+                return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # of the many kinds that broken files raise
+        return None
 
 
 def nearest(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:

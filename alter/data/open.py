@@ -12,10 +12,12 @@ from .latents import FastDiT, Repa, repa_folder, weights_hash
 from .prior import WithPrior
 from .shards import TarShards
 from .tables import OpenedTable, StreamedTable
+from .videos import VideoFolder
 
 __all__ = [
     "INDEX", "CaptionedFolder", "Digits", "EncodedShards", "Encoding", "FastDiT", "ImageFolder", "OpenedTable", "Repa",
-    "Source", "StreamedTable", "TarShards", "TextsBeside", "WithPrior", "open_source", "shard_name", "weights_hash",
+    "Source", "StreamedTable", "TarShards", "TextsBeside", "VideoFolder", "WithPrior", "open_source", "shard_name",
+    "weights_hash",
 ]
 
 
@@ -33,6 +35,8 @@ def open_source(config: Config, wanted: str | None = None) -> Source:
         raise InputError(f"data.prompt={data.prompt!r} is for data.source=image_folder: remove it")
     if data.stream and data.source != "datasets":
         raise InputError("data.stream=true is for data.source=datasets: remove it")
+    if data.frames > 1 and data.source not in ("video_folder", "latents"):
+        raise InputError(f"data.frames={data.frames}: data.source={data.source!r} has images: use video_folder, or 1")
     source = _open(data, config.seed, wanted)
     if data.prior_path is None:
         return source
@@ -60,6 +64,8 @@ def _open(config: DataConfig, seed: int, wanted: str | None) -> Source:
             source = OpenedTable(config, seed, wanted)
         elif config.source == "webdataset":
             source = TarShards(config, seed, wanted)
+        elif config.source == "video_folder":
+            source = VideoFolder(config, seed)
         elif config.source == "latents":
             source = _open_latents(config, seed)
         else:

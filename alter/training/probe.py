@@ -14,7 +14,7 @@ from ..backbones.family import predict
 from ..backbones.gates import HardRows
 from ..backbones.schedules import solver_at
 from ..common.config import Config
-from ..data.batches import WithSubstitutes, collate, split
+from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..method.diffusion import gaussian
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
@@ -32,8 +32,9 @@ class Probe:
         source = WithSubstitutes(parts.source, indices, config.seed, parts.fit)
         self.parts, self.samples = parts, samples
         self._batches = []
-        for first in range(0, samples, batch_size):
-            keys = [(k, int(indices[k])) for k in range(first, min(first + batch_size, samples))]
+        buckets, first = parts.source.buckets, 0
+        for some in of_one_shape(np.arange(samples), batch_size, None if buckets is None else buckets[indices]):
+            keys = [(int(k), int(indices[k])) for k in some]
             batch: Any = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                           for name, value in collate([source[key] for key in keys]).items()}
             gaussians = partial(gaussian, samples=range(first, first + len(keys)), seed=config.seed, step=0, stream=3)
@@ -41,6 +42,7 @@ class Probe:
             noise = gaussians(tuple(latents.shape[1:])).to(latents)
             conditioning = parts.conditioning(batch, torch.zeros(len(keys), dtype=torch.bool))
             self._batches.append((first, latents, noise, conditioning))
+            first += len(keys)
         parts.backbone.eval()
 
     def noised(self, low: int, high: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:

@@ -16,7 +16,7 @@ from ..backbones.pretrained import component_of, export
 from ..backbones.schedules import make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
-from ..data.batches import WithSubstitutes, collate, split
+from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..evaluation.classifier import accuracy, errors_by_timestep, train_classifier
 from ..evaluation.distances import frechet_distance
 from ..evaluation.report.card import model_card
@@ -66,15 +66,17 @@ def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 
         return {"output_error": None, "denoise_error": None}
     held_out, errors = held_out[:most], []
     source = WithSubstitutes(parts.source, held_out, config.seed, parts.fit)
-    for first in range(0, len(held_out), batch_size):
-        batch = collate([source[0, int(i)] for i in held_out[first : first + batch_size]])
-        count = min(batch_size, len(held_out) - first)
+    first = 0
+    for some in of_one_shape(held_out, batch_size, source.source.buckets):
+        batch = collate([source[0, int(i)] for i in some])
+        count = len(some)
         batch = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                  for name, value in batch.items()}
         latents = parts.latents(batch)
         conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
         errors.append(count / len(held_out) * errors_by_timestep(
             parts.backbone, parts.teacher, parts.noising, latents, conditioning, config.seed + first))
+        first += count
     parts.release_teacher()
     output, denoise = np.sum(errors, axis=0).tolist()
     return {"output_error": fmean(output), "denoise_error": fmean(denoise),

@@ -145,7 +145,7 @@ class Trainer:
         last = train.steps if steps is None else self.step + steps
         order = Order(self.train_indices, config.seed, self.parts.source.shards, config.data.shuffle_shards)
         batches = GlobalBatches(order, train.batch_size, train.gradient_accumulation, self.accelerator.process_index,
-                                self.accelerator.num_processes, self.step, last)
+                                self.accelerator.num_processes, self.step, last, self.parts.source.buckets)
         source = WithSubstitutes(self.parts.source, self.train_indices, config.seed, self.parts.fit)
         loader = make_loader(source, batches, config.data.workers, reads_pinned(self.accelerator.device))
         return warn_while_waiting(iter(loader), f"a batch of data.path={config.data.path!r}")

@@ -34,6 +34,8 @@ class Validator:
 
     def __call__(self, backbone, step: int, title: str) -> None:
         images = self.images(backbone, self.config.evaluate.sampling_steps)
+        if images.dim() == 5:  # of a video its middle frame
+            images = images[:, images.shape[1] // 2]
         pixels = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()
         self.folder.mkdir(exist_ok=True)
         save_strip(pixels, self.captions, self.folder / f"step-{step:06d}-{title}.png")

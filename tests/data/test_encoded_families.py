@@ -29,7 +29,7 @@ from alter.training.setup.parts import build
 from alter.training.setup.plan import check
 from alter.training.trainer import Trainer
 
-FAMILIES = ["sd3", "flux", "qwen", "z_image", "wan", "sdxl"]
+FAMILIES = ["flux", "qwen", "z_image", "sdxl"]
 OTHERS = sorted({*PIPELINES} - {*FAMILIES, "wan22"})
 
 

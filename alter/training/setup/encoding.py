@@ -27,6 +27,8 @@ def check_encoding(config: Config, folder: Path, source: Source) -> None:
                              f"{found}, but backbone.pretrained={config.backbone.pretrained!r} at data.resolution="
                              f"{data.resolution} has {wanted}: encode again with `alter encode`")
     told = {"max_tokens": ("data.max_tokens", data.max_tokens),
+            "bucket_step": ("data.bucket_step", data.bucket_step),
+            "frames": ("data.frames", data.frames),
             "guidance_scale": ("evaluate.guidance_scale", config.evaluate.guidance_scale)}
     for name, found in encoding.told.items():
         key, wanted = told[name]

@@ -88,7 +88,8 @@ class Parts:
     def fit(self) -> Fit:
         """What a sample must be like."""
         by_class, empty = is_class_conditional(self.backbone), self.source.empty_text
-        return Fit(self.latent_shape, null_class(self.backbone) if by_class else None,
+        shape = self.latent_shape if self.source.buckets is None else None
+        return Fit(shape, null_class(self.backbone) if by_class else None,
                    None if empty is None else tuple(empty.shape))
 
     @property
@@ -172,10 +173,10 @@ class Parts:
             return {"class_labels": batch["labels"].masked_fill(dropped, null_class(self.backbone))}
         if "captions" in batch:
             assert self.conditioner is not None
-            return self.conditioner(batch["captions"], dropped).arguments(batch.get("sizes"))
+            height, width = batch["images"].shape[-2:] if "images" in batch else self.size[-2:]
+            return self.conditioner(batch["captions"], dropped, (height, width)).arguments(batch.get("sizes"))
         if "conditioning" in batch:
-            common = self.source.common
-            assert common is not None
+            common = self.source.common[batch["bucket"][0] if "bucket" in batch else 0]
             samples = [{**common.same, **(common.dropped if drop else rows)}
                        for rows, drop in zip(batch["conditioning"], dropped.tolist(), strict=True)]
             told = Conditioning(join(samples, self.backbone), common.shared).arguments(batch.get("sizes"))
@@ -206,7 +207,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     backbone = load_backbone(folder)
     tie_embedders(backbone)
     dtype = DTYPES[config.train.mixed_precision]
-    size, guidance = pixel_size(folder, config.data.resolution), config.evaluate.guidance_scale
+    size, guidance = pixel_size(folder, config.data.resolution, config.data.frames), config.evaluate.guidance_scale
     tokens = config.data.max_tokens
     conditioner = Conditioner(folder, device, dtype, size, guidance, tokens) if reads_captions(source) else None
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)

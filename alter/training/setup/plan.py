@@ -18,9 +18,11 @@ from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_te
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.pretrained import (
     DTYPES,
+    check_bucket_step,
     check_latents,
     check_text,
     condition_of,
+    latent_frames,
     latent_size,
     local_folder,
     meta_backbone,
@@ -96,7 +98,16 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
             latency = Latency.load(Path(config.budget.latency_file))
     with faults.caught():
         size = latent_size(folder, config.data.resolution)
-    shape = latent_shape(backbone, size)
+    with faults.caught():
+        if config.data.bucket_step is not None:
+            check_bucket_step(folder, config.data.bucket_step)
+    frames = 1
+    with faults.caught():
+        frames = latent_frames(folder, config.data.frames)
+        if config.data.frames > 1 and config.budget.cost == "latency":
+            raise InputError(f"data.frames={config.data.frames}: latency is measured of images alone: use "
+                             "budget.cost=macs")
+    shape = latent_shape(backbone, size, frames)
     with faults.caught():
         if source is not None and size:
             _check_source(config, folder, backbone, source, shape)
@@ -106,7 +117,7 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     tokens = image_tokens(shape, backbone.config.get("patch_size"))
     with faults.caught():
         check_noise(config, scheduler)
-    cost = count_cost(backbone, size)
+    cost = count_cost(backbone, size, frames)
     with faults.caught():
         if latency is not None or not by_time(config):
             budget, experts = _plan_budget(config, folder, backbone, cost, size, tokens, scheduler, latency)
@@ -183,6 +194,10 @@ def open_data(config: Config, folder: Path | None) -> Source:
     """
     source = open_source(config, None if folder is None else condition_of(folder))
     split(source, config.data.holdout, config.seed)
+    if config.data.bucket_step is not None and source.buckets is None:
+        raise InputError(f"data.bucket_step={config.data.bucket_step}: the shapes of the samples are known only for "
+                         "folders of captioned images, without data.prior_path, and for what `alter encode` wrote with "
+                         "it: encode the data first, or set null")
     return source
 
 
@@ -305,7 +320,7 @@ def _check_source(config: Config, folder: Path, backbone: Backbone, source: Sour
     sample = WithSubstitutes(source, np.arange(len(source)), config.seed)[0, 0]
     moments = (2 * shape[0], *shape[1:])
     for name, expected in (("latents", shape), ("moments", moments)):
-        if name in sample and tuple(sample[name].shape) != expected:
+        if source.buckets is None and name in sample and tuple(sample[name].shape) != expected:
             raise InputError(
                 f"data.path={data.path!r}: {name} of shape {tuple(sample[name].shape)} do not fit the "
                 f"backbone, which takes {expected} at data.resolution={data.resolution}"
