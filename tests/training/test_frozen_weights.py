@@ -31,7 +31,7 @@ def held(backbone):
 
 STORED = [
     pytest.param({"precision": "bf16"}, 0.55, id="bf16"),
-    pytest.param({"quantize": "int8"}, 0.75, id="int8", marks=needs("torchao")),
+    pytest.param({"quantize": "int8"}, 0.8, id="int8", marks=needs("torchao")),
     pytest.param({"quantize": "int8", "precision": "bf16"}, 0.5, id="int8 in bf16", marks=needs("torchao")),
     pytest.param({"quantize": "nf4", "precision": "bf16"}, 0.5, id="nf4",
                  marks=[needs("bitsandbytes"), pytest.mark.gpu]),
@@ -102,7 +102,8 @@ def test_the_dry_run_counts_them():
     def text(*overrides):
         return describe_run(load_config("configs/sd21.yaml", ["lora.rank=16", *overrides]))
 
-    assert "weights (bf16)             1.61 GiB" in text("backbone.precision=bf16")
-    texts = {kind: text("backbone.precision=bf16", f"backbone.quantize={kind}") for kind in ("int8", "nf4")}
-    sizes = [float(shown.partition(f"weights ({kind})")[2].split()[0]) for kind, shown in texts.items()]
-    assert 0.8 < sizes[0] < 1.6 and 0.4 < sizes[1] < sizes[0]
+    changes = {"fp32": [], "bf16": ["backbone.precision=bf16"]}
+    changes |= {kind: [*changes["bf16"], f"backbone.quantize={kind}"] for kind in ("int8", "nf4")}
+    full, half, int8, nf4 = [float(text(*more).partition(f"weights ({kind})")[2].split()[0])
+                             for kind, more in changes.items()]
+    assert (full, half) == (3.23, 1.61) and 0.8 < int8 < half and 0.4 < nf4 < int8
