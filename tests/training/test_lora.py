@@ -1,6 +1,7 @@
 """Low-rank adapters: a teacher that is the backbone without them, and a final/ that holds them alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -155,6 +156,15 @@ def test_a_base_that_has_moved(adapted, base, tmp_path):
         load_pipeline(final)
 
 
+def test_a_hub_id(adapted, base, tmp_path):
+    model, commit = tmp_path / "models--me--mine", "0" * 40
+    shutil.copytree(adapted / "final", model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs/first").write_text(commit)
+    pipe = loaded("me/mine", cache_dir=tmp_path, local_files_only=True, revision="first")
+    assert np.array_equal(draw(pipe), draw(loaded(adapted / "final")))
+
+
 def test_a_pipeline_without_a_loader_of_adapters(factory, tmp_path):
     config = factory("dit", lora={"rank": 2}, output_dir=str(tmp_path / "dit"))
     pipe = factory("dit").backbone.pretrained
@@ -210,4 +220,8 @@ def test_commands_on_a_run_of_adapters(adapted, tmp_path):
     result = run_script("report", "--run", adapted)
     assert result.returncode == 0, result.stderr
     text = (adapted / "final/README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("path/to/this/folder", str(adapted / "final"))
+    found = {}
+    exec(code, found)  # noqa: S102
+    assert hasattr(found["pipe"].unet, "_alter_applied")
     assert "low-rank adapters of rank 2" in text and "pipe.load_lora_weights(folder)" in text

@@ -308,6 +308,9 @@ def choose_trained(backbone: Backbone, config: Config) -> None:
     """
     if config.lora.rank is not None:
         add_adapters(backbone, config.lora.rank, config.lora.alpha, config.lora.targets)
+        # Every process has read them; broadcasting those that are quantised is not possible.
+        backbone._ddp_params_and_buffers_to_ignore = [
+            name for name, value in backbone.named_parameters() if not value.requires_grad]
     patterns = config.backbone.freeze
     names = dict(backbone.named_parameters())
     for pattern in patterns:
