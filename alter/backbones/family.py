@@ -107,9 +107,11 @@ def timestep_argument(cls: Any) -> tuple[str, int]:
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
-    """The precision of a model's weights, which may be quantised in part."""
+    """The precision of a model's weights, without those that are quantised, adapters, or kept in fp32 by diffusers."""
     # diffusers' `dtype` property walks over every module
-    return next(value.dtype for value in model.parameters() if value.is_floating_point())
+    other = (".lora_", *(getattr(model, "_keep_in_fp32_modules", None) or ()))
+    floating = ((name, value.dtype) for name, value in model.named_parameters() if value.is_floating_point())
+    return next(dtype for name, dtype in floating if not any(part in name for part in other))
 
 
 def predict(backbone: Any, noisy_latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Any]) -> Tensor:

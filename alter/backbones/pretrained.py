@@ -16,9 +16,10 @@ from ..common.files import publish
 from .dit import tie_embedders
 from .family import COMPONENTS, Backbone
 from .inputs import check_supported, is_class_conditional
-from .lora import plain_state
+from .lora import Base
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_EXACT = ["norm1.emb"]  # not quantised: a DiT's embedders, which are compared and shared
 _UNNAMED = {"unet": "UNet2DConditionModel", "transformer": "DiTTransformer2DModel"}  # in configurations without a class
 _TRANSFORMERS = ("Transformer1DModel", "Transformer2DModel", "Transformer3DModel", "DiT2DModel", "DiTModel")
 
@@ -27,12 +28,32 @@ class _AnyPipeline(DiffusionPipeline):
     """Downloads a pipeline of any class; DiffusionPipeline itself only those that diffusers knows, and so not ours."""
 
 
+def base_of(pretrained: str, revision: str | None, folder: Path) -> Base:
+    """What adapters trained on `pretrained`, whose pipeline is in `folder`, belong to."""
+    place, revision = root(pretrained, revision)
+    local, fp16 = Path(place).is_dir(), any(variant_of(part) for part in folder.iterdir() if part.is_dir())
+    return Base(str(Path(place).resolve()) if local else place, revision, component_of(folder)[1],
+                {"variant": "fp16"} if fp16 else {})
+
+
+def root(pretrained: str, revision: str | None = None) -> tuple[str, str | None]:
+    """The folder or hub id, and the revision, of the pipeline with the weights: that of a run's adapters, or itself.
+
+    Raises:
+        InputError: if the adapters' pipeline is not there.
+    """
+    base = Base.beside(pretrained)
+    return (pretrained, revision) if base is None else (base.place(pretrained), base.revision)
+
+
 def local_folder(pretrained: str, revision: str | None = None, field: str = "backbone.pretrained") -> Path:
-    """The folder of a pretrained pipeline; a hub id is downloaded into the hub's cache first.
+    """The folder of a pretrained pipeline, for a run's adapters of the one that they belong to; a hub id is downloaded
+    into the hub's cache first.
 
     Raises:
         InputError: naming `field`, if there is neither such a folder nor such a hub id.
     """
+    pretrained, revision = root(pretrained, revision)
     if Path(pretrained).is_dir():
         return Path(pretrained)
     if Path(pretrained).exists():
@@ -122,14 +143,31 @@ def meta_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
     return backbone
 
 
-def load_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
-    """The pipeline's UNet or DiT in fp32, from safetensors (or, with `weights_only`, older weight files).
+def load_backbone(folder: Path, field: str = "backbone.pretrained", dtype: torch.dtype = torch.float32,
+                  quantize: str | None = None) -> Backbone:
+    """The pipeline's UNet or transformer, from safetensors (or, with `weights_only`, older weight files).
+
+    Args:
+        dtype: of its weights, but for the few that diffusers keeps in fp32.
+        quantize: "int8" or "nf4" for the weights of its linear layers.
 
     Raises:
         InputError: if it cannot be loaded, or weights are missing.
     """
     cls, component = component_of(folder, field)
-    return _load(cls, folder / component, torch.float32, field)
+    return _load(cls, folder / component, dtype, field, **_quantized(quantize, dtype))
+
+
+def _quantized(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of diffusers' `from_pretrained`."""
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # optional
+
+        return {"quantization_config": diffusers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=_EXACT)}
+    if kind == "nf4":
+        return {"quantization_config": diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=_EXACT)}
+    return {}
 
 
 def load_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
@@ -272,12 +310,12 @@ def variant_of(folder: Path) -> str | None:
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _load(cls: Any, folder: Path, dtype: torch.dtype, field: str = "backbone.pretrained") -> Any:
+def _load(cls: Any, folder: Path, dtype: torch.dtype, field: str = "backbone.pretrained", **options: Any) -> Any:
     """A diffusers model, with all of its weights; diffusers would fill missing ones at random."""
     try:
         model, info = cls.from_pretrained(folder, torch_dtype=dtype, variant=variant_of(folder),
-                                          output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+                                          output_loading_info=True, **options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{field}: {folder} cannot be loaded "
                          f"({' '.join(str(error).split())[:300]})") from None
     if info["missing_keys"]:
@@ -291,7 +329,7 @@ def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[s
 
     Args:
         folder: replaced if it exists. pretrained: the pipeline folder to copy.
-        backbone: shared modules are written as equal copies; adapters must have been merged.
+        backbone: without adapters; shared modules are written as equal copies.
         left_out: files of `pretrained` that are not copied.
     """
     component = component_of(pretrained)[1]
@@ -302,7 +340,7 @@ def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[s
         if part.is_dir() and variant_of(part):
             _whole_precision(part)
     plain = type(backbone).from_config(backbone.config)
-    plain.load_state_dict(plain_state(backbone))
+    plain.load_state_dict(backbone.state_dict())
     plain.save_pretrained(partial / component)
     shutil.rmtree(folder, ignore_errors=True)
     publish(partial, folder)

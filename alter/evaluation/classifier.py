@@ -1,12 +1,16 @@
 """The demos' small classifier, and how far a student's output is from its teacher's."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backbones.family import Backbone, predict
 from ..method.diffusion import gaussian
 from ..method.noising import Noising
+
+Predict: TypeAlias = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 
 
 class SmallClassifier(nn.Module):
@@ -57,7 +61,7 @@ def accuracy(classifier: SmallClassifier, images: Tensor, targets: Tensor) -> fl
 
 
 @torch.no_grad()
-def errors_by_timestep(student: Backbone, teacher: Backbone, noising: Noising, latents: Tensor,
+def errors_by_timestep(student: Predict, teacher: Predict, noising: Noising, latents: Tensor,
                        conditioning: dict[str, Tensor], seed: int, bins: int = 20) -> np.ndarray:
     """Mean squared errors of the student's output at each of `bins` timesteps, float64 [2, bins].
 
@@ -66,7 +70,7 @@ def errors_by_timestep(student: Backbone, teacher: Backbone, noising: Noising, l
     intervals; one batch has one timestep.
 
     Args:
-        student: with its experts applied.
+        student, teacher: what they predict of noisy latents, timesteps and conditioning.
         conditioning: arguments of both models for these samples.
     """
     total = noising.num_timesteps
@@ -76,7 +80,7 @@ def errors_by_timestep(student: Backbone, teacher: Backbone, noising: Noising, l
         noise = gaussian(tuple(latents.shape[1:]), range(len(latents)), seed, i, 4).to(latents)
         timesteps = timestep.expand(len(latents)).to(latents.device)
         noisy = noising.noised(latents, noise, timesteps)
-        ours, theirs = (predict(model, noisy, timesteps, conditioning).float() for model in (student, teacher))
+        ours, theirs = (model(noisy, timesteps, conditioning).float() for model in (student, teacher))
         target = noising.target(latents, noise, timesteps).float()
         errors.append([(ours - theirs).square().mean().item(),
                        (ours[:, : target.shape[1]] - target).square().mean().item()])

@@ -158,7 +158,7 @@ class TemporalExperts:
         missing = ""
         for place in (component,) if component else (None, COMPONENTS[-1]):
             try:
-                file = _fetch(source, cls._place(place), revision, hub)
+                file = fetch(source, cls._place(place), {"revision": revision, **hub})
             except EntryNotFoundError as error:
                 missing = missing or str(error).splitlines()[0]
             except (OSError, ValueError) as error:
@@ -296,10 +296,11 @@ class TemporalExperts:
                    averaged and tuple(averaged), latency, backbone, component)
 
 
-def _fetch(source: str | Path, name: str, revision: str | None, hub: dict[str, Any]) -> Path:
-    """A file of a folder or a hub id; raises EntryNotFoundError if it is not there."""
+def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
+    """A file of a folder or, with further arguments of `hf_hub_download`, a hub id; raises EntryNotFoundError if it is
+    not there."""
     if not Path(source).is_dir():
-        return Path(hf_hub_download(str(source), name, revision=revision, **hub))
+        return Path(hf_hub_download(str(source), name, **hub))
     if not (Path(source) / name).is_file():
         raise LocalEntryNotFoundError(f"{source} holds no {name}")
     return Path(source) / name

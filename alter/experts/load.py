@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
 from torch import nn
 
 from ..backbones.family import COMPONENTS
+from ..backbones.lora import BASE, Base, put_adapters
+from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.pretrained import absent_parts
 from ..common.errors import InputError
-from .artefact import NoExperts, TemporalExperts
+from .artefact import NoExperts, TemporalExperts, fetch
 from .pipeline import ClassConditionalPipeline
 
 _FROM_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -18,19 +22,20 @@ _DIT = "DiTPipeline"  # diffusers'
 _IMAGENET = 1000  # its null class
 
 
-def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
+def load_pipeline(source: str | Path, base: str | Path | None = None, **kwargs: Any) -> Any:
     """A pipeline with an `experts.json`, with its experts applied; those of its second backbone too, if it has some.
 
     Args:
-        source: a folder or a hub id.
+        source: a folder or a hub id; where it holds the adapters of a run alone, they are added to their base pipeline.
+        base: of such adapters, if it is not where base.json beside them says: a folder or a hub id.
         kwargs: passed to diffusers' `from_pretrained`, for example `torch_dtype`.
 
     Raises:
-        InputError: if there is no `experts.json`, or it does not fit the backbone.
+        InputError: if there is no `experts.json`, it does not fit the backbone, or there is no base pipeline.
     """
     hub = _hub(kwargs)
     found = [TemporalExperts.from_pretrained(source, **hub)]
-    pipe = load_dense(source, **kwargs)
+    pipe = load_dense(source, base, **kwargs)
     backbones = [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
     for component in backbones[1:]:
         if component != found[0].component:
@@ -41,7 +46,7 @@ def load_pipeline(source: str | Path, **kwargs: Any) -> Any:
     return pipe
 
 
-def load_dense(source: str | Path, **kwargs: Any) -> Any:
+def load_dense(source: str | Path, base: str | Path | None = None, **kwargs: Any) -> Any:
     """A pipeline as `load_pipeline` makes it, without experts.
 
     It is of the class that its model_index.json names; a `ClassConditionalPipeline` for a DiT without a VAE or of
@@ -50,6 +55,39 @@ def load_dense(source: str | Path, **kwargs: Any) -> Any:
     Raises:
         InputError: if there is no pipeline.
     """
+    file = _base_file(source, _hub(kwargs))
+    if file is None:
+        if base is not None:
+            raise InputError(f"base={str(base)!r}: {source} is a whole pipeline: leave base out")
+        return _load(source, kwargs)
+    record = Base.read(file)
+    place = record.place(source) if base is None else str(base)
+    given = {**record.arguments, **kwargs}
+    given.pop("revision", None)
+    if base is None and record.revision is not None:
+        given["revision"] = record.revision
+    pipe = _load(place, given)
+    adapters = fetch(source, ADAPTERS, _hub(kwargs))
+    try:
+        if hasattr(pipe, "load_lora_weights"):
+            pipe.load_lora_weights(str(adapters.parent), weight_name=ADAPTERS)
+        else:
+            put_adapters(getattr(pipe, record.component), load_file(adapters), record.component)
+    except (ImportError, KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"{source}: its adapters cannot be added to {place} ({' '.join(str(error).split())[:200]}): "
+                         "pip install peft, and name the base pipeline that they were trained on") from None
+    return pipe
+
+
+def _base_file(source: str | Path, hub: dict[str, Any]) -> Path | None:
+    """Of a source that holds adapters alone."""
+    try:
+        return fetch(source, BASE, hub)
+    except (EntryNotFoundError, OSError, ValueError):  # diffusers says it better if there is nothing at all
+        return None
+
+
+def _load(source: str | Path, kwargs: dict[str, Any]) -> Any:
     try:
         ours = pipeline_class(source, **_hub(kwargs)) == ClassConditionalPipeline.__name__
         cls: Any = ClassConditionalPipeline if ours else DiffusionPipeline

@@ -20,6 +20,12 @@ TOLERANCE = 0.004
 _FREE, _GRAIN = 64, TOLERANCE / 8  # entries decided exactly; unit of their costs
 
 
+def nearest(num_timesteps: int, visited: np.ndarray) -> np.ndarray:
+    """The visited timestep (the lower of two) that is nearest to each training timestep, int64 [T]."""
+    distinct = np.unique(visited)
+    return distinct[np.abs(np.arange(num_timesteps)[:, None] - distinct).argmin(axis=1)]
+
+
 def timestep_weights(num_timesteps: int, visited: np.ndarray | None) -> np.ndarray:
     """Weight of every training timestep, float64 [T], of sum 1; of budget, loss and report alike.
 
@@ -32,7 +38,7 @@ def timestep_weights(num_timesteps: int, visited: np.ndarray | None) -> np.ndarr
     if visited is None:
         return np.full(num_timesteps, 1 / num_timesteps)
     distinct, counts = np.unique(visited, return_counts=True)
-    nearest_T = np.abs(np.arange(num_timesteps)[:, None] - distinct).argmin(axis=1)
+    nearest_T = np.searchsorted(distinct, nearest(num_timesteps, distinct))
     return (counts / counts.sum() / np.bincount(nearest_T))[nearest_T]
 
 

@@ -5,6 +5,7 @@ A *timestep* is what the backbone is told; its *row* is the training timestep, 0
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,13 @@ class Betas:
         alphas_cumprod: ᾱ, float32 [T].
         prediction_type: what the backbone outputs, one of PREDICTION_TYPES.
         min_snr_gamma: γ > 0 of the denoising error's weights; None: all weigh the same.
+        visited: timesteps to draw from, each as often; None: all.
     """
 
     alphas_cumprod: Tensor
     prediction_type: str = "epsilon"
     min_snr_gamma: float | None = None
+    visited: tuple[int, ...] | None = None
 
     @property
     def num_timesteps(self) -> int:
@@ -37,7 +40,9 @@ class Betas:
         return dataclasses.replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def timesteps(self, count: int, source: torch.Generator) -> Tensor:
-        """Drawn uniformly from the integers of [0, T), int64 [count]."""
+        """Drawn uniformly from the integers of [0, T), or from `visited`: int64 [count]."""
+        if self.visited is not None:
+            return _drawn(self.visited, count, source)
         return torch.randint(self.num_timesteps, (count,), generator=source)
 
     def at(self, rows: Tensor) -> Tensor:
@@ -98,6 +103,7 @@ class Flow:
         density: of σ before the shift: "uniform"; "logit_normal", the sigmoid of a Gaussian of logit_mean and
             logit_std; "mode", more in the middle for mode_scale > 0 and more at the ends below 0.
         weighting: of the denoising error: "none", "sigma_sqrt" or "cosmap".
+        visited: timesteps to draw from, each as often, in place of `density` and `shift`; None: all.
     """
 
     num_timesteps: int
@@ -107,13 +113,17 @@ class Flow:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     weighting: str = "none"
+    visited: tuple[float, ...] | None = None
 
     def to(self, device: torch.device | str) -> "Flow":
         """Itself: nothing of it is on a device."""
         return self
 
     def timesteps(self, count: int, source: torch.Generator) -> Tensor:
-        """T times the shifted σ of `density`, float32 [count]; before the shift σ is 1/T or more, as in samplers."""
+        """T times the shifted σ of `density`, float32 [count]; before the shift σ is 1/T or more, as in samplers.
+        Or from `visited`."""
+        if self.visited is not None:
+            return _drawn(self.visited, count, source)
         if self.density == "logit_normal":  # SD3, Sec. 3.1, "Logit-Normal Sampling"
             normal = torch.randn(count, generator=source)
             sigma = torch.sigmoid(self.logit_mean + self.logit_std * normal)
@@ -163,6 +173,10 @@ class Flow:
 
 
 Noising = Betas | Flow
+
+
+def _drawn(visited: Sequence[float], count: int, source: torch.Generator) -> Tensor:
+    return torch.tensor(visited)[torch.randint(len(visited), (count,), generator=source)]
 
 
 def _along(values: Tensor, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
 
 _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
                "backbone.gradient_checkpointing", "backbone.pretrained", "backbone.channels_last", "backbone.compile",
-               "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
+               "lora.merge", "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
                "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
                "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ..backbones.dit import tie_embedders
+from ..backbones.family import predict
 from ..backbones.lora import FILE_NAME as ADAPTERS
-from ..backbones.lora import merge_adapters, save_adapters
-from ..backbones.pretrained import component_of, export
+from ..backbones.lora import Base, adapter_state, export_adapters, merge_adapters, put_adapters
+from ..backbones.pretrained import base_of, component_of, export, load_backbone
 from ..backbones.schedules import make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
@@ -28,42 +31,65 @@ from ..experts.load import pipeline_class
 from .demo_images import DemoReference, demo_reference
 from .setup.parts import Parts
 
+_NOT_COPIED = ("README.md", EXPERTS, ADAPTERS)  # not those of an earlier run
 _SHOWN = 12  # images per row of samples.png, at most
 
 
 def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: int, counts: dict[str, int],
            run_dir: Path, started: float) -> dict[str, Any]:
     """Export final/, measure it, and write summary.json, samples.png and experts.png; returns the summary."""
-    final, component = run_dir / "final", component_of(parts.folder)[1]
-    parts.simulator.remove()
+    final = run_dir / "final"
     parts.backbone.eval()
-    if config.lora.rank is not None:
-        merge_adapters(parts.backbone)
-    export(final, parts.folder, parts.backbone, ("README.md", EXPERTS, ADAPTERS))  # not those of an earlier run
+    _export(config, parts, final)
     experts.save_pretrained(final)
-    if config.lora.rank is not None:
-        save_adapters(parts.backbone, component, final)
 
     summary = {**achieved(experts), "prunable_share": parts.cost.prunable_share, **counts}
-    experts.apply(parts.backbone)
-    summary |= _held_out_errors(config, parts, config.train.micro_batch(processes))
+    summary |= _held_out_errors(config, parts, experts, config.train.micro_batch(processes))
     reference = demo_reference(config, parts.source)
     if reference is not None:
         summary |= _sample_quality(config, parts, experts, reference, run_dir)
     summary["seconds_total"] = time.perf_counter() - started
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     plot_experts(experts, run_dir / "experts.png")
-    pipeline = pipeline_class(final) if (final / "model_index.json").is_file() else "DiffusionPipeline"
-    card = model_card(config, experts, summary, pipeline, ADAPTERS if config.lora.rank else None)
-    write_text(final / "README.md", card)
+    pipeline = pipeline_class(parts.folder) if (parts.folder / "model_index.json").is_file() else "DiffusionPipeline"
+    write_text(final / "README.md", model_card(config, experts, summary, pipeline, Base.beside(final)))
     return summary
 
 
-def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 256) -> dict[str, Any]:
+def _export(config: Config, parts: Parts, final: Path) -> None:
+    """The pipeline with the trained weights; of adapters, unless they are to be merged, these alone."""
+    if config.lora.rank is None:
+        export(final, parts.folder, parts.backbone, _NOT_COPIED)
+        return
+    component = component_of(parts.folder)[1]
+    state = adapter_state(parts.backbone, component)
+    if not config.lora.merge:
+        base = base_of(str(config.backbone.pretrained), config.backbone.revision, parts.folder)
+        export_adapters(final, state, base)
+        return
+    merged = load_backbone(parts.folder)  # in full precision
+    tie_embedders(merged)
+    put_adapters(merged, state, component)
+    merge_adapters(merged)
+    export(final, parts.folder, merged, _NOT_COPIED)
+    save_file(state, final / ADAPTERS, {"format": "pt"})
+
+
+def _held_out_errors(config: Config, parts: Parts, experts: TemporalExperts, batch_size: int,
+                     most: int = 256) -> dict[str, Any]:
     """`errors_by_timestep` on at most `most` held-out samples, and their means; None without any, or a dense model."""
     _, held_out = split(parts.source, config.data.holdout, config.seed)
     if parts.teacher is None or not len(held_out):
         return {"output_error": None, "denoise_error": None}
+
+    def student(*given: Any) -> Tensor:
+        with experts.serving(parts.simulator):
+            return predict(parts.backbone, *given)
+
+    def teacher(*given: Any) -> Tensor:
+        with parts.dense() as dense:
+            return predict(dense, *given)
+
     held_out, errors = held_out[:most], []
     source = WithSubstitutes(parts.source, held_out, config.seed, parts.fit)
     first = 0
@@ -75,7 +101,7 @@ def _held_out_errors(config: Config, parts: Parts, batch_size: int, most: int = 
         latents = parts.latents(batch)
         conditioning = parts.conditioning(batch, torch.zeros(count, dtype=torch.bool))
         errors.append(count / len(held_out) * errors_by_timestep(
-            parts.backbone, parts.teacher, parts.noising, latents, conditioning, config.seed + first))
+            student, teacher, parts.noising, latents, conditioning, config.seed + first))
         first += count
     parts.release_teacher()
     output, denoise = np.sum(errors, axis=0).tolist()
@@ -95,17 +121,20 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
         "sampling_steps": steps, "guidance_scale": evaluate.guidance_scale, "samples": evaluate.samples,
     }
     pictures = {}
-    for name, model, count in (("dense_50", parts.teacher, 50), ("dense", parts.teacher, steps),
-                               ("experts", parts.backbone, steps)):
-        if model is None or not evaluate.dense and model is parts.teacher:
-            continue
-        images = parts.draw(model, batch, count, config.seed)
+    rows = [("dense_50", 50), ("dense", steps)] if evaluate.dense and parts.teacher is not None else []
+    for name, count in [*rows, ("experts", steps)]:
+        if name == "experts":
+            with experts.serving(parts.simulator):
+                images = parts.draw(parts.backbone, batch, count, config.seed)
+        else:
+            with parts.dense() as dense:
+                images = parts.draw(dense, batch, count, config.seed)
         features = classifier.features(images).numpy()
         summary[f"fd_{name}"] = frechet_distance(features, real)
         summary[f"fd_halves_{name}"] = [frechet_distance(half, real) for half in np.array_split(features, 2)]
         summary[f"accuracy_{name}"] = accuracy(classifier, images, demo.asked)
         visited = visited_rows(make_solver(parts.scheduler, parts.tokens), count, parts.tokens)
-        per_step = experts.macs_T[visited] if model is parts.backbone else np.full(count, experts.macs_total)
+        per_step = experts.macs_T[visited] if name == "experts" else np.full(count, experts.macs_total)
         spent = float(per_step.sum()) * (1 if evaluate.guidance_scale == 1 else 2)  # guidance runs the backbone twice
         pictures[row_label(name, count, spent, summary)] = images[:_SHOWN]
     parts.release_teacher()

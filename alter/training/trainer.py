@@ -61,8 +61,7 @@ class Trainer:
 
     def __init__(self, config: Config, parts: Parts, accelerator: Accelerator, run_dir: Path) -> None:
         self.config, self.parts, self.accelerator, self.run_dir = config, parts, accelerator, run_dir
-        optim, train = config.optim, config.train
-        self.backbone = parts.backbone.train()
+        optim, train, self.backbone = config.optim, config.train, parts.backbone.train()
         if config.backbone.gradient_checkpointing:
             parts.simulator.enable_gradient_checkpointing()
         if config.backbone.compile:
@@ -83,10 +82,12 @@ class Trainer:
             for value in parts.hypernetwork.state_dict().values():
                 value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
-        # Of each timestep's losses, of mean 1; None: all weigh the same. A flow's shift draws more of those that count.
-        weight_T = None if isinstance(parts.noising, Flow) else parts.budget.weight_T(parts.noising.num_timesteps)
-        self.weight_T = None if weight_T is None else torch.tensor(
+        # Of each timestep, of mean 1; None: all weigh the same. A flow's shift draws more of those that count.
+        noising, limited = parts.noising, parts.noising.visited is not None
+        weight_T = None if isinstance(noising, Flow) and not limited else parts.budget.weight_T(noising.num_timesteps)
+        self.balance_T = None if weight_T is None else torch.tensor(
             weight_T * len(weight_T), dtype=torch.float32, device=accelerator.device)
+        self.weight_T = None if limited else self.balance_T  # of losses, unless each is drawn as often as it counts
         self.inputs = fingerprint(parts)
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
@@ -235,7 +236,7 @@ class Trainer:
 
         expected = parts.budget.expected(logits)
         ratio = losses.log_ratio(expected, self.target())
-        balance = losses.load_balance(logits.router_TE, self.weight_T)
+        balance = losses.load_balance(logits.router_TE, self.balance_T)
         sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
                    if out.requires_grad]
         outputs = [out for out, _ in sampled] + [update.scaler.scale(loss.ratio * ratio + loss.balance * balance)]
@@ -306,8 +307,8 @@ class Trainer:
     def _validate_start(self, validator: Callable) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
         if self.parts.teacher is not None:
-            with self.journal.dispensable("samples/"):
-                validator(self.parts.teacher, 0, "dense")
+            with self.parts.dense() as teacher, self.journal.dispensable("samples/"):
+                validator(teacher, 0, "dense")
             self.parts.release_teacher()
         else:
             self._validate(validator)

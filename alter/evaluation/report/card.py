@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 from huggingface_hub import hf_hub_download
 
+from ...backbones.lora import FILE_NAME, Base
 from ...common.config import Config
 from ...experts.artefact import TemporalExperts
 from ...experts.pipeline import ClassConditionalPipeline
@@ -21,15 +23,20 @@ from diffusers import {pipeline}
 pipe = {pipeline}.from_pretrained("path/to/this/folder")
 experts = TemporalExperts.from_pretrained("path/to/this/folder")
 experts.apply(pipe)  # without this line all layers run"""
+_ADAPTERS = """from alter import load_pipeline
+
+pipe = load_pipeline("path/to/this/folder")  # the base pipeline, its adapters and its experts"""
+_BY_HAND = ("Without it: `pipe.load_lora_weights(folder)` on a pipeline that is loaded already, and then "
+            "`TemporalExperts.from_pretrained(folder).apply(pipe)`.")
 
 
 def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any], pipeline: str,
-               adapters: str | None) -> str:
+               adapters_of: Base | None = None) -> str:
     """Markdown with the hub's metadata in front.
 
     Args:
-        pipeline: class of the pipeline that loads the folder.
-        adapters: file of the LoRA weights beside the merged ones, or None.
+        pipeline: class of the pipeline that loads the folder, or the one that its adapters belong to.
+        adapters_of: what the folder's adapters belong to; None for a whole pipeline.
     """
     base = str(config.backbone.pretrained)
     known = _front_matter(base, config.backbone.revision)
@@ -44,10 +51,16 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
     averaged = "the training timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
     if experts.latency is not None:
         averaged += f", and {experts.time_ratio:.1%} of its time ({experts.latency.place})"
-    lora = "" if adapters is None else (
-        f"The weights were trained as low-rank adapters of rank {config.lora.rank} and are merged here; `{adapters}` "
-        "holds only the adapters, for the base model.\n\n"
-    )
+    if adapters_of is not None:
+        code = _ADAPTERS
+        lora = (f"This folder holds low-rank adapters of rank {config.lora.rank}, in `{FILE_NAME}`, for the "
+                f"`{pipeline}` of `{base}`. `load_pipeline(..., base=FOLDER)` takes the base pipeline from elsewhere. "
+                + _BY_HAND * hasattr(getattr(diffusers, pipeline, None), "load_lora_weights") + "\n\n")
+    else:
+        code = _OURS if pipeline == ClassConditionalPipeline.__name__ else _DIFFUSERS.format(pipeline=pipeline)
+        lora = "" if config.lora.rank is None else (
+            f"The weights were trained as low-rank adapters of rank {config.lora.rank} and are merged here; "
+            f"`{FILE_NAME}` holds only the adapters, for the base model.\n\n")
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
 ---
@@ -64,7 +77,7 @@ Licence: {licence or f"that of {base}; its card was not found or names none"}.
 ## Use
 
 ```python
-{_OURS if pipeline == ClassConditionalPipeline.__name__ else _DIFFUSERS.format(pipeline=pipeline)}
+{code}
 ```
 
 {lora}## Experts

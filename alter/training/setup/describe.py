@@ -1,13 +1,18 @@
 """What a configuration means, before anything is loaded: sites, MACs, budget, memory."""
 
-from ...backbones.pretrained import trained_parameters
+from typing import Any
+
+from torch import nn
+
+from ...backbones.pretrained import DTYPES, trained_parameters
 from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.noising import Betas
+from .machine import check_shares
 from .parts import choose_trained
-from .plan import Plan, check_shares, known_folder, make_plan
+from .plan import Plan, known_folder, make_plan
 
 _GIB = 2**30
 
@@ -26,8 +31,12 @@ def describe_run(config: Config, processes: int = 1) -> str:
     trained = sum(parameter.numel() for parameter in trained_parameters(backbone).values())
     scale, unit = cost.unit
     teacher, state = {"fp32": 4, "bf16": 2}[config.teacher.precision], {"adamw": 8, "adamw_8bit": 2}
-    memory = {"weights (fp32)": 4 * everything}
-    if config.loss.distils and not config.teacher.offload:
+    kind = config.backbone.quantize or config.backbone.precision
+    memory = {f"weights ({kind})": _weights(config, backbone)}
+    if config.lora.rank is not None:
+        memory["adapters (fp32)"] = 4 * trained
+    own = config.lora.rank is not None and config.teacher.pretrained is None  # the backbone without its adapters
+    if config.loss.distils and not config.teacher.offload and not own:
         memory[f"teacher ({config.teacher.precision})"] = teacher * everything
     memory["gradients (fp32)"] = 4 * trained
     memory[f"optimizer ({config.optim.optimizer})"] = state[config.optim.optimizer] * trained
@@ -40,7 +49,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"prunable: {cost.prunable_share:.1%} of the MACs",
         f"budget: keep {_budget(config, budget, experts)}{_averaged(config, plan)}; "
         f"{len(experts.mask_EL) if experts else config.experts.count} experts",
-        f"noise: {_noise(plan)}",
+        f"noise: {_noise(plan)}" + (f", at {len(plan.noising.visited)} timesteps" if plan.noising.visited else ""),
         f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
         "memory a process, without activations, VAE and text encoder "
@@ -49,6 +58,15 @@ def describe_run(config: Config, processes: int = 1) -> str:
     lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
     return "\n".join(lines)
+
+
+def _weights(config: Config, backbone: Any) -> float:
+    """Bytes of the weights without adapters."""
+    linear = {f"{name}.weight" for name, module in backbone.named_modules()
+              if config.backbone.quantize and isinstance(module, nn.Linear)}
+    small, whole = {"int8": 1, "nf4": 0.5}.get(str(config.backbone.quantize), 0), DTYPES[config.backbone.precision]
+    return sum(value.numel() * (small if name in linear else whole.itemsize)
+               for name, value in backbone.named_parameters() if ".lora_" not in name)
 
 
 def _plan(config: Config) -> Plan:

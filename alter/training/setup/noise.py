@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ...backbones.schedules import hands_sigmas, is_flow, make_sampler, visited_rows
+from ...backbones.schedules import hands_sigmas, is_flow, make_noising, make_sampler, visited_timesteps
 from ...common.config import Config, FlowConfig
 from ...common.errors import Faults, InputError
+from ...method.noising import Flow, Noising
 
 
 def check_noise(config: Config, scheduler: Any) -> None:
@@ -34,7 +35,7 @@ def check_noise(config: Config, scheduler: Any) -> None:
 
 
 def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int) -> np.ndarray | None:
-    """The training timesteps over which the budget is averaged, int64 [any]; None: all of them.
+    """The timesteps over which the budget is averaged, float64 [any]; None: all of them.
 
     Args:
         folder: of the pipeline. scheduler: from it. tokens: of an image.
@@ -48,10 +49,27 @@ def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int)
     named = f"budget.sampler={budget.sampler!r}" if budget.sampler else f"the pipeline's {type(scheduler).__name__}"
     try:
         solver = make_sampler(budget.sampler, "budget.sampler=", scheduler, tokens) if budget.sampler else scheduler
-        return visited_rows(solver, budget.sampling_steps, tokens, flow and hands_sigmas(folder))
+        return visited_timesteps(solver, budget.sampling_steps, tokens, flow and hands_sigmas(folder))
     except InputError:
         raise
     except (ImportError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         example = "uniform" if flow else "DPMSolverMultistepScheduler"
         raise InputError(f"{named} with budget.sampling_steps={budget.sampling_steps}: it cannot sample this backbone "
                          f"({' '.join(str(error).split())[:200]}): use for example budget.sampler={example}") from None
+
+
+def trained_noising(config: Config, folder: Path, scheduler: Any, tokens: int) -> Noising:
+    """By what the backbone trains; with `train.timesteps=sampled`, at the timesteps alone that the sampler visits.
+
+    Raises:
+        InputError: if no sampler is known then.
+    """
+    noising = make_noising(scheduler, tokens, config.flow, config.loss.min_snr_gamma)
+    if config.train.timesteps == "all":
+        return noising
+    visited = sampled_timesteps(config, folder, scheduler, tokens)
+    if visited is None:
+        raise InputError("train.timesteps=sampled: needs the sampler whose timesteps are trained: set budget.sampler, "
+                         "for example DPMSolverMultistepScheduler, and budget.sampling_steps")
+    given = visited if isinstance(noising, Flow) else visited.round().astype(int)
+    return dataclasses.replace(noising, visited=tuple(given.tolist()))

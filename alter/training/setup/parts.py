@@ -1,7 +1,8 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -22,8 +24,17 @@ from ...backbones.gates import FeatureTap, Simulator
 from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
 from ...backbones.latents import encode
-from ...backbones.lora import add_adapters
-from ...backbones.pretrained import DTYPES, load_backbone, load_vae, local_folder, pixel_size, shift_of
+from ...backbones.lora import FILE_NAME as ADAPTERS
+from ...backbones.lora import Base, add_adapters, load_adapters, merge_adapters, put_adapters, without_adapters
+from ...backbones.pretrained import (
+    DTYPES,
+    component_of,
+    load_backbone,
+    load_vae,
+    local_folder,
+    pixel_size,
+    shift_of,
+)
 from ...backbones.sampling import sample_latents
 from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
@@ -34,17 +45,19 @@ from ...data.base import Source
 from ...data.batches import Fit
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
-from ...method.budget import Budget
+from ...method.budget import Budget, nearest
 from ...method.hypernetwork import HyperNetwork
 from ...method.noising import Betas, Noising
-from .plan import by_time, check_machine, check_teacher, make_plan, open_data, plan_latency, reads_captions
+from .machine import check_machine
+from .plan import by_time, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
 
 @dataclass
 class Parts:
-    """What a run is made of. `backbone` carries the gates of `simulator`; `teacher` never had any.
+    """What a run is made of. `backbone` carries the gates of `simulator`.
 
-    teacher: the frozen dense model; None where a finished run is tuned further and nothing else is named.
+    teacher: the frozen dense model, without gates; `backbone` itself where adapters alone are trained (see `dense`);
+        None where a finished run is tuned further and nothing else is named.
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
     vae: frozen; None where the data is encoded already, or the model has none.
     conditioner: of captions; None where the data has none. Images of encoded data load both for as long as they take.
@@ -82,7 +95,8 @@ class Parts:
         self.simulator = Simulator(self.backbone)
         points = feature_points(self.backbone)
         self.student_tap = FeatureTap(self.backbone, points)
-        self.teacher_tap = FeatureTap(self.teacher, points) if self.teacher is not None else None
+        self.teacher_tap = None if self.teacher is None else (
+            self.student_tap if self.teacher is self.backbone else FeatureTap(self.teacher, points))
 
     @property
     def fit(self) -> Fit:
@@ -97,13 +111,27 @@ class Parts:
         """Of an image, by which dynamic shifts of flows go."""
         return image_tokens(self.latent_shape, self.backbone.config.get("patch_size"))
 
+    @contextmanager
+    def dense(self) -> Iterator[Backbone]:
+        """The teacher, for forwards inside the block: of the backbone itself, without adapters and with open gates."""
+        if self.teacher is not self.backbone:
+            yield self.teacher
+            return
+        backbone: Any = self.backbone
+        training = backbone.training
+        try:
+            with without_adapters(backbone.eval()), self.simulator.use(None):
+                yield backbone
+        finally:
+            backbone.train(training)
+
     @torch.no_grad()
     def teach(self, noisy_latents: Tensor, timesteps: Tensor,
               conditioning: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The teacher's output and its activations at the feature points."""
-        assert self.teacher is not None and self.teacher_tap is not None
-        with self.teacher_tap.capture() as features:
-            pred = predict(self.teacher, noisy_latents, timesteps, conditioning)
+        assert self.teacher_tap is not None
+        with self.dense() as teacher, self.teacher_tap.capture() as features:
+            pred = predict(teacher, noisy_latents, timesteps, conditioning)
         self.release_teacher()
         return pred, features
 
@@ -204,8 +232,12 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         latency = latency or plan_latency(config, device)
     plan = make_plan(config, folder, source, latency)
     assert plan.budget is not None
-    backbone = load_backbone(folder)
+    backbone = load_backbone(folder, dtype=DTYPES[config.backbone.precision], quantize=config.backbone.quantize)
     tie_embedders(backbone)
+    former = _former_adapters(config)
+    if former and config.lora.rank is None:
+        put_adapters(backbone, former, component_of(folder)[1])
+        merge_adapters(backbone)
     dtype = DTYPES[config.train.mixed_precision]
     size, guidance = pixel_size(folder, config.data.resolution, config.data.frames), config.evaluate.guidance_scale
     tokens = config.data.max_tokens
@@ -213,17 +245,28 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)
     teacher, offload = _load_teacher(config, folder, backbone, device)
     choose_trained(backbone, config)
+    if former and config.lora.rank is not None:
+        load_adapters(backbone, former, component_of(folder)[1])
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
-    hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising.num_timesteps)
+    hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising)
     return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device), dtype, vae,
                  conditioner, size, guidance, tokens, hypernetwork.to(device), plan.cost, plan.budget, source,
                  plan.latent_shape, plan.experts, plan.latency)
 
 
-def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, timesteps: int) -> HyperNetwork:
+def _former_adapters(config: Config) -> dict[str, Tensor]:
+    """Those of the finished run that `backbone.pretrained` names, if it holds adapters alone."""
+    folder = Path(str(config.backbone.pretrained))
+    return {} if Base.beside(folder) is None else load_file(folder / ADAPTERS)
+
+
+def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, noising: Noising) -> HyperNetwork:
     torch.manual_seed(config.seed)
-    experts, features_TD = config.experts, timestep_features(backbone, timesteps)
+    experts, features_TD = config.experts, timestep_features(backbone, noising.num_timesteps)
+    if noising.visited is not None:  # timesteps that are not trained have the expert of the nearest
+        visited = noising.rows(torch.tensor(noising.visited)).numpy()
+        features_TD = features_TD[torch.from_numpy(nearest(noising.num_timesteps, visited))]
     return HyperNetwork(experts.count, len(cost.sites), features_TD, experts.router, experts.tau, experts.offset)
 
 
@@ -235,7 +278,9 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
         check_teacher(config, place, backbone)
         teacher = load_backbone(place, "teacher.pretrained")
         tie_embedders(teacher, "teacher.pretrained")
-    elif not (folder / EXPERTS).is_file() and config.experts.pretrained != config.backbone.pretrained:
+    elif config.lora.rank is not None and not _tuned(config, folder):
+        return backbone, None
+    elif not _tuned(config, folder):
         teacher = copy.deepcopy(backbone)
     elif config.loss.distils:  # weights that were tuned under experts make no dense model
         raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run: set "
@@ -249,6 +294,13 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
     return teacher.to(device), None
 
 
+def _tuned(config: Config, folder: Path) -> bool:
+    """Whether the weights were trained under experts; adapters that are trained further are not counted."""
+    if Base.beside(str(config.backbone.pretrained)) is not None:
+        return config.lora.rank is None or (folder / EXPERTS).is_file()
+    return (folder / EXPERTS).is_file() or config.experts.pretrained == config.backbone.pretrained
+
+
 def choose_trained(backbone: Backbone, config: Config) -> None:
     """Add adapters, which alone are trained then, and freeze what `backbone.freeze` names.
 
@@ -257,6 +309,9 @@ def choose_trained(backbone: Backbone, config: Config) -> None:
     """
     if config.lora.rank is not None:
         add_adapters(backbone, config.lora.rank, config.lora.alpha, config.lora.targets)
+        # Every process has read them; broadcasting those that are quantised is not possible.
+        backbone._ddp_params_and_buffers_to_ignore = [
+            name for name, value in backbone.named_parameters() if not value.requires_grad]
     patterns = config.backbone.freeze
     names = dict(backbone.named_parameters())
     for pattern in patterns:

@@ -1,14 +1,12 @@
 """What a configuration means, before weights are loaded: the one place that `--check`, `--dry-run` and `build` use."""
 
 import dataclasses
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ...backbones.cost import CostTable, count_cost
@@ -16,6 +14,7 @@ from ...backbones.dit import embedders, null_class
 from ...backbones.family import COMPONENTS, Backbone
 from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_text, text_width
 from ...backbones.latency import Latency, measure_latency
+from ...backbones.lora import Base
 from ...backbones.pretrained import (
     DTYPES,
     check_bucket_step,
@@ -26,9 +25,10 @@ from ...backbones.pretrained import (
     latent_size,
     local_folder,
     meta_backbone,
+    root,
     set_tf32,
 )
-from ...backbones.schedules import image_tokens, load_scheduler, make_noising
+from ...backbones.schedules import as_rows, image_tokens, load_scheduler
 from ...backbones.sites import named_sites
 from ...common.config import Config
 from ...common.errors import Faults, InputError
@@ -40,7 +40,8 @@ from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.noising import Noising
 from .encoding import check_encoding
-from .noise import check_noise, sampled_timesteps
+from .machine import check_machine
+from .noise import check_noise, sampled_timesteps, trained_noising
 
 
 @dataclass
@@ -117,12 +118,15 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     tokens = image_tokens(shape, backbone.config.get("patch_size"))
     with faults.caught():
         check_noise(config, scheduler)
+    noising = None
+    with faults.caught():
+        noising = trained_noising(config, folder, scheduler, tokens)
     cost = count_cost(backbone, size, frames)
     with faults.caught():
         if latency is not None or not by_time(config):
             budget, experts = _plan_budget(config, folder, backbone, cost, size, tokens, scheduler, latency)
     faults.refuse()
-    noising = make_noising(scheduler, tokens, config.flow, config.loss.min_snr_gamma)
+    assert noising is not None
     return Plan(folder, backbone, cost, scheduler, noising, shape, budget, experts,
                 experts.latency if experts else latency, source)
 
@@ -144,42 +148,6 @@ def check(config: Config, processes: int, latency: Latency | None = None) -> Non
     with faults.caught():
         if folder is not None:
             make_plan(config, folder, source, latency)
-    faults.refuse()
-
-
-def check_shares(config: Config, processes: int) -> None:
-    """Refuse a batch that so many processes cannot share.
-
-    Raises:
-        InputError: naming the keys.
-    """
-    train, parts = config.train, processes * config.train.gradient_accumulation
-    if train.batch_size % parts:
-        raise InputError(f"train.batch_size={train.batch_size} cannot be shared by {processes} processes with "
-                         f"train.gradient_accumulation={train.gradient_accumulation}: choose a multiple of {parts}")
-
-
-def check_machine(config: Config, processes: int) -> None:
-    """Refuse what this machine, with so many processes, cannot do.
-
-    Raises:
-        InputError: naming the keys.
-    """
-    faults = Faults()
-    with faults.caught():
-        check_shares(config, processes)
-    optional = [
-        ("wandb", f"log.tracker={config.log.tracker}", config.log.tracker == "wandb"),
-        ("bitsandbytes", f"optim.optimizer={config.optim.optimizer}", config.optim.optimizer == "adamw_8bit"),
-        ("peft", f"lora.rank={config.lora.rank}", config.lora.rank is not None),
-    ]
-    for package, option, wanted in optional:
-        if wanted and importlib.util.find_spec(package) is None:
-            faults.lines.append(f"{option}: the package {package} is not installed: pip install {package}, or "
-                                "change it")
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if config.train.mixed_precision == "fp16" and on_cpu:  # where accelerate would switch it off without a word
-        faults.lines.append("train.mixed_precision='fp16' needs a GPU: use no or bf16 on a CPU")
     faults.refuse()
 
 
@@ -207,7 +175,7 @@ def known_folder(config: Config) -> Path | None:
     Raises:
         InputError: if `backbone.pretrained` is a file.
     """
-    pretrained = str(config.backbone.pretrained)
+    pretrained, _ = root(str(config.backbone.pretrained))
     if Path(pretrained).exists():
         return local_folder(pretrained)
     ours = CONFIGS / "models" / (config.demo.model or pretrained)
@@ -262,7 +230,8 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
-    timesteps = sampled_timesteps(config, folder, scheduler, tokens)
+    visited = sampled_timesteps(config, folder, scheduler, tokens)
+    timesteps = None if visited is None else as_rows(visited, scheduler)
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
                          f"{len(cost.sites)} of this backbone: measure them with `alter latency`")
@@ -279,6 +248,9 @@ def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:
     Raises:
         InputError: about teacher.pretrained.
     """
+    if Base.beside(str(config.teacher.pretrained)) is not None:
+        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: holds adapters of a run alone: name the "
+                         "pipeline that they belong to")
     shapes = [{name: value for name, value in model.config.items() if not name.startswith("_")}
               for model in (meta_backbone(folder, "teacher.pretrained"), backbone)]
     if shapes[0] != shapes[1]:
