@@ -166,6 +166,8 @@ def vae_factor(folder: Path) -> int:
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
         if config.get(name):
             return config[name]
+    if "spatio_temporal_scaling" in config:  # LTX-Video
+        return config.get("patch_size", 4) * 2 ** sum(config["spatio_temporal_scaling"])
     if "temperal_downsample" in config:  # Wan, Qwen-Image; the key is spelt so
         return 2 ** len(config["temperal_downsample"])
     widths = config.get("encoder_block_out_channels") or config.get("block_out_channels", [64])
