@@ -16,7 +16,8 @@ from ..common.config import FlowConfig
 from ..common.errors import InputError
 from ..method.noising import PREDICTION_TYPES, Betas, Flow, Noising
 from .inputs import latent_shape
-from .pretrained import latent_size, meta_backbone, read_config
+from .pretrained import meta_backbone, read_config
+from .sizes import latent_size
 
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # What most pipelines of flows hand to `set_timesteps` as sigmas: 1, (n-1)/n, ..., 1/n, in one of two spellings.

@@ -21,16 +21,8 @@ from tqdm import tqdm
 
 from ..backbones import latents
 from ..backbones.conditioning import Conditioner
-from ..backbones.pretrained import (
-    DTYPES,
-    check_bucket_step,
-    condition_of,
-    latent_frames,
-    load_vae,
-    local_folder,
-    pixel_size,
-    set_tf32,
-)
+from ..backbones.pretrained import DTYPES, condition_of, load_vae, local_folder, set_tf32
+from ..backbones.sizes import check_bucket_step, latent_frames, pixel_size
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import sync, write_text

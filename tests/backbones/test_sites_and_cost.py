@@ -7,9 +7,10 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from alter.backbones.cost import count_cost
 from alter.backbones.dit import tie_embedders
 from alter.backbones.inputs import timestep_features
-from alter.backbones.pretrained import check_latents, meta_backbone, read_config, vae_factor
+from alter.backbones.pretrained import meta_backbone, read_config
 from alter.backbones.schedules import load_scheduler
 from alter.backbones.sites import find_sites
+from alter.backbones.sizes import check_latents, vae_factor
 from alter.common.errors import InputError
 from alter.common.load import CONFIGS
 

@@ -26,18 +26,11 @@ from ...backbones.latency import Latency
 from ...backbones.latents import encode
 from ...backbones.lora import FILE_NAME as ADAPTERS
 from ...backbones.lora import Base, add_adapters, load_adapters, merge_adapters, put_adapters, without_adapters
-from ...backbones.pretrained import (
-    DTYPES,
-    component_of,
-    load_backbone,
-    load_vae,
-    local_folder,
-    pixel_size,
-    shift_of,
-)
+from ...backbones.pretrained import DTYPES, component_of, load_backbone, load_vae, local_folder, shift_of
 from ...backbones.sampling import sample_latents
 from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
+from ...backbones.sizes import pixel_size
 from ...common.config import Config
 from ...common.device import to_device
 from ...common.errors import InputError

@@ -15,21 +15,10 @@ from ...backbones.family import COMPONENTS, Backbone
 from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_text, text_width
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.lora import Base
-from ...backbones.pretrained import (
-    DTYPES,
-    check_bucket_step,
-    check_latents,
-    check_text,
-    condition_of,
-    latent_frames,
-    latent_size,
-    local_folder,
-    meta_backbone,
-    root,
-    set_tf32,
-)
+from ...backbones.pretrained import DTYPES, check_text, condition_of, local_folder, meta_backbone, root, set_tf32
 from ...backbones.schedules import as_rows, image_tokens, load_scheduler
 from ...backbones.sites import named_sites
+from ...backbones.sizes import check_bucket_step, check_latents, latent_frames, latent_size
 from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...common.load import CONFIGS
