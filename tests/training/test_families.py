@@ -17,7 +17,7 @@ from alter.data.shapes import write_shapes
 FAMILIES = ("sd3", "flux", "qwen", "wan", "pixart", "sana", "z_image", "sdxl", "sd")
 _LORA = {"lora": {"rank": 2}, "optim": {"backbone_lr": 0.05}}
 KINDS = {"full": {}, "lora": _LORA, "bf16": {**_LORA, "backbone": {"precision": "bf16"}}}
-QUICK = (("flux", "lora"), ("sdxl", "full"))
+QUICK = (("pixart", "full"), ("z_image", "lora"))
 
 
 @pytest.fixture
