@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .family import backbone_class
-from .inputs import example_inputs
+from .inputs import Size, example_inputs, run_example
 from .sites import find_sites
 
 
@@ -59,36 +60,68 @@ class CostTable:
         return "\n".join(rows)
 
 
-def count_cost(backbone: Any, latent_size: int) -> CostTable:
-    """Count the backbone's MACs at latents of `latent_size` × `latent_size`; its weights are not touched.
+def count_cost(backbone: Any, size: Size, frames: int = 1) -> CostTable:
+    """Count the backbone's MACs; its weights are not touched. Equal layers on equal inputs are counted once.
 
     Args:
         backbone: on any device, without gates in force.
-        latent_size: side of the latents, in latent pixels.
+        size: of the latents. frames: of a video's.
 
     Raises:
-        InputError: if the backbone has no prunable layer.
+        InputError: if the backbone has no prunable layer, or the arguments of its forward are not known.
     """
     with torch.device("meta"):
         model = type(backbone).from_config(backbone.config)
     model.eval()
-    macs, parameters = (dict.fromkeys((site.name for site in find_sites(model)), 0) for _ in range(2))
-    counter = FlopCounterMode(display=False)
-
-    def count(name: str, sign: int):
-        def hook(module: nn.Module, *_: Any) -> None:
-            macs[name] += sign * counter.get_total_flops() // 2
-        return hook
-
-    for name in macs:
-        layer = model.get_submodule(name)
-        parameters[name] = _size(layer)
-        layer.register_forward_pre_hook(count(name, -1))
-        layer.register_forward_hook(count(name, +1))
-    with counter, torch.no_grad():
-        model(**example_inputs(model, latent_size))
-    return CostTable(tuple(macs), tuple(macs.values()), tuple(parameters.values()), counter.get_total_flops() // 2,
+    counter, counted = FlopCounterMode(display=False), _Counted()
+    for site in find_sites(model):
+        counted.watch(site.name, model.get_submodule(site.name), counter)
+    with counter:
+        run_example(model, example_inputs(model, size, frames=frames))
+    macs = counted.macs
+    total = counter.get_total_flops() // 2 + counted.repeated
+    return CostTable(tuple(macs), tuple(macs.values()), tuple(_size(model.get_submodule(name)) for name in macs), total,
                      _size(model), backbone_class(model).__name__)
+
+
+class _Counted:
+    """MACs of layers on the meta device; a layer like one that was counted gives the same output again.
+
+    macs: of every layer. repeated: of those that were not computed.
+    """
+
+    def __init__(self) -> None:
+        self.macs: dict[str, int] = {}
+        self.repeated = 0
+        self._known: dict[Any, tuple[Any, int]] = {}
+
+    def watch(self, name: str, layer: Any, counter: FlopCounterMode) -> None:
+        forward, kind = layer.forward, _kind(layer)
+        self.macs[name] = 0
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            key = kind, str(tree_map_only(torch.Tensor, lambda value: (tuple(value.shape), value.dtype),
+                                          (args, kwargs)))
+            if key in self._known:
+                output, macs = self._known[key]
+                self.repeated += macs
+            else:
+                before = counter.get_total_flops()
+                output = forward(*args, **kwargs)
+                macs = (counter.get_total_flops() - before) // 2
+                self._known[key] = output, macs
+            self.macs[name] += macs
+            return output
+
+        layer.forward = count
+
+
+def _kind(layer: nn.Module) -> str:
+    """What layers of equal cost have in common: classes and settings of their modules, and shapes of their weights."""
+    settings = [(path, type(module).__name__, {key: value for key, value in vars(module).items()
+                                               if isinstance(value, bool | int | float | str)})
+                for path, module in layer.named_modules()]
+    return str((settings, [tuple(value.shape) for value in layer.parameters()]))
 
 
 def _size(module: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """Arguments of one forward of a backbone, made from its configuration: to count, time and probe its layers."""
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..common.errors import InputError
 from .family import backbone_class, family_of, floating_dtype, parameters, timestep_argument
+
+Size: TypeAlias = int | tuple[int, int]  # of latents, in latent pixels: a side, or height and width
 
 # Keys of a UNet's configuration that stand for further inputs.
 _MORE_THAN_TEXT = {
@@ -20,40 +23,64 @@ _MORE_THAN_TEXT = {
 }
 # Of the text that a backbone is given: the keys of its width, the first that is set.
 _TEXT_WIDTHS = ("encoder_hid_dim", "caption_channels", "text_dim", "text_embed_dim", "joint_attention_dim",
-                "cap_feat_dim", "cross_attention_dim")
-_TEXT_TOKENS = {  # as their pipelines pad or commonly fill them
+                "cap_feat_dim", "context_in_dim", "cross_attention_dim")
+_TEXT_TOKENS = {  # as their pipelines pad them; Qwen-Image and Z-Image do not: a long prompt
+    "QwenImageTransformer2DModel": 128, "ZImageTransformer2DModel": 128,
     "UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "PixArtTransformer2DModel": 300,
     "SanaTransformer2DModel": 300, "SanaVideoTransformer3DModel": 300, "LTXVideoTransformer3DModel": 128,
-    "Lumina2Transformer2DModel": 256, "AuraFlowTransformer2DModel": 256, "CogVideoXTransformer3DModel": 226,
+    "Lumina2Transformer2DModel": 256, "AuraFlowTransformer2DModel": 256,
     "HunyuanVideoTransformer3DModel": 256, "MochiTransformer3DModel": 256, "HiDreamImageTransformer2DModel": 128,
 }
 _USUAL_TOKENS = 512
 # How a pipeline lays out latents: packed by 2 x 2 into tokens; as tokens of a video; as a video; frames first.
-_PACKED = {"BriaTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel",
-           "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel", "QwenImageTransformer2DModel"}
+_PACKED = {"BriaFiboTransformer2DModel", "BriaTransformer2DModel", "ChromaTransformer2DModel",
+           "Flux2Transformer2DModel", "Flux3Transformer2DModel", "FluxTransformer2DModel",
+           "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
+           "OvisImageTransformer2DModel", "QwenImageTransformer2DModel"}
 _PACKED_VIDEO = {"LTXVideoTransformer3DModel"}
 _FRAMES_FIRST = {"CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"}
 
 
-def example_inputs(backbone: Any, latent_size: int, text_tokens: int | None = None, batch: int = 1,
+def example_inputs(backbone: Any, size: Size, text_tokens: int | None = None, batch: int = 1,
                    frames: int = 1) -> dict[str, Any]:
     """Keyword arguments of one forward, all zeros, on the backbone's device and in its precision.
 
     Args:
-        latent_size: side of the latents, in latent pixels. frames: of a video's latents.
+        size: of the latents. frames: of a video's latents.
         text_tokens: of a text-conditioned backbone; None: as many as its pipeline gives it.
 
     Raises:
         InputError: if it needs arguments that are not known here.
     """
     cls = backbone_class(backbone)
-    make = _Inputs(backbone, latent_size, text_tokens or _TEXT_TOKENS.get(cls.__name__, _USUAL_TOKENS), batch, frames)
-    given = {parameters(cls)[0]: make.latents(), timestep_argument(cls)[0]: make.timestep()}
+    usual = backbone.config.get("max_text_seq_length") or _TEXT_TOKENS.get(cls.__name__, _USUAL_TOKENS)
+    make = _Inputs(backbone, size, text_tokens or usual, batch, frames)
+    given = {parameters(cls)[0]: make.latents(), timestep_argument(cls)[0]: make.zeros(batch)}
     for name in parameters(cls)[1:]:
         value = make.argument(name)
         if value is not None:
             given[name] = value
+    needed = [name for name, one in inspect.signature(cls.forward).parameters.items() if one.default is one.empty]
+    unknown = [name for name in needed[1:] if name not in given]
+    if unknown:
+        raise InputError(f"backbone.pretrained: alter does not know what a {cls.__name__} takes for "
+                         f"{', '.join(unknown)}, so that its layers cannot be counted: use another backbone")
     return given
+
+
+def run_example(backbone: Any, inputs: Mapping[str, Any]) -> None:
+    """One forward on `example_inputs`.
+
+    Raises:
+        InputError: if the backbone needs what they lack, or cannot run where it is (on the meta device).
+    """
+    try:
+        with torch.no_grad():
+            backbone(**inputs)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"backbone.pretrained: a {backbone_class(backbone).__name__} cannot be counted, because it "
+                         f"fails on {', '.join(inputs)} ({' '.join(str(error).split())[:120]}): use another "
+                         "backbone") from None
 
 
 def is_class_conditional(backbone: Any) -> bool:
@@ -66,9 +93,9 @@ def is_video(backbone: Any) -> bool:
     return "3D" in backbone_class(backbone).__name__
 
 
-def latent_shape(backbone: Any, latent_size: int, frames: int = 1) -> tuple[int, ...]:
+def latent_shape(backbone: Any, size: Size, frames: int = 1) -> tuple[int, ...]:
     """Of one sample as the scheduler steps it: (C, h, w), (C, F, h, w), (F, C, h, w) or (tokens, C)."""
-    shape = _Inputs(backbone, latent_size, 0, 1, frames).shape()
+    shape = _Inputs(backbone, size, 0, 1, frames).shape()
     return (shape[0], *shape[2:]) if family_of(backbone).listed else shape
 
 
@@ -92,66 +119,98 @@ def timestep_features(backbone: Any, num_timesteps: int) -> Tensor:
 class _Inputs:
     """The arguments, by their names."""
 
-    def __init__(self, backbone: Any, size: int, tokens: int, batch: int, frames: int) -> None:
+    def __init__(self, backbone: Any, size: Size, tokens: int, batch: int, frames: int) -> None:
         self.backbone, self.config, self.cls = backbone, backbone.config, backbone_class(backbone)
-        self.size, self.tokens, self.batch, self.frames = size, tokens, batch, frames
+        self.height, self.width = (size, size) if isinstance(size, int) else size
+        self.tokens, self.batch, self.frames = tokens, batch, frames
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, device=self.backbone.device, dtype=floating_dtype(self.backbone))
 
-    def ones(self, *shape: int) -> Tensor:
-        return torch.ones(shape, device=self.backbone.device, dtype=torch.bool)
+    def whole(self) -> Tensor:
+        """The mask of texts that fill their tokens."""
+        return torch.ones(self.batch, self.tokens, device=self.backbone.device, dtype=torch.bool)
+
+    def numbers(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.backbone.device, dtype=torch.long)
 
     def shape(self) -> tuple[int, ...]:
         """Of one sample, as the backbone takes it."""
-        name, channels, size = self.cls.__name__, self.config.in_channels, self.size
+        name, channels, height, width = self.cls.__name__, self.config.get("in_channels"), self.height, self.width
+        if channels is None:
+            raise InputError(f"backbone.pretrained: alter does not know the latents of a {name}: use another backbone")
         if name in _PACKED:
-            return (size // 2) ** 2, channels
+            return (height // 2) * (width // 2), channels
         if name in _PACKED_VIDEO:
-            return self.frames * size**2, channels
+            return self.frames * height * width, channels
         if name in _FRAMES_FIRST:
-            return self.frames, channels, size, size
+            return self.frames, channels, height, width
         if is_video(self.backbone) or family_of(self.backbone).listed:
-            return channels, self.frames, size, size
-        return channels, size, size
+            return channels, self.frames, height, width
+        return channels, height, width
 
     def latents(self) -> Any:
         shape = self.shape()
         return [self.zeros(*shape)] * self.batch if family_of(self.backbone).listed else self.zeros(self.batch, *shape)
 
-    def timestep(self) -> Tensor:
-        if family_of(self.backbone).noise_level:
-            return self.zeros(self.batch)
-        return torch.zeros(self.batch, dtype=torch.long, device=self.backbone.device)
-
     def argument(self, name: str) -> Any:
         """A further argument; None where the backbone does without."""
-        config, batch, size = self.config, self.batch, self.size
+        config, batch, size = self.config, self.batch, (self.height, self.width)
         width = _width(config)
         if name == "encoder_hidden_states" and width is not None:
             return self.zeros(batch, self.tokens, width)
         if name == "cap_feats":
             return [self.zeros(self.tokens, config.cap_feat_dim)] * batch
-        if name in ("encoder_attention_mask", "encoder_hidden_states_mask") and self.cls is not UNet2DConditionModel:
-            return self.ones(batch, self.tokens)
-        if name == "pooled_projections":
-            return self.zeros(batch, config.pooled_projection_dim)
+        if name in ("encoder_attention_mask", "encoder_hidden_states_mask") and self.cls.__name__ not in (
+                "UNet2DConditionModel", "LatteTransformer3DModel"):
+            return self.whole()
+        if name in ("pooled_projections", "pooled_embeds"):
+            pooled = config.get("pooled_projection_dim") or config.get("text_emb_dim")
+            return None if pooled is None else self.zeros(batch, pooled)
         if name == "guidance" and config.get("guidance_embeds"):
             return self.zeros(batch)
         if name in ("img_ids", "txt_ids") and self.cls.__name__ in _PACKED:
             axes = len(config.get("axes_dims_rope") or (1, 1, 1))
-            return self.zeros((size // 2) ** 2 if name == "img_ids" else self.tokens, axes)
+            return self.zeros(self.shape()[0] if name == "img_ids" else self.tokens, axes)
         if name == "timestep_cond" and config.get("time_cond_proj_dim"):
             return self.zeros(batch, config.time_cond_proj_dim)
         if name == "img_shapes":
-            return [[(1, size // 2, size // 2)]] * batch
+            return [[(1, self.height // 2, self.width // 2)]] * batch
         if name in ("num_frames", "height", "width"):
-            return self.frames if name == "num_frames" else size
+            return {"num_frames": self.frames, "height": self.height, "width": self.width}[name]
         if name in ("original_size", "target_size", "crop_coords"):
             return self.zeros(batch, 2)
         if name == "class_labels" and (width is None or config.get("num_class_embeds")):
-            return torch.zeros(batch, dtype=torch.long, device=self.backbone.device)
-        return self._added() if name == "added_cond_kwargs" else None
+            return self.numbers(batch)
+        if name == "text_encoder_layers":  # BRIA FIBO: a text for each block
+            blocks = config.num_layers + config.num_single_layers
+            return [self.zeros(batch, self.tokens, config.text_encoder_dim)] * blocks
+        if name in ("encoder_hidden_states_t5", "encoder_hidden_states_llama3") and "llama_layers" in config:  # HiDream
+            t5, llama = (self.zeros(batch, self.tokens, channels) for channels in config.caption_channels)
+            return t5 if name.endswith("t5") else [llama] * (config.num_layers + config.num_single_layers)
+        if name == "fps" and "concat_padding_mask" in config:  # Cosmos
+            return 24
+        if name == "padding_mask" and config.get("concat_padding_mask"):
+            return self.zeros(1, 1, *size)
+        if name == "control_hidden_states" and config.get("vace_in_channels"):
+            return self.zeros(batch, config.vace_in_channels, self.frames, *size)
+        if name == "text_bth":  # ERNIE-Image
+            return self.zeros(batch, self.tokens, config.text_in_dim)
+        if name == "text_lens":
+            return torch.full((batch,), self.tokens, device=self.backbone.device)
+        if name in ("prior_token_id", "prior_token_drop"):  # GLM-Image
+            numbers = self.numbers(batch, (self.height // config.patch_size) * (self.width // config.patch_size))
+            return numbers if name == "prior_token_id" else numbers.bool()
+        return self._second(name) if config.get("text_embed_2_dim") else (
+            self._added() if name == "added_cond_kwargs" else None)
+
+    def _second(self, name: str) -> Any:
+        """HunyuanVideo 1.5: a second text, and an image."""
+        config, batch = self.config, self.batch
+        if name == "encoder_attention_mask_2":
+            return self.whole()
+        width = {"encoder_hidden_states_2": "text_embed_2_dim", "image_embeds": "image_embed_dim"}.get(name)
+        return None if width is None else self.zeros(batch, self.tokens, config[width])
 
     def _added(self) -> dict[str, Any]:
         config, batch = self.config, self.batch
