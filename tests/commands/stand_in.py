@@ -87,7 +87,7 @@ class Clone:
             path.mkdir(parents=True)
         for name in ("launch.sh", "setup_env.sh", "requirements_met.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
-        for name in ("train_dit.sh", "train_sd21.sh"):
+        for name in ("train.sh", "train_dit.sh", "train_sd21.sh"):
             shutil.copy(ROOT / name, self.root)
         (self.root / "scripts" / "train.py").write_text(STAND_IN)
         (self.root / "requirements.txt").write_text(f"pytest=={version('pytest')}  # the one that runs this\n")

@@ -27,6 +27,11 @@ def test_default_config(clone, script, config):
     assert clone.noted("check") == []
 
 
+def test_any_config(clone):
+    assert clone.run("--config", "configs/flux.yaml", "a.b=1", script="train.sh").returncode == 0
+    assert clone.noted("train")[0]["arguments"] == ["--config", "configs/flux.yaml", "a.b=1"]
+
+
 def test_arguments_arrive_unchanged_and_a_config_of_the_users_is_the_last(clone):
     given = ["--config", "my own.yaml", "data.path=a  b", "name=it's \"x\" $HOME *", "text=a --config b", "empty="]
     assert clone.run(*given).returncode == 0

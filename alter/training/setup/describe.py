@@ -10,6 +10,7 @@ from .parts import choose_trained
 from .plan import Plan, check_shares, known_folder, make_plan
 
 _GIB = 2**30
+_PEAK, _USED = 989e12, 0.4  # FLOP/s of an H100 (SXM) with dense bf16, and the share of them that training attains
 
 
 def describe_run(config: Config, processes: int = 1) -> str:
@@ -48,6 +49,9 @@ def describe_run(config: Config, processes: int = 1) -> str:
     ]
     lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
+    lines.append(f"time: about {_hours(config, plan):,.1f} GPU-hours, of the backbone alone, at {_USED:.0%} of an H100's "
+                 f"{_PEAK / 1e12:.0f} TFLOP/s (forward 1, backward 2, teacher 1"
+                 f"{', recomputed forward 1' if config.backbone.gradient_checkpointing else ''})")
     return "\n".join(lines)
 
 
@@ -57,6 +61,21 @@ def _plan(config: Config) -> Plan:
         raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: no such folder, and configs/models/ "
                          "does not know it: give a diffusers folder")
     return make_plan(config, folder, source=None)
+
+
+def _hours(config: Config, plan: Plan) -> float:
+    """GPU-hours of all updates: the search's of the masks run every layer, those of the weights the kept ones."""
+    train, searched = config.train, 0 if plan.experts else config.train.t_end
+    tuned = train.steps - searched * (train.schedule == "two_stage")
+    kept = config.budget.keep_ratio if plan.budget is None else _total(plan.budget)
+    passes = 4 if config.backbone.gradient_checkpointing else 3
+    forwards = passes * (searched + kept * tuned) + config.loss.distils * train.steps
+    return 2 * plan.cost.macs_total * forwards * train.batch_size / (_PEAK * _USED) / 3600
+
+
+def _total(budget: Budget) -> float:
+    """The share that it keeps of the whole backbone."""
+    return budget.keep_ratio if budget.over == "total" else 1 - float(budget.share_L.sum()) * (1 - budget.keep_ratio)
 
 
 def _noise(plan: Plan) -> str:
@@ -83,8 +102,7 @@ def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | No
                 "(`alter latency` measures it now)")
     prunable = float(budget.share_L.sum())
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable
-    total = budget.keep_ratio if budget.over == "total" else 1 - prunable * (1 - budget.keep_ratio)
     of_time = experts.latency is not None if experts else config.budget.cost == "latency"
     unit = "time" if of_time else "MACs"
-    return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {total:.3f} of all {unit} and "
+    return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {_total(budget):.3f} of all {unit} and "
             f"{kept:.3f} of the prunable")
