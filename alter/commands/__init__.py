@@ -19,6 +19,7 @@ COMMANDS = {  # module, extra that it needs, what it does
     "evaluate": ("evaluate", "eval", "measure images: FID, KID, precision and recall, CLIP score and more"),
     "report": ("report", "report", "show finished runs as one HTML page"),
     "measure": ("measure", "train", "measure what each layer is worth at each timestep, before training"),
+    "models": ("models", "train", "list the backbones: layers, MACs, and what was verified of them"),
     "latency": ("latency", "train", "measure the seconds of each layer on this machine, for a budget of time"),
     "encode": ("encode", "train", "encode images into latents once, for training without VAE and text encoder"),
     "prepare": ("prepare", "train", "write prompts and reference images of the usual evaluation sets"),
