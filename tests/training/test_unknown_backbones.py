@@ -25,7 +25,7 @@ def test_blocks_that_cannot_be_skipped(small_config, monkeypatch, kind):
     if kind == "dit":
         check_blocks(config, build(config))
     monkeypatch.setattr(BasicTransformerBlock, "forward", halved)
-    with pytest.raises(InputError, match=r"transformer_blocks\.0, .* and \d+ more with zeros for weights give") as error:
+    with pytest.raises(InputError, match=r"transformer_blocks\.0, .* and \d+ more with zeros for weights") as error:
         train(config)
     assert "\n" not in str(error.value) and not Path(str(config.output_dir)).exists()
 
