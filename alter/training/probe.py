@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backbones.family import predict
+from ..backbones.family import backbone_class, predict
 from ..backbones.gates import HardRows
+from ..backbones.models import blocks_are_verified
+from ..backbones.residual import not_residual
 from ..backbones.schedules import solver_at
 from ..common.config import Config
+from ..common.errors import InputError
 from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..method.diffusion import gaussian
 from ..method.losses import mse_per_sample
@@ -125,3 +128,21 @@ class Probe:
         rows = None if mask_L is None else HardRows(torch.from_numpy(mask_L)[None], noisy.device)
         with self.parts.simulator.use(rows):
             return predict(self.parts.backbone, noisy, timesteps, conditioning)[:, : noisy.shape[1]].float()
+
+
+def check_blocks(config: Config, parts: Parts) -> None:
+    """Refuse a backbone of a class that no test knows, on a sample of the run, if a skipped block is not a removed one.
+
+    Raises:
+        InputError: naming the blocks.
+    """
+    name = backbone_class(parts.backbone).__name__
+    if blocks_are_verified(name):
+        return
+    noisy, timesteps, conditioning, _ = next(Probe(config, parts, samples=1).noised(0, parts.noising.num_timesteps))
+    others = not_residual(parts.backbone, partial(predict, parts.backbone, noisy, timesteps, conditioning))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: of this {name}, "
+                         f"{', '.join(others[:3])}{more} with zeros for weights give something else than they were "
+                         "given, so that they cannot be skipped: use another backbone (`alter models` lists them)")

@@ -33,6 +33,7 @@ from ..method.sensitivity import start_near
 from .checkpoint import UNWRITTEN, step_of
 from .demo import make_demo
 from .measure import measure_sensitivity
+from .probe import check_blocks
 from .resume import find_run_dir, open_run_dir
 from .setup.parts import build
 from .setup.plan import by_time, check, plan_latency
@@ -79,6 +80,7 @@ def train(config: Config) -> FinishedRun:
     if accelerator.is_main_process:
         tqdm.write("loading models and data")
     parts = build(config, accelerator.num_processes, accelerator.device, latency)
+    check_blocks(config, parts)
     if resume_from:
         check_inputs(parts, resume_from)
     open_run_dir(config, accelerator, run_dir, resume_from)
