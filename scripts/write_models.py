@@ -25,8 +25,9 @@ from alter import InputError  # noqa: E402
 from alter.backbones.cost import count_cost  # noqa: E402
 from alter.backbones.inputs import is_video  # noqa: E402
 from alter.backbones.models import FILE, MARKS  # noqa: E402
-from alter.backbones.pretrained import meta_backbone, vae_factor  # noqa: E402
+from alter.backbones.pretrained import meta_backbone  # noqa: E402
 from alter.backbones.sites import find_sites  # noqa: E402
+from alter.backbones.sizes import vae_factor  # noqa: E402
 from alter.common.load import CONFIGS  # noqa: E402
 
 SIZES = {  # height, width, frames; of others 1024 x 1024 or, for videos, 480 x 832 with 81 frames
