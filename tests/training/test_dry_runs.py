@@ -13,7 +13,7 @@ EXPECTED = {  # class, sites, GMACs, millions of trained parameters
     "sana": ("SanaTransformer2DModel", 20, 1483.3, 1604.6), "flux": ("FluxTransformer2DModel", 57, 37192.3, 74.7),
     "qwen_image": ("QwenImageTransformer2DModel", 60, 35288.3, 94.4),
     "z_image": ("ZImageTransformer2DModel", 34, 28289.8, 66.8),
-    "wan": ("WanTransformer3DModel", 30, 1319.6, 1419.0),
+    "wan": ("WanTransformer3DModel", 30, 57526.0, 1419.0),
 }
 
 
