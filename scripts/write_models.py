@@ -87,7 +87,7 @@ def verified() -> dict[str, dict[str, str]]:
         "blocks": marks(specimens, removed, but=blocks.OTHERS, note="some"),
         "batches": marks(specimens, cases(blocks.test_samples_run_their_own_layers)),
         "pipeline": by_pipeline(drawn, cases(pipelines.test_text_to_image_or_video)),
-        "training": by_pipeline(drawn, cases(training.test_search_and_tuning)),
+        "training": by_pipeline(drawn, cases(training.test_a_resumed_run_is_the_uninterrupted_one)),
     }
     # In tests/experts/test_class_conditional_pipeline.py and tests/training/test_run.py, which have no other class.
     for mark in ("pipeline", "training"):

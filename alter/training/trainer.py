@@ -186,10 +186,8 @@ class Trainer:
         count, size = config.train.gradient_accumulation, config.train.micro_batch(self.accelerator.num_processes)
         whole = draw(parts.noising, config.train.batch_size, config.data.label_dropout, config.seed, self.step)
         first = self.accelerator.process_index * count * size
-        return [
-            self.prepare_batch(next(micro_batches), whole[slice(first + k * size, first + (k + 1) * size)])
-            for k in range(count)
-        ]
+        return [self.prepare_batch(next(micro_batches), whole[slice(first + k * size, first + (k + 1) * size)])
+                for k in range(count)]
 
     def prepare_batch(self, raw: dict[str, Any], drawn: Draw) -> Batch:
         """One micro-batch from raw samples, as `data.collate` joins them, and what is random about them."""
@@ -262,6 +260,8 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._terms(self.wrapped, batch, rows)
                 perf = losses.weighted_sum(terms, self.config.loss.weights)
+                if not perf.requires_grad:  # of all that is trained, no sample used a layer
+                    perf = perf + 0 * self.parameters[0].sum()
                 update.scaler.scale(perf / len(batches)).backward()
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         for parameter in self.parameters:

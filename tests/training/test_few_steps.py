@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from helpers import make_trainer
-from test_families import family_config as family_config
+from test_trained_families import family_config as family_config
 
 from alter import InputError, TemporalExperts, load_pipeline, train
 from alter.method.diffusion import draw
