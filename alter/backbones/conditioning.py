@@ -185,6 +185,8 @@ class Conditioner:
         return {**frames, **tokens, "height": height, "width": width}
 
     def _guided(self, accepted: Mapping[str, Any], scale: float, count: int) -> dict[str, Any]:
+        if scale == 1 and type(self.pipe).__name__.startswith(_UNGUIDED_AT_ZERO):
+            return {"guidance_scale": 0.0}
         if "true_cfg_scale" in accepted and not getattr(self.backbone.config, "guidance_embeds", False):
             return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
         return {"guidance_scale": scale}

@@ -75,21 +75,32 @@ class WithSubstitutes:
         """
         epoch, index = key
         reasons: dict[int, str] = {}
-        candidate, others = index, self.indices
-        if self.source.buckets is not None:
-            others = others[self.source.buckets[others] == self.source.buckets[index]]
+        candidate = index
+        others: np.ndarray | None = None
         for attempt in range(SPARE_DRAWS + 1):
             try:
                 sample = self.source[epoch, candidate]
                 if self.fit is not None:
                     self.fit.check(sample)
+                if self.source.buckets is not None and sample.get("bucket", self.source.buckets[index]) != \
+                        self.source.buckets[index]:
+                    raise Unreadable("is of another shape than its header says")
                 return {**sample, "skipped": list(reasons.values())}
             except Unreadable as error:
                 reasons[candidate] = f"{self.source.describe(candidate)}: {error}"
+            others = self._others(index) if others is None else others
             draw = np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(others))
             candidate = int(others[draw])
         raise InputError(f"data.path: none of {len(reasons)} samples can be used: correct the data set; the first "
                          f"was {reasons[index]}")
+
+    def _others(self, index: int) -> np.ndarray:
+        """Substitutes for a sample: of its shape where there are several, if need be from all of the data."""
+        if self.source.buckets is None:
+            return self.indices
+        same = np.flatnonzero(self.source.buckets == self.source.buckets[index])
+        ours = np.intersect1d(self.indices, same)
+        return ours if len(ours) > 1 else same
 
 
 def split(source: Source, holdout: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:

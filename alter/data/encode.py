@@ -67,8 +67,10 @@ def encode(config: Config, out: Path, shard_size: int, batch_size: int, state: P
         "shard_size": shard_size, "data": {name: getattr(config.data, name) for name in _DATA},
     }
     missing, unusable = on_main_process(lambda: _begin(out, plan))
-    if models.conditioner is not None and state.is_main_process:
-        _save_common(out / COMMON, models.conditioner, Framing(config.data, config.seed).sizes)
+    conditioner = models.conditioner
+    if conditioner is not None:
+        sizes = Framing(config.data, config.seed).sizes
+        on_main_process(lambda: _save_common(out / COMMON, conditioner, sizes))
 
     mine = missing[state.process_index :: state.num_processes]
     shards = [range(number * shard_size, min((number + 1) * shard_size, len(source))) for number in mine]

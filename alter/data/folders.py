@@ -133,13 +133,17 @@ class TextsBeside(CaptionedFolder):
     def __init__(self, config: DataConfig, seed: int, images: list[str], texts: list[str]) -> None:
         self.folder, self.seed, self.framing = Path(str(config.path)), seed, Framing(config, seed)
         beside = {os.path.splitext(text)[0]: text for text in texts}
-        self.samples = [(name, beside.get(os.path.splitext(name)[0]), "") for name in images]
+        self.samples = [(name, beside.get(self.stem(name)), "") for name in images]
         self.buckets = self.framing.buckets([self.folder / name for name in images])
+
+    def stem(self, name: str) -> str:
+        """Of a sample's name, that of its text without .txt."""
+        return os.path.splitext(name)[0]
 
     def captions(self, index: int) -> list[str]:
         name, text, _ = self.samples[index]
         if text is None:
-            raise Unreadable(f"no {PurePosixPath(name).stem}.txt beside it")
+            raise Unreadable(f"no {PurePosixPath(self.stem(name)).name}.txt beside it")
         try:
             return read_captions(decode_text((self.folder / text).read_bytes()).strip(), text)
         except (OSError, ValueError) as error:

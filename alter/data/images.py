@@ -84,10 +84,19 @@ def measure(file: Path) -> tuple[int, int] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-                return (image.width, image.height) if turned else (image.height, image.width)
+                return (image.width, image.height) if _lies(image) else (image.height, image.width)
     except Exception:  # of the many kinds that broken files raise
         return None
+
+
+def _lies(image: Image.Image) -> bool:
+    """Whether an opened image is shown turned by a quarter; Pillow tells a TIFF's size as it is shown."""
+    if image.format == "TIFF":
+        return False
+    try:
+        return image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    except Exception:  # a broken profile, without which the image is shown as it is
+        return False
 
 
 def nearest(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v"}
 class VideoFolder(TextsBeside):
     """Clips anywhere below a folder, each with its caption in a .txt file of the same name beside it.
 
-    A clip is a video file (read by PyAV), or a folder of images, its frames in the order of their names. A sample has
-    `data.frames` consecutive frames, from the middle or, with data.crop=random, from anywhere: "images" float32
-    [3, F, H, W].
+    A clip is a video file (read by PyAV), or a folder of images, its frames in the order of the numbers in their names.
+    A sample has `data.frames` consecutive frames, from the middle or, with data.crop=random, from anywhere: "images"
+    float32 [3, F, H, W].
 
     Raises:
         InputError: if there are videos, and PyAV is not installed.
@@ -40,8 +41,13 @@ class VideoFolder(TextsBeside):
         if videos and importlib.util.find_spec("av") is None:
             raise InputError(f"data.path={config.path!r}: {videos[0]} needs the package av: pip install av, or give "
                              "folders of frames")
+        for frames in self.images.values():
+            frames.sort(key=_by_number)
         super().__init__(config, seed, sorted([*videos, *self.images]), visible(files, {".txt"}))
         self.framing: Framing
+
+    def stem(self, name: str) -> str:
+        return name if name in self.images else super().stem(name)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         across, down, when, mirror = self.framing.place(*key)
@@ -55,6 +61,11 @@ class VideoFolder(TextsBeside):
         names = self.images[name]
         first = _first(len(names), self.frames, when)
         return [decode(self.folder / each)[0] for each in names[first : first + self.frames]]
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key by which 2.png comes before 10.png."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _first(there: int, wanted: int, when: float) -> int:

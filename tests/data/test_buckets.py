@@ -17,7 +17,7 @@ from pipelines import make_pipeline
 from alter import InputError, train
 from alter.data.batches import GlobalBatches, Order, WithSubstitutes, of_one_shape
 from alter.data.encode import encode
-from alter.data.images import bucket_sizes, measure
+from alter.data.images import bucket_sizes, load_pixels, measure
 from alter.data.open import open_source
 from alter.training.setup.plan import check
 
@@ -85,9 +85,13 @@ def test_headers_tell_the_shape_that_is_shown(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     Image.new("RGB", (20, 10)).save(tmp_path / "plain.png")
+    Image.new("RGB", (20, 10)).save(tmp_path / "turned.tif", exif=exif)
+    Image.new("RGB", (20, 10)).save(tmp_path / "profile.png", exif=b"Exif\0\0no profile")
     (tmp_path / "broken.png").write_bytes(b"x")
-    for name, size in (("turned.jpg", (20, 10)), ("plain.png", (10, 20)), ("broken.png", None)):
-        assert measure(tmp_path / name) == size
+    for name in ("turned.jpg", "plain.png", "turned.tif", "profile.png"):
+        shown = load_pixels(tmp_path / name, [(10, 10)], (0.5, 0.5), False)
+        assert measure(tmp_path / name) == tuple(shown["sizes"][:2].tolist()), name
+    assert measure(tmp_path / "turned.jpg") == (20, 10) and measure(tmp_path / "broken.png") is None
 
 
 def test_an_unusable_sample_is_replaced_by_one_of_its_shape(tmp_path):

@@ -31,11 +31,11 @@ def clips(tmp_path_factory):
     """Folders of frames with captions beside them."""
     folder = tmp_path_factory.mktemp("clips")
     for clip in range(CLIPS):
-        place = folder / f"part/{clip:02d}"
+        place = folder / f"part/clip.{clip:02d}"
         place.mkdir(parents=True)
         for time, image in enumerate(frames_of(clip)):
-            image.save(place / f"{time:03d}.png")
-        (folder / f"part/{clip:02d}.txt").write_text("a red circle" if clip % 2 else "a small green triangle")
+            image.save(place / f"frame.{time + 5}.png")  # 5 to 11: not the order of the names
+        (folder / f"part/clip.{clip:02d}.txt").write_text("a red circle" if clip % 2 else "a small green triangle")
     return folder
 
 
