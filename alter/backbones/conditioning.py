@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -126,9 +127,9 @@ class Conditioner:
         Returns: float32 [N, C, H, W], of videos [N, F, C, H, W], in [-1, 1], on the CPU.
         """
         accepted = inspect.signature(self.pipe.__call__).parameters
-        own, done = self.pipe.scheduler, []
+        done = []
         with self._lent(backbone):
-            self.pipe.scheduler = scheduler or own
+            self.pipe.scheduler = scheduler or self.pipe.scheduler
             for first in range(0, len(prompts), batch_size):
                 some = list(prompts[first : first + batch_size])
                 wanted = {**self._shape(), "prompt": some, "num_inference_steps": steps, "output_type": "pt",
@@ -136,7 +137,6 @@ class Conditioner:
                           **_AS_GIVEN, **self._guided(accepted, guidance_scale, len(some))}
                 output = self.pipe(**{name: value for name, value in wanted.items() if name in accepted})
                 done.append((output.frames if hasattr(output, "frames") else output.images).float().cpu() * 2 - 1)
-            self.pipe.scheduler = own
         return torch.cat(done)
 
     @contextmanager
@@ -152,11 +152,13 @@ class Conditioner:
             hooks = [backbone.register_forward_pre_hook(
                          lambda module, args, kwargs: recast((args, kwargs), outside, inside), with_kwargs=True),
                      backbone.register_forward_hook(lambda module, args, output: recast(output, inside, outside))]
+        scheduler = self.pipe.scheduler
         setattr(self.pipe, self.component, backbone)
         try:
             yield
         finally:
             setattr(self.pipe, self.component, self.backbone)
+            self.pipe.scheduler = scheduler
             for hook in hooks:
                 hook.remove()
 
@@ -214,8 +216,10 @@ def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
         index = DiffusionPipeline.load_config(folder)
         unwanted = absent_parts(index) | {name: None for name in ("safety_checker", "image_encoder") if name in index}
         parts = [path for path in folder.iterdir() if path.is_dir() and path.name not in found and variant_of(path)]
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, variant="fp16" if parts else None,
-                                                 **hollows, **unwanted)
+        # DiffusionPipeline itself would load a backbone that the pipeline's own class calls optional (Wan).
+        kind: Any = getattr(diffusers, index["_class_name"], DiffusionPipeline)
+        pipe: Any = kind.from_pretrained(folder, torch_dtype=dtype, variant="fp16" if parts else None, **hollows,
+                                         **unwanted)
         pipe.to(device)
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"backbone.pretrained: {folder}: its pipeline cannot be loaded "

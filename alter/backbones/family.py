@@ -90,6 +90,8 @@ def family_of(backbone: Any) -> Family:
     family, config = FAMILIES.get(backbone_class(backbone).__name__, Family()), backbone.config
     if config.get("zero_cond_t") or config.get("causal_condition"):  # Qwen-Image-Edit: further rows for time 0
         family = dataclasses.replace(family, batched=False)
+    if backbone_class(backbone).__name__ == "SanaTransformer2DModel" and config.get("guidance_embeds"):
+        family = dataclasses.replace(family, unknown="Sana-Sprint is told noise in units of its own")
     return dataclasses.replace(family, scale=config.get("timestep_scale") or 1.0)
 
 
@@ -109,6 +111,7 @@ def timestep_argument(cls: Any) -> tuple[str, int]:
 def floating_dtype(model: nn.Module) -> torch.dtype:
     """The precision of a model's weights, without those that are quantised, adapters, or kept in fp32 by diffusers."""
     # diffusers' `dtype` property walks over every module
+    model = getattr(model, "module", model)  # of DistributedDataParallel
     other = (".lora_", *(getattr(model, "_keep_in_fp32_modules", None) or ()))
     floating = ((name, value.dtype) for name, value in model.named_parameters() if value.is_floating_point())
     return next(dtype for name, dtype in floating if not any(part in name for part in other))

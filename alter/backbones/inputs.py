@@ -113,7 +113,8 @@ def timestep_features(backbone: Any, num_timesteps: int) -> Tensor:
     """The backbone's own sinusoidal embedding of every training timestep 0..T-1, or a usual one: float32 [T, D]."""
     timesteps = torch.arange(num_timesteps)
     own = next((module for module in backbone.modules() if isinstance(module, Timesteps)), None)
-    return (get_timestep_embedding(timesteps, 256) if own is None else own(timesteps)).float()
+    # Some models multiply a timestep in [0, 1] by 1000 here.
+    return (get_timestep_embedding(timesteps, 256) if own is None else own(timesteps / own.scale)).float()
 
 
 class _Inputs:

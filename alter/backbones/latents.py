@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..common.errors import InputError
 
+_OVERFLOW = "StableDiffusionXL"
+
 
 @torch.no_grad()
 def encode(pipe: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +25,11 @@ def encode(pipe: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: if the VAE takes no such sizes.
     """
-    vae = pipe.vae
+    vae, dtype = pipe.vae, pipe.vae.dtype
+    # SDXL's overflows in float16; all others say force_upcast too, by default.
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast") and type(pipe).__name__.startswith(_OVERFLOW)
+    if upcast:
+        vae.to(torch.float32)
     images = images.to(vae.device, vae.dtype)
     if images.dim() == 4 and _encodes_videos(vae):
         images = images.unsqueeze(2)
@@ -32,6 +38,8 @@ def encode(pipe: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     except RuntimeError as error:
         raise InputError(f"data: the {type(vae).__name__} refuses images of {tuple(images.shape)} "
                          f"({' '.join(str(error).split())[:200]}): use the sizes that the pipeline takes") from None
+    if upcast:
+        vae.to(dtype)
     if isinstance(encoded, Tensor):
         mean, std = encoded.float(), torch.zeros_like(encoded, dtype=torch.float32)
     else:

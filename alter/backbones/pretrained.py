@@ -100,9 +100,27 @@ def _is_backbone(config: dict[str, Any]) -> bool:
     return str(config.get("_class_name")).endswith(("UNet2DConditionModel", *_TRANSFORMERS))
 
 
+def check_one_backbone(folder: Path) -> None:
+    """Refuse to train one of two backbones that share the timesteps between them.
+
+    Raises:
+        InputError: naming the other.
+    """
+    if (folder / COMPONENTS[-1]).is_dir():
+        raise InputError(f"backbone.pretrained={str(folder)!r}: has a second backbone, {COMPONENTS[-1]}, for other "
+                         "timesteps (Wan 2.2): such pairs are not trained yet, though experts of each are served: use "
+                         "a pipeline with one")
+
+
 def condition_of(folder: Path) -> str:
     """What a pipeline folder's backbone is conditioned on: "class" or "text"; raises as `component_of`."""
     return "class" if component_of(folder)[0].__name__ == "DiTTransformer2DModel" else "text"
+
+
+def pipeline_of(folder: Path) -> str:
+    """The name of a pipeline folder's class; "" if it does not say."""
+    file = folder / "model_index.json"
+    return str(read_config(file).get("_class_name", "")) if file.is_file() else ""
 
 
 def absent_parts(index: dict[str, Any]) -> dict[str, None]:
@@ -127,7 +145,7 @@ def read_config(file: Path, field: str = "backbone.pretrained") -> dict[str, Any
 
 
 def meta_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
-    """The pipeline's UNet or DiT on the meta device, from its configuration alone.
+    """The pipeline's backbone on the meta device, from its configuration alone.
 
     Raises:
         InputError: if there is none, or diffusers cannot make it.
@@ -231,7 +249,8 @@ def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[s
     component = component_of(pretrained)[1]
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(pretrained, partial, ignore=lambda _, names: {component, *left_out}.intersection(names))
+    shutil.copytree(pretrained, partial, ignore=lambda place, names: {
+        name for name in names if name in (component, *left_out) and Path(place) == pretrained})
     for part in partial.iterdir():
         if part.is_dir() and variant_of(part):
             _whole_precision(part)

@@ -21,7 +21,7 @@ from .sizes import latent_size
 
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # What most pipelines of flows hand to `set_timesteps` as sigmas: 1, (n-1)/n, ..., 1/n, in one of two spellings.
-_EVEN_SIGMAS = re.compile(r"linspace\(1\.0, (1 / num_inference_steps|0\.0, num_inference_steps \+ 1)")
+_EVEN_SIGMAS = re.compile(r"linspace\(1\.0, (1(\.0)? / num_inference_steps|0(\.0)?, num_inference_steps \+ 1)")
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -44,6 +44,10 @@ def load_scheduler(folder: Path) -> Any:
                          "alter trains: give a pipeline with a scheduler such as DDPMScheduler or "
                          f"{_FLOWS[0]}")
     config = {**defaults, **config}
+    scale = config.get("snr_shift_scale", getattr(_parameters(name).get("snr_shift_scale"), "default", 1.0))
+    if scale != 1:
+        raise InputError(f"{file}: snr_shift_scale={scale} shifts the noise of a {name} (CogVideoX), which alter does "
+                         "not train: use a pipeline without")
     kind = config.get("prediction_type")
     if flow and (name not in _FLOWS and kind != "flow_prediction" or config.get("invert_sigmas")):
         raise InputError(f"{file}: a flow with prediction_type={kind!r} and invert_sigmas="

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..backbones.family import COMPONENTS
 from ..backbones.pretrained import trained_parameters
 from ..common.errors import InputError
-from ..data.latents import weights_hash
+from ..data.latents import text_hashes, weights_hash
 from ..experts.artefact import TemporalExperts
 from .checkpoint import UNWRITTEN, checkpoints, load_checkpoint, load_parameters, load_state, save_checkpoint
 from .setup.parts import Parts
@@ -27,7 +27,7 @@ def fingerprint(parts: Parts) -> dict[str, Any]:
     stored = parts.source.shards or [len(parts.source)]
     return {"data": hashlib.sha256(json.dumps(stored).encode()).hexdigest(),
             "weights": [weights_hash(parts.folder / part) for part in
-                        (*COMPONENTS, "vae", "text_encoder")]}
+                        (*COMPONENTS, "vae")] + [*text_hashes(parts.folder).values()]}
 
 
 def save_state(trainer: Any, needed: bool) -> Path:

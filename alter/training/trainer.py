@@ -32,7 +32,7 @@ from .readout import Readout
 from .resume import link_latest
 from .setup.parts import Parts
 from .state import fingerprint, save_state
-from .update import make_update
+from .update import keep_gradient, make_update
 from .validation import Validator
 
 
@@ -68,6 +68,7 @@ class Trainer:
             parts.simulator.compile(dynamic=True)  # any number of a batch's samples may keep a layer
         self.parameters = list(trained_parameters(self.backbone).values())
         self.dtype = self.parameters[0].dtype
+        keep_gradient(self.backbone, self.parameters[0])
         self.ema = EMAModel(self.parameters, decay=train.ema_decay, foreach=True) if train.ema_decay else None
         self.train_indices, _ = split(parts.source, config.data.holdout, config.seed)
 
@@ -260,8 +261,6 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self._terms(self.wrapped, batch, rows)
                 perf = losses.weighted_sum(terms, self.config.loss.weights)
-                if not perf.requires_grad:  # of all that is trained, no sample used a layer
-                    perf = perf + 0 * self.parameters[0].sum()
                 update.scaler.scale(perf / len(batches)).backward()
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
         for parameter in self.parameters:
@@ -310,7 +309,7 @@ class Trainer:
             with self.parts.dense() as teacher, self.journal.dispensable("samples/"):
                 validator(teacher, 0, "dense")
             self.parts.release_teacher()
-        else:
+        elif self.experts is not None:
             self._validate(validator)
 
     def _validate(self, validator: Callable) -> None:

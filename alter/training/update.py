@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..common.config import Config
 
@@ -75,3 +76,17 @@ def make_update(config: Config, parameters: list[Any], lr: float, steps: int, de
     schedule = get_scheduler(name, optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=max(steps, 1))
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.mixed_precision == "fp16")
     return Update(parameters, optimizer, schedule, scaler, config.train.max_grad_norm)
+
+
+def keep_gradient(backbone: nn.Module, parameter: nn.Parameter) -> None:
+    """Let the output of `backbone` depend on a trained parameter, by zero, where no sample used any layer that has one.
+
+    Without it such a batch, of adapters alone perhaps, could not be differentiated, and other processes would wait.
+    """
+    def depend(module: nn.Module, args: Any, output: Any) -> Any:
+        def anchored(value: Tensor) -> Tensor:
+            return value if value.requires_grad else value + 0 * parameter.sum().to(value.dtype)
+
+        return tree_map_only(Tensor, anchored, output) if torch.is_grad_enabled() else output
+
+    backbone.register_forward_hook(depend)

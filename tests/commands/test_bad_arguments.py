@@ -137,6 +137,8 @@ encode --config demo_dit --out o --shard-size 0
 encode --config demo_dit --out {0}/text.txt
 encode --config demo_dit --out /proc/none/o
 encode --config demo_dit --out o backbone.pretrained=nowhere/at/all
+models --markdown {0}
+models --sideways
 prepare
 prepare coco2015 --out o
 prepare coco2014 --out o

@@ -65,6 +65,7 @@ def test_masks_of_a_run(tmp_path):
     assert [(row["kind"], row.get("expert")) for row in found] == [("step", 0), ("step", 1), ("trajectory", None)]
 
 
+@pytest.mark.slow
 def test_compiled_layers(tmp_path):
     (row,) = rows(tmp_path, "--cases", "demo_dit", "--kinds", "step", "--modes", "compiled", "--masks", 1, "--runs", 1,
                   "--keep", 0.5)

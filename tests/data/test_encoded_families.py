@@ -78,6 +78,7 @@ def test_training_from_encoded_data_equals_training_from_images(tmp_path, name, 
         assert encoded_losses[key] == pytest.approx(value, rel=3e-3, abs=1e-5), key
 
 
+@pytest.mark.slow
 def test_two_processes_complete_what_is_missing(tmp_path):
     config = family_config(tmp_path, "qwen")
     index = run_encode(config, tmp_path / "one")

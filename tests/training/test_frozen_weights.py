@@ -50,6 +50,7 @@ def test_they_are_smaller_and_the_adapters_are_trained_in_full(small_config, tmp
     assert 0 < gap < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored, share", STORED)
 def test_a_run_resumes_exactly_and_its_adapters_serve_the_exact_model(small_config, stored, share):
     config = small_config("sd", backbone=stored, **LORA)

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from ...backbones.pretrained import pipeline_of
 from ...backbones.schedules import hands_sigmas, is_flow, make_noising, make_sampler, visited_timesteps
 from ...common.config import Config, FlowConfig
 from ...common.errors import Faults, InputError
 from ...method.noising import Flow, Noising
 
+# Pipelines whose dynamic shift is not that of `schedules.mean_shift`.
+_OWN_SHIFTS = ("CogView4", "EasyAnimate", "Flux2", "GlmImage", "HiDream", "Krea2")
 
-def check_noise(config: Config, scheduler: Any) -> None:
+
+def check_noise(config: Config, folder: Path, scheduler: Any) -> None:
     """Refuse settings of one kind of noise where the pipeline's scheduler has the other.
 
     Raises:
@@ -20,6 +24,11 @@ def check_noise(config: Config, scheduler: Any) -> None:
     """
     faults, name = Faults(), type(scheduler).__name__
     if is_flow(scheduler):
+        unlike = scheduler.config.get("use_dynamic_shifting") and pipeline_of(folder).startswith(_OWN_SHIFTS)
+        if unlike and (config.flow.shift is None or config.budget.sampler != "uniform"):
+            faults.lines.append(f"flow.shift={config.flow.shift} with budget.sampler={config.budget.sampler!r}: a "
+                                f"{pipeline_of(folder)} computes its shift by a formula of its own, which alter does "
+                                "not know: set flow.shift, and budget.sampler=uniform")
         if config.loss.min_snr_gamma is not None:
             faults.lines.append(f"loss.min_snr_gamma={config.loss.min_snr_gamma}: weighs noise by betas, and the "
                                 f"pipeline's {name} is of flow matching: set null, and flow.weighting instead")

@@ -15,7 +15,16 @@ from ...backbones.family import COMPONENTS, Backbone
 from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_text, text_width
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.lora import Base
-from ...backbones.pretrained import DTYPES, check_text, condition_of, local_folder, meta_backbone, root, set_tf32
+from ...backbones.pretrained import (
+    DTYPES,
+    check_one_backbone,
+    check_text,
+    condition_of,
+    local_folder,
+    meta_backbone,
+    root,
+    set_tf32,
+)
 from ...backbones.schedules import as_rows, image_tokens, load_scheduler
 from ...backbones.sites import named_sites
 from ...backbones.sizes import check_bucket_step, check_latents, latent_frames, latent_size
@@ -70,6 +79,8 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
         InputError: for whatever does not fit.
     """
     faults, backbone = Faults(), meta_backbone(folder)
+    with faults.caught():
+        check_one_backbone(folder)
     size, scheduler, budget, experts = 0, None, None, None
     with faults.caught():
         if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
@@ -106,7 +117,7 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     assert scheduler is not None
     tokens = image_tokens(shape, backbone.config.get("patch_size"))
     with faults.caught():
-        check_noise(config, scheduler)
+        check_noise(config, folder, scheduler)
     noising = None
     with faults.caught():
         noising = trained_noising(config, folder, scheduler, tokens)
