@@ -29,7 +29,8 @@ def trained(trainer, steps=3):
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("sd", {}), ("dit", {"backbone": {"gradient_checkpointing": True}}), pytest.param("sd", {"train": {"mixed_precision": "bf16"}}, marks=pytest.mark.slow),
+    ("sd", {}), ("dit", {"backbone": {"gradient_checkpointing": True}}),
+    pytest.param("sd", {"train": {"mixed_precision": "bf16"}}, marks=pytest.mark.slow),
 ], ids=["sd", "checkpointing", "bf16"])
 def test_the_backbone_without_its_adapters_teaches_as_a_copy_does(small_config, tmp_path, kind, changes):
     """The copy is loaded again from the weights that the backbone began with."""
