@@ -4,8 +4,11 @@ import pytest
 import torch
 from pipelines import PIPELINES, PROMPTS, VIDEOS, backbones, make_pipeline, received
 
+from alter import InputError
 from alter.backbones.conditioning import Conditioner, join
 from alter.backbones.family import predict
+from alter.backbones.inputs import timestep_features
+from alter.backbones.pretrained import check_one_backbone
 
 TO_ROUNDING = ("sdxl", "z_image")
 
@@ -56,3 +59,36 @@ def test_a_dropped_prompt_is_the_empty_one(name, tmp_path):
         expected["encoder_hidden_states"][1] = 0  # as it guides away from an empty prompt
         expected["added_cond_kwargs.text_embeds"][1] = 0
     torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["wan22", "flux", "sd"])
+def test_the_pipeline_has_no_weights_of_a_backbone(name, tmp_path):
+    make_pipeline(name, tmp_path)
+    conditioner = make_conditioner(name, tmp_path)
+    there = backbones(conditioner.pipe)
+    assert len(there) == (2 if name == "wan22" else 1) and conditioner.backbone in there.values()
+    assert sum(parameter.numel() for each in there.values() for parameter in each.parameters()) == 0
+
+
+def test_images_without_guidance_cost_one_forward_a_step(tmp_path):
+    pipe = make_pipeline("z_image", tmp_path)  # whose pipeline guides at a scale of 1 too
+    batches = []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    conditioner = make_conditioner("z_image", tmp_path)
+    conditioner.draw(pipe.transformer, PROMPTS, 2, 1.0, 0)
+    assert set(batches) == {len(PROMPTS)}
+    assert conditioner.pipe.transformer is conditioner.backbone
+
+
+@pytest.mark.parametrize("name", ["qwen", "flux", "sd"])
+def test_neighbouring_timesteps_have_like_features(name, tmp_path):
+    (backbone,) = backbones(make_pipeline(name, tmp_path)).values()
+    features = timestep_features(backbone, 1000)
+    alike = torch.cosine_similarity(features[1:], features[:-1], dim=1)
+    assert features.shape[0] == 1000 and alike.mean() > 0.8
+
+
+def test_a_pair_of_backbones_is_not_trained(tmp_path):
+    make_pipeline("wan22", tmp_path)
+    with pytest.raises(InputError, match="has a second backbone, transformer_2"):
+        check_one_backbone(tmp_path)

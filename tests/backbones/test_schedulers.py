@@ -33,6 +33,14 @@ def test_the_betas_are_those_of_the_pipelines_scheduler(tmp_path, name, changes)
     assert torch.equal(load_scheduler(tmp_path).betas, scheduler.betas)
 
 
+def test_a_shifted_noise_is_refused(tmp_path):
+    config = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
+    with pytest.raises(InputError, match="snr_shift_scale=3.0"):
+        load_scheduler(written(tmp_path, config))
+    written(tmp_path, {**config, "snr_shift_scale": 1.0})
+    assert load_scheduler(tmp_path).config.prediction_type == "v_prediction"
+
+
 def test_prediction_types_are_kept_and_unknown_ones_refused(tmp_path):
     for kind in KINDS:
         assert load_scheduler(written(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": kind})
