@@ -19,7 +19,9 @@ from .more_videos import MORE_VIDEOS
 from .unets import UNETS
 from .videos import VIDEOS
 
-ZOO: dict[str, Specimen] = {**IMAGES, **MORE_IMAGES, **VIDEOS, **MORE_VIDEOS, **AUDIO, **UNETS}
+_ALL: dict[str, Specimen] = {**IMAGES, **MORE_IMAGES, **VIDEOS, **MORE_VIDEOS, **AUDIO, **UNETS}
+# Those that this version of diffusers has.
+ZOO = {name: specimen for name, specimen in _ALL.items() if hasattr(diffusers, specimen.cls or name)}
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
