@@ -46,9 +46,10 @@ def encode(pipe: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = encoded.mean.float(), encoded.std.float()
     if hasattr(pipe, "_patchify_latents"):  # FLUX.2 normalises patches
         mean, std = pipe._patchify_latents(mean), pipe._patchify_latents(std)
-    shift, scale = (torch.as_tensor(value, dtype=torch.float32, device=mean.device) for value in _statistics(vae))
-    if shift.dim():
-        shift, scale = (value.view(-1, *[1] * (mean.dim() - 2)) for value in (shift, scale))
+    shift, scale = _statistics(vae)
+    if not isinstance(shift, float | int):  # of each channel
+        shift, scale = (torch.as_tensor(value, dtype=torch.float32).to(mean.device).view(-1, *[1] * (mean.dim() - 2))
+                        for value in (shift, scale))
     return _laid_out(pipe, (mean - shift) / scale), _laid_out(pipe, std / scale)
 
 
