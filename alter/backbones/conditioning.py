@@ -79,13 +79,13 @@ class Conditioner:
         self.size, self.guidance, self.max_tokens = size, guidance, max_tokens
         self.pipe, self.backbone = load_hollow(folder, device, dtype)
         self.component = component_of(folder)[1]
+        self.is_told_guidance = bool(self.backbone.config.get("guidance_embeds"))
         one, two = self._call([""]), self._call(["", "a word"])
         # Qwen-Image's mask of text is told only where lengths differ.
         self.rows = frozenset(name for name in two if _length(two[name]) == 2 and (
             name not in one or _length(one[name]) == 1))
         self.same = frozenset(name for name in self.rows if _alike(*two[name]))  # whatever the prompt
         self._always = frozenset(one)
-        self.is_told_guidance = bool(self.backbone.config.get("guidance_embeds"))
         self.zeroes = bool(getattr(self.pipe.config, "force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()
@@ -187,14 +187,14 @@ class Conditioner:
         return {**frames, **tokens, "height": height, "width": width}
 
     def _guided(self, accepted: Mapping[str, Any], scale: float, count: int) -> dict[str, Any]:
-        if scale == 1 and type(self.pipe).__name__.startswith(_UNGUIDED_AT_ZERO):
-            return {"guidance_scale": 0.0}
-        if "true_cfg_scale" in accepted and not getattr(self.backbone.config, "guidance_embeds", False):
+        if scale == 1 and not self.is_told_guidance:
+            return self._unguided(accepted)
+        if "true_cfg_scale" in accepted and not self.is_told_guidance:
             return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
         return {"guidance_scale": scale}
 
     def _unguided(self, accepted: Mapping[str, Any]) -> dict[str, float]:
-        if getattr(self.backbone.config, "guidance_embeds", False):
+        if self.is_told_guidance:
             told = {"guidance_scale": self.guidance} if self.guidance is not None else {}
             return told | {"true_cfg_scale": 1.0}
         if type(self.pipe).__name__.startswith(_UNGUIDED_AT_ZERO):

@@ -68,7 +68,7 @@ class Trainer:
             parts.simulator.compile(dynamic=True)  # any number of a batch's samples may keep a layer
         self.parameters = list(trained_parameters(self.backbone).values())
         self.dtype = self.parameters[0].dtype
-        keep_gradient(self.backbone, self.parameters[0])
+        self._anchor = keep_gradient(self.backbone, self.parameters[0])
         self.ema = EMAModel(self.parameters, decay=train.ema_decay, foreach=True) if train.ema_decay else None
         self.train_indices, _ = split(parts.source, config.data.holdout, config.seed)
 
@@ -159,6 +159,7 @@ class Trainer:
             self.ema.copy_to(self.parameters)
         for parameter in self.parameters:
             parameter.grad = None
+        self._anchor.remove()
         del self.wrapped, self.ema, self.backbone_update, self.hyper_update
         self.accelerator.free_memory()
 

@@ -78,8 +78,9 @@ def make_update(config: Config, parameters: list[Any], lr: float, steps: int, de
     return Update(parameters, optimizer, schedule, scaler, config.train.max_grad_norm)
 
 
-def keep_gradient(backbone: nn.Module, parameter: nn.Parameter) -> None:
-    """Let the output of `backbone` depend on a trained parameter, by zero, where no sample used any layer that has one.
+def keep_gradient(backbone: nn.Module, parameter: nn.Parameter) -> Any:
+    """Let the output of `backbone` depend on a trained parameter, by zero, where no sample used any layer that has one;
+    returns a handle that can `remove()` it.
 
     Without it such a batch, of adapters alone perhaps, could not be differentiated, and other processes would wait.
     """
@@ -89,4 +90,4 @@ def keep_gradient(backbone: nn.Module, parameter: nn.Parameter) -> None:
 
         return tree_map_only(Tensor, anchored, output) if torch.is_grad_enabled() else output
 
-    backbone.register_forward_hook(depend)
+    return backbone.register_forward_hook(depend)
