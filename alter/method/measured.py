@@ -1,0 +1,65 @@
+"""What a family of masks costs in quality: errors by mask and interval of timesteps, and what they do to samples.
+
+Axes: M masks, B bins of timesteps. An error of the output counts by how far it moves the final samples, which differs by
+orders of magnitude between timesteps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SPACES = ("features", "latents", "pixels")  # in which the displacement of samples is measured, best first
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Errors of M masks in B bins, and the response of samples to them.
+
+    Attributes:
+        edges: bin b holds the training timesteps from edges[b] up to, not including, edges[b+1], [B+1].
+        error_MB: mean squared change of the output against the dense model's, float64 [M, B].
+        response: of each space, one of SPACES: squared displacement of the final samples for a unit of error in bin b,
+            float64 [B].
+        sampler, steps, guidance: by which samples were drawn. samples: on which errors were measured, in each bin.
+    """
+
+    edges: tuple[int, ...]
+    error_MB: np.ndarray
+    response: Mapping[str, np.ndarray]
+    sampler: str
+    steps: int
+    guidance: float
+    samples: int
+
+    @property
+    def space(self) -> str:
+        """In which displacement counts: the first of SPACES that was measured."""
+        return next(space for space in SPACES if space in self.response)
+
+    @property
+    def loss_MB(self) -> np.ndarray:
+        """How far (squared) final samples move when mask m is in force in bin b alone, float64 [M, B]."""
+        return self.error_MB * self.response[self.space]
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain lists and numbers, for JSON."""
+        return {"edges": list(self.edges), "error": self.error_MB.tolist(),
+                "response": {space: value.tolist() for space, value in self.response.items()},
+                "sampler": self.sampler, "steps": self.steps, "guidance": self.guidance, "samples": self.samples}
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> "Measured":
+        """What `to_plain` gave; raises ValueError, TypeError or LookupError for anything else."""
+        measured = cls(tuple(map(int, content["edges"])), np.array(content["error"], dtype=np.float64),
+                       {str(space): np.array(value, dtype=np.float64) for space, value in content["response"].items()},
+                       str(content["sampler"]), int(content["steps"]), float(content["guidance"]),
+                       int(content["samples"]))
+        shape, bins = measured.error_MB.shape, len(measured.edges) - 1
+        values = [measured.error_MB, *measured.response.values()]
+        if len(shape) != 2 or shape[1] != bins or any(len(value) != bins for value in measured.response.values()):
+            raise ValueError(f"errors {shape} and responses do not fit {bins} bins")
+        if not set(measured.response) & set(SPACES) or not all(np.isfinite(v).all() and (v >= 0).all() for v in values):
+            raise ValueError("errors and responses must be finite, none negative, in one of " + ", ".join(SPACES))
+        return measured
