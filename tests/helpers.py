@@ -77,8 +77,8 @@ def prepared(trainer):
 def metrics_of_updates(trainer, batches, masks=None):
     """What one update of each part prints; the backbone's under `masks`, or those of the hypernetwork."""
     trainer.readout.metrics = {}
-    trainer.update_hypernetwork(batches)
-    trainer.update_backbone(batches, *(masks or trainer.current_masks()))
+    trainer.search.update(batches)
+    trainer.update_backbone(batches, *(masks or trainer.masks()))
     trainer.readout.read()
     return trainer.readout.metrics
 

@@ -13,6 +13,7 @@ from .backbone import LoraConfig as LoraConfig
 from .errors import Faults
 from .flow import FlowConfig as FlowConfig
 from .schema import key
+from .search import SearchConfig as SearchConfig
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    keep_ratio: float = key(0.65, "p, the share of the cost to keep, averaged over timesteps.", within="(0, 1]")
+    keep_ratio: float | tuple[float, float] = key(
+        0.65, "p, the share of the cost to keep, averaged over timesteps. [low, high], with search.method=elastic: one "
+        "run for every budget between them; experts.json then uses the low one unless told otherwise.",
+        within="(0, 1]")
     descent: float = key(
         0.0, "Share of the search in which the ratio loss's target falls from 1 to p, linearly; 0: it is p at once, as "
         "in the paper.", within="[0, 1]",
@@ -122,6 +126,11 @@ class BudgetConfig:
         "timesteps alike. null: uniform for noise by betas; for flow matching, the pipeline's own scheduler."
     )
     sampling_steps: int = key(20, "Denoising steps of `sampler`.", within="[1, 1000]")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest p."""
+        return self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio, self.keep_ratio)
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -318,6 +328,7 @@ class Config:
         if self.budget.latency_file is not None and self.budget.cost != "latency":
             yield (f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
                              "set budget.cost=latency")
+        yield from self._faults_of_search()
         if self.experts.start == "greedy" and (self.experts.offset <= 0 or self.budget.descent > 0):
             yield (f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
                              f"{self.budget.descent}: it needs an offset above 0, and no descent, since it starts at "
@@ -331,3 +342,16 @@ class Config:
                    "weights that stay frozen can be stored so: set lora.rank, or leave them out")
         if self.data.source != "digits" and self.data.path is None:
             yield (f"data.path is not set: data.source={self.data.source!r} needs a folder")
+
+    def _faults_of_search(self) -> Iterator[str]:
+        (low, high), elastic = self.budget.range, self.search.method == "elastic"
+        if low > high:
+            yield f"budget.keep_ratio=[{low}, {high}]: give the lower one first"
+        if low < high and not elastic and self.experts.pretrained is None:
+            yield f"budget.keep_ratio=[{low}, {high}]: a range needs search.method=elastic: set it, or give one ratio"
+        if elastic:
+            settings = {"experts.start": (self.experts.start, "dense"), "budget.descent": (self.budget.descent, 0.0),
+                        "train.schedule": (self.train.schedule, "joint")}
+            for name, (value, without) in settings.items():
+                if value != without:
+                    yield f"{name}={value} has no effect with search.method=elastic: leave it out"

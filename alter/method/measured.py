@@ -1,7 +1,7 @@
 """What a family of masks costs in quality: errors by mask and interval of timesteps, and what they do to samples.
 
-Axes: M masks, B bins of timesteps. An error of the output counts by how far it moves the final samples, which differs by
-orders of magnitude between timesteps.
+Axes: M masks, B bins of timesteps. An error of the output counts by how far it moves the final samples, which differs
+by orders of magnitude between timesteps.
 """
 
 from collections.abc import Mapping

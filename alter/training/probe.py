@@ -1,6 +1,6 @@
 """What a mask does to the dense model's output, and what that does to its samples."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,9 @@ from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..method.diffusion import gaussian
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
+
+View = Callable[[Tensor], Tensor]  # of final latents [B, ...], any tensor [B, ...]
+_LATENTS: Mapping[str, View] = {"latents": torch.clone}
 
 
 class Probe:
@@ -43,15 +46,16 @@ class Probe:
             gaussians = partial(gaussian, samples=range(first, first + len(keys)), seed=config.seed, step=0, stream=3)
             latents = parts.latents(batch, partial(gaussians, use=2))
             noise = gaussians(tuple(latents.shape[1:])).to(latents)
-            conditioning = parts.conditioning(batch, torch.zeros(len(keys), dtype=torch.bool))
-            self._batches.append((first, latents, noise, conditioning))
+            dropped = torch.zeros(len(keys), dtype=torch.bool)
+            self._batches.append((first, latents, noise, parts.conditioning(batch, dropped),
+                                  parts.conditioning(batch, ~dropped)))
             first += len(keys)
         parts.backbone.eval()
 
     def noised(self, low: int, high: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
         """Batches at rows spread evenly over low..high-1: noisy latents, timesteps, conditioning and target."""
         noising = self.parts.noising
-        for first, latents, noise, conditioning in self._batches:
+        for first, latents, noise, conditioning, _ in self._batches:
             positions = np.arange(first, first + len(latents)) + 0.5
             spread = (low + positions / self.samples * (high - low)).astype(np.int64)
             timesteps = noising.at(torch.from_numpy(spread)).to(latents.device)
@@ -76,12 +80,35 @@ class Probe:
         return errors / self.samples, denoise / self.samples
 
     @torch.no_grad()
+    def against_teacher(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
+        """Mean squared change of the output against the teacher's, of bool masks [M, L] in each bin of timesteps,
+        float64 [M, B, S] for the S samples.
+
+        Args:
+            edges: bin b holds the timesteps from edges[b] up to, not including, edges[b+1], int64 [B+1].
+        """
+        errors = np.zeros((len(masks), len(edges) - 1, self.samples))
+        bar = tqdm(total=errors.shape[1] * len(self._batches), unit="batch", desc="errors of masks", dynamic_ncols=True)
+        for b, (low, high) in enumerate(pairwise(edges)):
+            first = 0
+            for noisy, timesteps, conditioning, _ in self.noised(int(low), int(high)):
+                bar.update()
+                with self.parts.dense() as teacher:
+                    dense = predict(teacher, noisy, timesteps, conditioning)[:, : noisy.shape[1]].float()
+                rows = slice(first, first + len(noisy))
+                for m, mask_L in enumerate(masks):
+                    change = mse_per_sample(self._predict(mask_L, noisy, timesteps, conditioning), dense)
+                    errors[m, b, rows] = change.cpu().numpy()
+                first = rows.stop
+        self.parts.release_teacher()
+        bar.close()
+        return errors
+
     def amplification(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
 
         Of DPM-Solver++ (of a flow: Euler's method) with two steps in each bin, without guidance, when each of the bool
-        masks [M, L] is in force in that bin alone: the sum of the changes of the samples over that of the changes of
-        the output at the first of these steps. It depends on the width of the bins.
+        masks [M, L] is in force in that bin alone (`displacement`). It depends on the width of the bins.
 
         Args:
             edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]; two or more in each.
@@ -90,37 +117,62 @@ class Probe:
         """
         bins = [(int(low), int(high)) for low, high in pairwise(edges)]
         steps = [low + quarter * (high - low) // 4 for low, high in reversed(bins) for quarter in (3, 1)]
-        moved_B, caused_B = np.zeros(len(bins)), np.zeros(len(bins))
-        bar = tqdm(total=len(bins) * len(self._batches), unit="bin", desc="effect on samples", dynamic_ncols=True)
-        for _, _, noise, conditioning in self._batches:
-            samples, outputs, _ = self._sample(None, range(0), noise, conditioning, [], steps)
-            for b, (low, high) in enumerate(bins):
+        pairs = [range(2 * b, 2 * b + 2) for b in reversed(range(len(bins)))]
+        moved, caused_B = self.displacement(masks, pairs, partial(solver_at, self.parts.scheduler, steps))
+        return np.divide(moved["latents"], caused_B, out=np.ones(len(bins)), where=caused_B > 0)
+
+    @torch.no_grad()
+    def displacement(self, masks: np.ndarray, ranges: Sequence[range], prepare: Callable[[], Any],
+                     guidance: float = 1.0, views: Mapping[str, View] = _LATENTS) -> tuple[
+                         dict[str, np.ndarray], np.ndarray]:
+        """How far final samples move when masks are in force at some steps of a sampler alone.
+
+        Args:
+            masks: bool [M, L]. ranges: of consecutive steps, R of them. prepare: a solver with its steps set.
+            guidance: of classifier-free guidance. views: what of the final latents is compared, under its name.
+
+        Returns: the mean squared displacement of each view, and the mean squared change of the model's output (before
+            guidance) at the first step of each range, float64 [R], means over masks and samples.
+        """
+        moved, caused_R = {name: np.zeros(len(ranges)) for name in views}, np.zeros(len(ranges))
+        bar = tqdm(total=len(ranges) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
+        for batch in self._batches:
+            samples, known, _ = self._sample(None, range(0), batch, [], prepare(), guidance)
+            seen = {name: view(samples) for name, view in views.items()}
+            for r, steps in enumerate(ranges):
                 bar.update()
                 for mask_L in masks:
-                    changed, _, caused = self._sample(mask_L, range(low, high), noise, conditioning, outputs, steps)
-                    moved_B[b] += mse_per_sample(changed, samples).sum().item()
-                    caused_B[b] += caused
+                    changed, _, caused = self._sample(mask_L, steps, batch, known, prepare(), guidance)
+                    for name, view in views.items():
+                        moved[name][r] += mse_per_sample(view(changed), seen[name]).sum().item()
+                    caused_R[r] += caused
         bar.close()
-        return np.divide(moved_B, caused_B, out=np.ones(len(bins)), where=caused_B > 0)
+        count = self.samples * max(len(masks), 1)
+        return {name: value / count for name, value in moved.items()}, caused_R / count
 
-    def _sample(self, mask_L: np.ndarray | None, where: range, noise: Tensor, conditioning: dict[str, Tensor],
-                known: list[Tensor], steps: list[int]) -> tuple[Tensor, list[Tensor], float]:
-        """Samples, the outputs of all steps, and the summed change of the output at the first step within `where`.
+    def _sample(self, mask_L: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
+                solver: Any, guidance: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
+        """Samples, the outputs of all steps before and after guidance, and the summed change of the output at the first
+        of the `masked` steps.
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
-        solver = solver_at(self.parts.scheduler, steps)
-        latents, outputs, caused, begun = noise, [], 0.0, False
+        _, _, noise, given, nothing = batch
+        latents, outputs, caused = noise, [], 0.0
         for step, timestep in enumerate(solver.timesteps):
-            masked = round(float(timestep)) in where
-            if masked or begun or not known:
-                there = timestep.expand(len(latents)).to(latents.device)
-                outputs.append(self._predict(mask_L if masked else None, latents, there, conditioning))
-            else:
+            if known and (not masked or step < masked[0]):
                 outputs.append(known[step])
-            if masked and not begun:
-                begun, caused = True, mse_per_sample(outputs[-1], known[step]).sum().item()
-            latents = solver.step(outputs[-1], timestep, latents).prev_sample
+            else:
+                there = timestep.expand(len(latents)).to(latents.device)
+                mask = mask_L if step in masked else None
+                pred = guided = self._predict(mask, latents, there, given)
+                if guidance != 1:
+                    base = self._predict(mask, latents, there, nothing)
+                    guided = base + guidance * (pred - base)
+                outputs.append((pred, guided))
+            if masked and step == masked[0]:
+                caused = mse_per_sample(outputs[-1][0], known[step][0]).sum().item()
+            latents = solver.step(outputs[-1][1], timestep, latents).prev_sample
         return latents, outputs, caused
 
     def _predict(self, mask_L: np.ndarray | None, noisy: Tensor, timesteps: Tensor,

@@ -27,12 +27,9 @@ from ..common.errors import InputError
 from ..common.files import write_text
 from ..common.process import on_main_process
 from ..evaluation.report.figures import summary_table
-from ..evaluation.report.records import SENSITIVITY, write_sensitivity
 from ..experts.artefact import TemporalExperts
-from ..method.sensitivity import start_near
 from .checkpoint import UNWRITTEN, step_of
 from .demo import make_demo
-from .measure import measure_sensitivity
 from .probe import check_blocks
 from .resume import find_run_dir, open_run_dir
 from .setup.parts import build
@@ -89,11 +86,9 @@ def train(config: Config) -> FinishedRun:
     if parts.latency is not None and accelerator.is_main_process:
         parts.latency.save(run_dir / LATENCY)
 
-    if config.experts.start == "greedy" and parts.experts is None and not resume_from and accelerator.is_main_process:
-        table = measure_sensitivity(config, parts)
-        write_sensitivity(table, run_dir / SENSITIVITY)
-        start_near(table, parts.budget, parts.hypernetwork)  # the trainer tells the other processes
     trainer = Trainer(config, parts, accelerator, run_dir)
+    if trainer.search and not resume_from:
+        trainer.search.begin()
     begun = step_of(resume_from) if resume_from else 0
     if begun < config.train.steps:
         peaks = measure_memory(trainer, searching=parts.experts is None and begun < config.train.t_end)

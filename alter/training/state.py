@@ -40,11 +40,12 @@ def save_state(trainer: Any, needed: bool) -> Path:
     path = folder / f"step-{trainer.step:06d}"
     failure = None
     if trainer.accelerator.is_main_process:
-        tensors = {"backbone": dict(trained_parameters(trainer.backbone)),
-                   "hypernetwork": trainer.parts.hypernetwork.state_dict()}
+        tensors = {"backbone": dict(trained_parameters(trainer.backbone))}
+        if trainer.search:
+            tensors["search"] = trainer.search.tensors()
         if trainer.ema:
             tensors["ema"] = dict(zip(tensors["backbone"], trainer.ema.shadow_params, strict=True))
-        optimizers = {name: getattr(trainer, name).state_dict() for name in ("backbone_update", "hyper_update")}
+        optimizers = {name: update.state_dict() for name, (update, _) in trainer.updates.items()}
         state = {"frozen": trainer.experts is not None, "counts": trainer.readout.counts, **trainer.inputs,
                  "ema_step": trainer.ema.optimization_step if trainer.ema else 0}
         try:
@@ -84,10 +85,11 @@ def restore_state(trainer: Any, folder: Path) -> None:
     """
     tensors, optimizers, state = load_checkpoint(folder)
     load_parameters(trainer.backbone, tensors["backbone"])
-    trainer.parts.hypernetwork.load_state_dict(tensors["hypernetwork"])
+    if trainer.search:
+        trainer.search.load_tensors(tensors["search"])
     optim = trainer.config.optim
-    for name, lr in (("backbone_update", optim.backbone_lr), ("hyper_update", optim.hypernetwork_lr)):
-        getattr(trainer, name).load_state_dict(optimizers[name], lr, optim.betas, optim.weight_decay)
+    for name, (update, lr) in trainer.updates.items():
+        update.load_state_dict(optimizers[name], lr, optim.betas, optim.weight_decay)
     if trainer.ema:
         names = trained_parameters(trainer.backbone)
         for name, shadow in zip(names, trainer.ema.shadow_params, strict=True):

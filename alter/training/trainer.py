@@ -1,23 +1,21 @@
-"""Algorithm 1: hypernetwork and backbone are updated in turn on the same mini-batch, until T_end; then the masks
-are frozen and the backbone alone is tuned. One trainer for every backbone."""
+"""Algorithm 1: search and backbone are updated in turn on the same mini-batch, until T_end; then the masks are frozen
+and the backbone alone is tuned. One trainer for every backbone and every method of search (search/)."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
 from ..backbones.family import predict
-from ..backbones.gates import HardRows, Rows, SoftRows
+from ..backbones.gates import HardRows, Rows
 from ..backbones.pretrained import trained_parameters
 from ..common.config import Config
 from ..common.device import reads_pinned, to_device
@@ -27,26 +25,15 @@ from ..experts.artefact import TemporalExperts
 from ..method import losses
 from ..method.diffusion import Draw, draw, generator
 from ..method.noising import Flow
+from .batch import Batch
 from .journal import Journal
 from .readout import Readout
 from .resume import link_latest
+from .search.make import make_search
 from .setup.parts import Parts
 from .state import fingerprint, save_state
-from .update import keep_gradient, make_update
+from .update import Update, keep_gradient, make_update
 from .validation import Validator
-
-
-@dataclass
-class Batch:
-    """One micro-batch, and the teacher's answer to it. `timesteps` and `rows` (of experts) stay on the CPU."""
-
-    noisy_latents: Tensor
-    timesteps: Tensor
-    rows: Tensor
-    conditioning: dict[str, Any]
-    target: Tensor
-    teacher_pred: Tensor | None
-    teacher_features: list[Tensor]
 
 
 class Trainer:
@@ -73,15 +60,10 @@ class Trainer:
         self.train_indices, _ = split(parts.source, config.data.holdout, config.seed)
 
         searched = 0 if parts.experts else train.t_end
-        self.hyper_update = make_update(config, list(parts.hypernetwork.parameters()), optim.hypernetwork_lr,
-                                        train.t_end, accelerator.device)
         self.backbone_update = make_update(
             config, self.parameters, optim.backbone_lr,
             train.steps - (searched if train.schedule == "two_stage" else 0), accelerator.device,
             eight_bit=optim.optimizer == "adamw_8bit")
-        if accelerator.num_processes > 1:
-            for value in parts.hypernetwork.state_dict().values():
-                value.copy_(broadcast(value))
         self.wrapped = accelerator.prepare_model(self.backbone)
         # Of each timestep, of mean 1; None: all weigh the same. A flow's shift draws more of those that count.
         noising, limited = parts.noising, parts.noising.visited is not None
@@ -92,6 +74,7 @@ class Trainer:
         self.inputs = fingerprint(parts)
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts
+        self.search = None if parts.experts else make_search(self)
         self._masks: tuple[np.ndarray, np.ndarray] | None = None  # of the last iteration
         self._linked = False  # by outputs/<name>/latest
         self.validator: Validator | None = None
@@ -160,21 +143,23 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
         self._anchor.remove()
-        del self.wrapped, self.ema, self.backbone_update, self.hyper_update
+        del self.wrapped, self.ema, self.backbone_update, self.search
         self.accelerator.free_memory()
 
     def iteration(self, micro_batches: Any) -> dict[str, float]:
         """One iteration of Algorithm 1, on one global batch, with one host read: it brings the search's masks and what
         `readout` has noted, θ's losses of the former iteration included. (A loss scaler reads once more an update.)"""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
-        searching = self.experts is None
+        searching, metrics = self.experts is None, {}
         batches = self._prepare(micro_batches)
-        metrics = {"search/target": self.target()} if searching else {}
         if searching:
-            self.update_hypernetwork(batches)
+            assert self.search is not None
+            metrics = self.search.update(batches)
+            if self.step + 1 == self.config.train.t_end:
+                self.freeze()
         else:
             self.readout.read()
-        masks = self.freeze() if searching and self.step + 1 == self.config.train.t_end else self.current_masks()
+        masks = self.masks()
         if not searching or self.config.train.schedule == "joint":
             self.update_backbone(batches, *masks)
         self._masks = masks
@@ -216,42 +201,6 @@ class Trainer:
                 taught = parts.teach(noisy, timesteps, conditioning)
         return Batch(noisy, drawn.timesteps, drawn.rows, conditioning, target, *taught)
 
-    def update_hypernetwork(self, batches: list[Batch]) -> None:
-        """One step of Φ on L_H, with θ as it is and one draw of the masks' noise."""
-        parts, loss, update = self.parts, self.config.loss, self.hyper_update
-        logits = parts.hypernetwork()
-        mask_EL, router_TE = parts.hypernetwork.sample(logits, generator(self.config.seed, self.step, 1))
-        # Micro-batches send their gradients to these leaves, so that Φ itself is differentiated once, and
-        # processes exchange nothing larger than the masks. Weights of the backbone get no gradient here.
-        leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]
-        totals, gradients = [], [torch.zeros_like(leaf) for leaf in leaves]
-        for batch in batches:
-            mask_BL = leaves[1][to_device(batch.rows, mask_EL.device)] @ leaves[0]
-            terms = self._terms(self.backbone, batch, SoftRows(mask_BL))
-            perf = losses.weighted_sum(terms, self.config.loss.weights)
-            for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
-                total += gradient / len(batches)
-            totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
-        gradients = [self.accelerator.reduce(gradient, "mean") for gradient in gradients]
-
-        expected = parts.budget.expected(logits)
-        ratio = losses.log_ratio(expected, self.target())
-        balance = losses.load_balance(logits.router_TE, self.balance_T)
-        sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
-                   if out.requires_grad]
-        outputs = [out for out, _ in sampled] + [update.scaler.scale(loss.ratio * ratio + loss.balance * balance)]
-        torch.autograd.backward(outputs, [grad for _, grad in sampled] + [None])
-        self.readout.note("search", self.step, update, totals, ratio=ratio, balance=balance,
-                          expected_keep_ratio=expected, gradient_norm=update.clip())
-        update.step()
-
-    def target(self) -> float:
-        """What L_ratio drives the expected keep ratio to, at this step of the search."""
-        budget = self.config.budget
-        last = budget.descent * self.config.train.t_end
-        left = 1 - self.step / last if self.step < last else 0.0
-        return budget.keep_ratio + left * (1 - budget.keep_ratio)
-
     def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
         """One step of θ on L_perf under deterministic masks, paying only for the layers that they keep."""
         mask_TL, update = torch.from_numpy(mask_EL[expert_T]), self.backbone_update
@@ -260,7 +209,7 @@ class Trainer:
             rows = HardRows(mask_TL[batch.rows], self.accelerator.device)
             last = k + 1 == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                terms = self._terms(self.wrapped, batch, rows)
+                terms = self.terms(self.wrapped, batch, rows)
                 perf = losses.weighted_sum(terms, self.config.loss.weights)
                 update.scaler.scale(perf / len(batches)).backward()
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
@@ -272,37 +221,43 @@ class Trainer:
         if self.ema:
             self.ema.step(self.parameters)
 
-    def current_masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Deterministic masks and routes: the frozen ones, or those of Φ now at its expected keep ratio."""
-        if self.experts is not None:
-            return self.experts.mask_EL, self.experts.expert_T
-        with torch.no_grad():
-            return self.parts.budget.masks(self.parts.hypernetwork(), read=self.readout.read)
+    @property
+    def updates(self) -> dict[str, tuple[Update, float]]:
+        """All optimizers with their learning rates, by the names under which checkpoints hold them."""
+        return {"backbone_update": (self.backbone_update, self.config.optim.backbone_lr),
+                **(self.search.updates if self.search else {})}
 
-    def freeze(self) -> tuple[np.ndarray, np.ndarray]:
-        """T_end: the most probable masks at the target itself."""
-        budget = self.config.budget
-        with torch.no_grad():
-            masks = self.parts.budget.masks(self.parts.hypernetwork(), budget.keep_ratio, self.readout.read)
-        self.experts = self._experts(masks)
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks bool [M, L] for the next update of the weights, and which of them each timestep has, int64 [T]: those
+        of the search or, once these are frozen, at each timestep those of a tuned rung drawn for this iteration."""
+        if self.experts is None:
+            assert self.search is not None
+            return self.search.masks()
+        ladder = getattr(self.experts, "ladder", [])
+        routes = np.stack([rung.expert_T for rung in ladder if rung.tuned] or [self.experts.expert_T])
+        if len(routes) == 1:
+            return self.experts.mask_EL, routes[0]
+        count = routes.shape[1]
+        drawn = np.random.default_rng([self.config.seed, self.step, 8]).integers(len(routes), size=count)
+        return self.experts.mask_EL, routes[drawn, np.arange(count)]
+
+    def freeze(self) -> None:
+        """T_end: take the experts that the search has found."""
+        assert self.search is not None
+        self.experts = self.search.finish()
         if self.accelerator.is_main_process:
-            missed = self.parts.budget.measured(*masks) - budget.keep_ratio
+            missed = self.parts.budget.measured(self.experts.mask_EL, self.experts.expert_T) - \
+                self.experts.keep_ratio_target
             if abs(missed) > 0.005:
                 tqdm.write(f"keep ratio misses its target by {missed:+.4f}: the sites allow nothing nearer")
             tqdm.write(self.experts.summary())
-        return masks
-
-    def _experts(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
-        budget = self.parts.budget
-        return TemporalExperts.build(*masks, self.parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
-                                     self.parts.latency)
 
     def _present_experts(self) -> TemporalExperts:
         """The frozen ones, or those of the last iteration."""
         if self.experts is not None:
             return self.experts
-        assert self._masks is not None
-        return self._experts(self._masks)
+        assert self._masks is not None and self.search is not None
+        return self.search.present(self._masks)
 
     def _validate_start(self, validator: Callable) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
@@ -326,7 +281,7 @@ class Trainer:
         if self.ema:
             self.ema.restore(self.parameters)
 
-    def _terms(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> dict[str, Tensor]:
+    def terms(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> dict[str, Tensor]:
         """The reconstruction losses of one forward, scalars."""
         timesteps = to_device(batch.timesteps, batch.noisy_latents.device)
         with self.parts.simulator.use(rows), self.accelerator.autocast(), \
@@ -345,6 +300,6 @@ class Trainer:
     def _log(self, metrics: dict[str, float], seconds: float, bar: tqdm) -> None:
         if self.backbone_update.scaler.is_enabled():
             metrics["loss_scale"] = self.backbone_update.scaler.get_scale()
-        rates = {"backbone_lr": self.backbone_update.lr, "hypernetwork_lr": self.hyper_update.lr}
+        rates = {name.replace("update", "lr"): update.lr for name, (update, _) in self.updates.items()}
         found = {**self.readout.metrics, **metrics, **self.readout.counts}
         self.journal.metrics(self.step, {**found, "seconds_per_step": seconds, **rates}, bar)

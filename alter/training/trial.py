@@ -23,7 +23,7 @@ def measure_memory(trainer: Trainer, searching: bool) -> dict[str, int]:
         InputError: if the device has not enough memory.
     """
     on_gpu = trainer.accelerator.device.type == "cuda"
-    updates = trainer.backbone_update, trainer.hyper_update
+    updates = [update for update, _ in trainer.updates.values()]
     optimizers = [update.optimizer for update in updates]
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     states = [(update.schedule.state_dict(), update.scaler.state_dict()) for update in updates]
@@ -83,14 +83,12 @@ def describe_memory(trainer: Trainer, peaks: dict[str, int]) -> str:
 def _iterate(trainer: Trainer, phase: str, optimizers: list) -> tuple[np.ndarray, np.ndarray]:
     """The updates of one iteration on the first batch, without counting its unusable samples; returns its masks."""
     batches = trainer._prepare({**raw, "skipped": []} for raw in trainer.micro_batches(steps=1))
-    masks = trainer.current_masks()
+    masks = trainer.masks()
     _stand_still(optimizers)
     if phase == "search":
-        trainer.update_hypernetwork(batches)
+        trainer.search.update(batches)
     elif trainer.experts is None:
-        budget = trainer.parts.budget
-        with torch.no_grad():
-            masks = budget.masks(trainer.parts.hypernetwork(), trainer.config.budget.keep_ratio, trainer.readout.read)
+        masks = trainer.search.tried()
     if phase == "tuning" or trainer.config.train.schedule == "joint":
         trainer.update_backbone(batches, *masks)
     trainer.readout.read()

@@ -97,7 +97,7 @@ def run_encode(config, out, **options):
 def first_losses(config, tmp_path, name):
     trainer = Trainer(config, build(config), make_accelerator(config), tmp_path)
     batches = trainer._prepare(trainer.micro_batches(1))
-    trainer.update_backbone(batches, *trainer.current_masks())
+    trainer.update_backbone(batches, *trainer.masks())
     trainer.readout.read()
     return trainer, batches[0], trainer.readout.metrics
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_holds_everything_and_no_code(small_config, tmp_path):
     config = small_config("dit", train={"ema_decay": 0.5})
     make_trainer(config, tmp_path).run()
     (saved,) = checkpoints(tmp_path / "run/checkpoints")
-    files = {"backbone.safetensors", "ema.safetensors", "hypernetwork.safetensors", "optimizers.pt",
+    files = {"backbone.safetensors", "ema.safetensors", "search.safetensors", "optimizers.pt",
              "state.json", "experts.json", "config.yaml"}
     assert {file.name for file in saved.iterdir()} == {*files, "checksums.json"}
     assert json.loads((saved / "checksums.json").read_text()).keys() == files
@@ -75,9 +75,9 @@ def test_a_checkpoint_holds_everything_and_no_code(small_config, tmp_path):
 
 def test_a_resumed_run_goes_on_counting_skipped_updates(small_config, tmp_path):
     first, second = (make_trainer(small_config("dit"), tmp_path) for _ in range(2))
-    first.backbone_update.skipped, first.hyper_update.skipped = 49, 3
+    first.backbone_update.skipped, first.search.hyper_update.skipped = 49, 3
     restore_state(second, save_state(first, needed=True))
-    assert (second.backbone_update.skipped, second.hyper_update.skipped) == (49, 3)
+    assert (second.backbone_update.skipped, second.search.hyper_update.skipped) == (49, 3)
 
 
 def truncate(checkpoint):

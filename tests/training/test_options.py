@@ -73,7 +73,7 @@ def test_a_teacher_in_bf16_is_the_same_model_rounded(small_config, tmp_path):
 
 def test_a_closed_trainer_holds_no_optimizer_or_average(small_config, tmp_path):
     trainer = make_trainer(small_config("dit", train={"ema_decay": 0.9}), tmp_path)
-    kept = [weakref.ref(part) for part in (trainer.backbone_update, trainer.hyper_update, trainer.ema)]
+    kept = [weakref.ref(part) for part in (trainer.backbone_update, trainer.search.hyper_update, trainer.ema)]
     trainer.run()
     trainer.close()
     gc.collect()
@@ -102,7 +102,7 @@ def test_a_run_without_distillation_never_asks_the_teacher(small_config, tmp_pat
 
 def with_scalers(trainer):
     """As mixed_precision=fp16 makes them, on the CPU in fp32."""
-    for update in (trainer.backbone_update, trainer.hyper_update):
+    for update in (trainer.backbone_update, trainer.search.hyper_update):
         update.scaler = torch.amp.GradScaler("cpu", enabled=True)
     return trainer
 
@@ -112,20 +112,20 @@ def test_a_loss_scaler_leaves_updates_as_they_are_and_skips_infinite_ones(small_
     plain, _ = updated(small_config("unet"), tmp_path)
     trainer = with_scalers(make_trainer(small_config("unet"), tmp_path))
     batches = prepared(trainer)
-    trainer.update_hypernetwork(batches)
-    trainer.update_backbone(batches, *trainer.current_masks())
+    trainer.search.update(batches)
+    trainer.update_backbone(batches, *trainer.masks())
     for a, b in zip(plain.parameters, trainer.parameters, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-6)
 
     scaler = trainer.backbone_update.scaler
     before, scale = snapshot(trainer.parts.backbone), scaler.get_scale()
     trainer.parts.backbone.conv_out.bias.register_hook(lambda gradient: gradient * torch.inf)
-    metrics = metrics_of_updates(trainer, batches, trainer.current_masks())
+    metrics = metrics_of_updates(trainer, batches, trainer.masks())
     assert not changed(trainer.parts.backbone, before) and scaler.get_scale() == scale / 2
     assert "train/gradient_norm" not in metrics and trainer.readout.counts["skipped_updates"] == 1
     with pytest.raises(NonFiniteLoss, match="not finite in 51 updates in a row"):
         for _ in range(60):
-            trainer.update_backbone(batches, *trainer.current_masks())
+            trainer.update_backbone(batches, *trainer.masks())
             trainer.readout.read()
 
 
@@ -134,7 +134,7 @@ def test_an_overflow_of_one_update_leaves_the_other_alone(small_config, tmp_path
     """NaN in the dense forward of the search alone, or in the backbone's own: the other goes on as in a clean run, and
     each counts its overflows, and lowers its scale, for itself."""
     clean, trainer = (with_scalers(make_trainer(small_config("dit"), tmp_path)) for _ in range(2))
-    updates = {"search": trainer.hyper_update, "backbone": trainer.backbone_update}
+    updates = {"search": trainer.search.hyper_update, "backbone": trainer.backbone_update}
     modules = {"search": trainer.parts.hypernetwork, "backbone": trainer.parts.backbone}
     spoilt, other = updates.pop(poisoned), updates.popitem()[1]
     spoilt_module, other_module = modules.pop(poisoned), modules.popitem()[1]
@@ -148,7 +148,7 @@ def test_an_overflow_of_one_update_leaves_the_other_alone(small_config, tmp_path
     trainer._terms = spoil
     before, scales = snapshot(spoilt_module), (spoilt.scaler.get_scale(), other.scaler.get_scale())
     for count in (1, 2, 3):
-        batches, masks = prepared(trainer), trainer.current_masks()
+        batches, masks = prepared(trainer), trainer.masks()
         found = metrics_of_updates(trainer, batches, masks)
         expected = metrics_of_updates(clean, prepared(clean), masks)
         assert not changed(spoilt_module, before)

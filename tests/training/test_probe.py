@@ -10,7 +10,7 @@ from conftest import make_dit
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from helpers import run_script
 
-import alter.training.run
+import alter.training.search.hypernetwork
 from alter import InputError, TemporalExperts, train
 from alter.common.load import save_config
 from alter.evaluation.report.records import read_sensitivity
@@ -66,7 +66,7 @@ def test_the_response_is_that_of_samples_drawn_without_the_layer(small_config, k
     probe, sites, edges = Probe(config, parts, 3, batch_size=3), len(parts.simulator.sites), [0, 500, 1000]
     mask_L = np.arange(sites) != 1
     found = probe.amplification(mask_L[None], edges)
-    (_, _, noise, conditioning), = probe._batches
+    (_, _, noise, conditioning, _), = probe._batches
     layer = parts.backbone.get_submodule(parts.simulator.sites[1].name)
     parts.simulator.remove()
 
@@ -166,7 +166,7 @@ def test_a_run_that_starts_greedily_is_resumed_without_measuring_again(small_con
                "optim": {"hypernetwork_lr": 1e-9}, "budget": {"keep_ratio": 0.5, "over": "prunable"}}
     run = train(small_config("dit", checkpoint={"every": 1, "keep": 10}, **changes)).run_dir
     first = TemporalExperts.from_pretrained(run / "final").mask_EL
-    monkeypatch.setattr(alter.training.run, "measure_sensitivity", None)
+    monkeypatch.setattr(alter.training.search.hypernetwork, "measure_sensitivity", None)
     train(small_config("dit", resume=str(run / "checkpoints/step-000001"), **changes))
     assert np.array_equal(TemporalExperts.from_pretrained(run / "final").mask_EL, first)
     assert first.sum(1).tolist() == [2, 2] and (first == first[0]).all()

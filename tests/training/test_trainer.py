@@ -22,11 +22,11 @@ def test_each_update_changes_only_its_own_parameters(small_config, tmp_path, kin
     trainer = make_trainer(small_config(kind), tmp_path)
     parts, batches = trainer.parts, prepared(trainer)
     hyper, backbone, teacher = map(snapshot, (parts.hypernetwork, parts.backbone, parts.teacher))
-    trainer.update_hypernetwork(batches)
+    trainer.search.update(batches)
     assert changed(parts.hypernetwork, hyper) and not changed(parts.backbone, backbone)
     assert all(parameter.grad is None for parameter in parts.backbone.parameters())
     hyper = snapshot(parts.hypernetwork)
-    trainer.update_backbone(batches, *trainer.current_masks())
+    trainer.update_backbone(batches, *trainer.masks())
     assert changed(parts.backbone, backbone) and not changed(parts.hypernetwork, hyper)
     assert not changed(parts.teacher, teacher)
 
@@ -64,8 +64,8 @@ def test_micro_batches_give_the_same_update(small_config, tmp_path):
         trainer.dtype = torch.float64
         batches = prepared(trainer)
         assert len(batches) == accumulation
-        trainer.update_hypernetwork(batches)
-        trainer.update_backbone(batches, *trainer.current_masks())
+        trainer.search.update(batches)
+        trainer.update_backbone(batches, *trainer.masks())
         results.append([p.detach() for m in (trainer.parts.backbone, trainer.parts.hypernetwork)
                         for p in m.parameters()])
     for a, b in zip(*results, strict=True):
@@ -186,7 +186,7 @@ def test_no_checkpoint_holds_what_came_of_a_non_finite_loss(small_config, tmp_pa
 def test_a_non_finite_gradient_of_a_finite_loss_is_found(small_config, tmp_path):
     trainer = make_trainer(small_config("dit"), tmp_path)
     trainer.parts.backbone.proj_out_2.bias.register_hook(lambda gradient: gradient * torch.inf)
-    trainer.update_backbone(prepared(trainer), *trainer.current_masks())
+    trainer.update_backbone(prepared(trainer), *trainer.masks())
     with pytest.raises(NonFiniteLoss, match="gradient_norm"):
         trainer.readout.read()
 

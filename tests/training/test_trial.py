@@ -16,11 +16,11 @@ from alter.training.trial import describe_memory, measure_memory
 
 def state_of(trainer):
     return copy.deepcopy({
-        "backbone": trainer.backbone.state_dict(), "hypernetwork": trainer.parts.hypernetwork.state_dict(),
+        "backbone": trainer.backbone.state_dict(), "search": trainer.search.tensors(),
         "counts": trainer.readout.counts, "own": trainer.readout.own,
         "ema": trainer.ema.state_dict() if trainer.ema else None,
-        **{name: getattr(trainer, name).state_dict() for name in ("backbone_update", "hyper_update")},
-        "skipped": [trainer.backbone_update.skipped, trainer.hyper_update.skipped],
+        **{name: update.state_dict() for name, (update, _) in trainer.updates.items()},
+        "skipped": [trainer.backbone_update.skipped, trainer.search.hyper_update.skipped],
     })
 
 
@@ -49,16 +49,16 @@ def test_a_trial_changes_nothing(small_config, tmp_path, changes, scaled, search
     trainer = make_trainer(small_config("dit", optim={"weight_decay": 0.5, **changes.pop("optim", {})}, **changes),
                            tmp_path)
     if scaled:
-        for update in (trainer.backbone_update, trainer.hyper_update):
+        for update in (trainer.backbone_update, trainer.search.hyper_update):
             update.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before, updates = state_of(trainer), []
-    for name in ("update_hypernetwork", "update_backbone"):
-        setattr(trainer, name, noted(getattr(trainer, name), trainer, updates))
+    for owner, name in ((trainer.search, "update"), (trainer, "update_backbone")):
+        setattr(owner, name, noted(getattr(owner, name), trainer, updates))
     peaks = measure_memory(trainer, searching)
     assert same(state_of(trainer), before)
     assert all(parameter.grad is None for parameter in trainer.parameters)
     joint = [] if changes.get("train", {}).get("schedule") else ["update_backbone"]
-    assert [name for name, _ in updates] == [*(["update_hypernetwork", *joint] if searching else []), "update_backbone"]
+    assert [name for name, _ in updates] == [*(["update", *joint] if searching else []), "update_backbone"]
     assert {held for _, held in updates} == {len(trainer.parameters)}  # AdamW's averages are counted in every peak
     drawn = ["validation images"] if "validate" in changes else []
     assert list(peaks) == [*(["search"] if searching else []), "tuning", *drawn]

@@ -117,8 +117,8 @@ def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs
     def iterate(way: str) -> None:
         prepared = trainer._prepare({**raw} for _ in itertools.count())
         if kind == "train_search":
-            trainer.update_hypernetwork(prepared)
-            trainer.current_masks()
+            trainer.search.update(prepared)
+            trainer.masks()
             if way == "dense":
                 prepared = trainer._prepare({**raw} for _ in itertools.count())
         else:

@@ -85,7 +85,7 @@ def _hours(config: Config, plan: Plan) -> float:
     """GPU-hours of all updates: the search's of the masks run every layer, those of the weights the kept ones."""
     train, searched = config.train, 0 if plan.experts else config.train.t_end
     tuned = train.steps - searched * (train.schedule == "two_stage")
-    kept = config.budget.keep_ratio if plan.budget is None else _total(plan.budget)
+    kept = config.budget.range[0] if plan.budget is None else _total(plan.budget)
     passes = 4 if config.backbone.gradient_checkpointing else 3
     forwards = passes * (searched + kept * tuned) + config.loss.distils * train.steps
     return 2 * plan.cost.macs_total * forwards * train.batch_size / (_PEAK * _USED) / 3600
@@ -116,7 +116,7 @@ def _averaged(config: Config, plan: Plan) -> str:
 
 def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | None) -> str:
     if budget is None:
-        return (f"{config.budget.keep_ratio:.3f} of the {config.budget.over} time, measured when the run begins "
+        return (f"{config.budget.range[0]:.3f} of the {config.budget.over} time, measured when the run begins "
                 "(`alter latency` measures it now)")
     prunable = float(budget.share_L.sum())
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable

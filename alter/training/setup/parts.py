@@ -57,6 +57,7 @@ class Parts:
     scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
     precision: of vae and text encoders. size: of images in pixels, (height, width), or (frames, height, width).
     guidance_scale, max_tokens: of all images that are drawn.
+    hypernetwork: None where the search needs none.
     experts: those given by `experts.pretrained`, or None where they are to be found.
     latency: what the budget's time was measured as; None for a budget of MACs.
     """
@@ -73,7 +74,7 @@ class Parts:
     size: tuple[int, ...]
     guidance_scale: float
     max_tokens: int | None
-    hypernetwork: HyperNetwork
+    hypernetwork: HyperNetwork | None
     cost: CostTable
     budget: Budget
     source: Source
@@ -167,7 +168,7 @@ class Parts:
             return conditioner.draw(backbone, batch["captions"], steps, self.guidance_scale, seed, solver, batch_size)
         everything = torch.ones(len(batch["labels"]), dtype=torch.bool)
         given, nothing = self.conditioning(batch, ~everything), self.conditioning(batch, everything)
-        return self._images(sample_latents(backbone, self.scheduler, self.latent_shape, given, nothing, steps, seed,
+        return self.images(sample_latents(backbone, self.scheduler, self.latent_shape, given, nothing, steps, seed,
                                            self.guidance_scale, batch_size))
 
     def _conditioner(self) -> Conditioner:
@@ -175,7 +176,7 @@ class Parts:
                            self.max_tokens)
 
     @torch.no_grad()
-    def _images(self, latents: Tensor) -> Tensor:
+    def images(self, latents: Tensor) -> Tensor:
         """Latents pass the VAE's decoder where there is one."""
         if (self.folder / "vae").is_dir():
             vae = self.vae or load_vae(self.folder, self.backbone.device, self.precision)
@@ -242,9 +243,11 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         load_adapters(backbone, former, component_of(folder)[1])
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
-    hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising)
+    hypernetwork = None
+    if config.search.method == "hypernetwork":
+        hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising).to(device)
     return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device), dtype, vae,
-                 conditioner, size, guidance, tokens, hypernetwork.to(device), plan.cost, plan.budget, source,
+                 conditioner, size, guidance, tokens, hypernetwork, plan.cost, plan.budget, source,
                  plan.latent_shape, plan.experts, plan.latency)
 
 

@@ -239,7 +239,7 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
         raise InputError(f"budget.latency_file={budget.latency_file!r}: measured at latents of {latency.latent_size}, "
                          f"the run's are of {size}: measure them with `alter latency`")
     share_L = latency.share_L if latency else cost.share_L
-    return Budget(share_L, budget.keep_ratio, budget.over, timesteps), None
+    return Budget(share_L, budget.range[0], budget.over, timesteps), None
 
 
 def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:

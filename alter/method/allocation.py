@@ -1,0 +1,136 @@
+"""Which mask of a family serves which timesteps, for every budget at once: exact, by dynamic programming.
+
+Axes: M masks, B bins of timesteps (or steps of a sampler, in their order), S samples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_GRAINS = 4000  # units of cost between 0 and the dearest choice
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The mask of each bin, int64 [B], with the sums of what they cost and lose."""
+
+    mask_B: np.ndarray
+    cost: float
+    loss: float
+
+
+class Frontier:
+    """The least loss for every budget: min Σ_b loss[m_b, b] subject to Σ_b cost[m_b, b] <= budget.
+
+    At most `intervals` runs of bins with one mask each, by dynamic programming over bins, runs, the present mask and
+    costs in multiples of 1/4000 of the dearest choice; of every multiple the best loss, with its exact cost.
+
+    Args:
+        loss_MB, cost_MB: of mask m in bin b, float64, costs >= 0 and not all 0. intervals: >= 1; None: any number.
+    """
+
+    def __init__(self, loss_MB: np.ndarray, cost_MB: np.ndarray, intervals: int | None = None) -> None:
+        masks, bins = loss_MB.shape
+        runs = 1 if intervals is None else min(intervals, bins)
+        self._free = intervals is None or runs == bins
+        runs = 1 if self._free else runs
+        grain = cost_MB.max(axis=0).sum() / _GRAINS
+        width_MB = np.rint(cost_MB / grain).astype(int)
+        size = int(width_MB.max(axis=0).sum()) + 1
+        loss_RMG = np.full((runs, masks, size), np.inf)
+        spent_RMG = np.zeros((runs, masks, size))
+        self._before = np.zeros((bins, runs, masks, size), dtype=np.int16)  # the former bin's mask
+        for b in range(bins):
+            new, spent = np.full_like(loss_RMG, np.inf), np.zeros_like(spent_RMG)
+            best_RG = loss_RMG.argmin(axis=1)
+            for run in range(runs):
+                for m in range(masks):
+                    width = width_MB[m, b]
+                    if b == 0:
+                        if run == 0:
+                            new[run, m, width], spent[run, m, width] = loss_MB[m, b], cost_MB[m, b]
+                        continue
+                    before = loss_RMG[run, m], spent_RMG[run, m], np.full(size, m)
+                    other = run if self._free else run - 1
+                    if other >= 0:
+                        g = np.arange(size)
+                        switched = loss_RMG[other, best_RG[other], g]
+                        better = switched < before[0]
+                        before = (np.where(better, switched, before[0]),
+                                  np.where(better, spent_RMG[other, best_RG[other], g], before[1]),
+                                  np.where(better, best_RG[other], before[2]))
+                    left = size - width
+                    new[run, m, width:] = before[0][:left] + loss_MB[m, b]
+                    spent[run, m, width:] = before[1][:left] + cost_MB[m, b]
+                    self._before[b, run, m, width:] = before[2][:left]
+            loss_RMG, spent_RMG = new, spent
+        self._loss_RMG, self._spent_RMG, self._width_MB = loss_RMG, spent_RMG, width_MB
+        self._loss_MB, self._cost_MB = loss_MB, cost_MB
+
+    def within(self, budget: float) -> Choice:
+        """The least loss at a cost of at most `budget`.
+
+        Raises:
+            ValueError: if every choice costs more.
+        """
+        allowed = np.where(self._spent_RMG <= budget * (1 + 1e-9), self._loss_RMG, np.inf)
+        run, m, g = np.unravel_index(int(allowed.argmin()), allowed.shape)
+        if not np.isfinite(allowed[run, m, g]):
+            raise ValueError(f"budget={budget}: the cheapest choice costs {self._cost_MB.min(axis=0).sum()}")
+        masks = []
+        for b in reversed(range(self._loss_MB.shape[1])):
+            masks.append(int(m))
+            before = int(self._before[b, run, m, g])
+            g -= self._width_MB[m, b]
+            run -= int(before != m and not self._free)
+            m = before
+        mask_B = np.array(masks[::-1], dtype=np.int64)
+        chosen = mask_B, np.arange(len(mask_B))
+        return Choice(mask_B, float(self._cost_MB[chosen].sum()), float(self._loss_MB[chosen].sum()))
+
+
+def one_mask(loss_MB: np.ndarray, cost_MB: np.ndarray, budget: float) -> Choice:
+    """The least loss of a single mask for all bins at a cost of at most `budget`; the cheapest mask if none is."""
+    cost_M = cost_MB.sum(axis=1)
+    fitting = np.flatnonzero(cost_M <= budget * (1 + 1e-9))
+    m = int(fitting[loss_MB[fitting].sum(axis=1).argmin()]) if len(fitting) else int(cost_M.argmin())
+    return Choice(np.full(loss_MB.shape[1], m), float(cost_M[m]), float(loss_MB[m].sum()))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By what share several masks lower the loss of one, at equal cost: mean and 90% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: int, seed: int = 0,
+         rounds: int = 40) -> Gain:
+    """What masks over time would gain over one, judged by samples on which they were not chosen.
+
+    In each round masks are chosen by one random half of the samples and their losses compared on the other half. The
+    single mask may lie on either side of the budget, so its loss is interpolated, between its neighbours in cost, at
+    the cost that the several masks have.
+
+    Args:
+        loss_MBS: float64; of each sample. cost_MB: as of `Frontier`. budget: of the sum of costs.
+    """
+    samples, source = loss_MBS.shape[2], np.random.default_rng(seed)
+    gains = []
+    for _ in range(rounds):
+        order = source.permutation(samples)
+        half, other = (loss_MBS[..., part].mean(axis=2) for part in (order[: samples // 2], order[samples // 2 :]))
+        chosen = Frontier(half, cost_MB, intervals).within(budget)
+        lost = float(other[chosen.mask_B, np.arange(len(chosen.mask_B))].sum())
+        single = _interpolated(half, other, cost_MB.sum(axis=1), chosen.cost)
+        gains.append(1 - lost / single)
+    return Gain(float(np.mean(gains)), *map(float, np.quantile(gains, [0.05, 0.95])))
+
+
+def _interpolated(half_MB: np.ndarray, other_MB: np.ndarray, cost_M: np.ndarray, cost: float) -> float:
+    """The loss on the other half of the single masks that are best on the first, at this cost."""
+    best = [m for m in np.argsort(cost_M, kind="stable")
+            if half_MB[m].sum() <= half_MB[cost_M <= cost_M[m]].sum(axis=1).min()]
+    return float(np.interp(cost, cost_M[best], other_MB[best].sum(axis=1)))

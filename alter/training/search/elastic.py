@@ -1,0 +1,159 @@
+"""The measured search: layers are ordered once, the weights train at random depths of this order, and depths over time
+are allocated by their errors, for every budget at once."""
+
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from ...experts.artefact import TemporalExperts
+from ...experts.ladder import Rung
+from ...method.allocation import Frontier, gain
+from ...method.budget import TOLERANCE
+from ...method.measured import Measured
+from ..batch import Batch
+from ..probe import Probe
+from ..setup.parts import Parts
+from ..update import Update
+from .measuring import early_response, equal_bins, measured_family, order_layers, ordering_forwards
+
+_SPREAD = 0.2  # of the depths that are trained around the budget, as a standard deviation of the keep ratio
+_RUNGS = np.arange(0.3, 1.001, 0.05)  # budgets of the ladder, beside those asked for
+_ORDER_SAMPLES, _RESPONSE_SAMPLES = 32, 16
+
+
+class ElasticSearch:
+    """Random depths of one chain of nested masks, then the allocation of depths to timesteps.
+
+    Args:
+        trainer: a `Trainer`.
+    """
+
+    updates: dict[str, tuple[Update, float]] = {}
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.parts, self.config = trainer, trainer.parts, trainer.config
+        # Until `begin`, two depths, that the memory may be tried with.
+        self.masks_ML = np.ones((2, len(self.parts.cost.sites)), dtype=bool)
+
+    def begin(self) -> None:
+        """Order the layers by measurement on the dense model, and say what its errors promise."""
+        found: list[Any] = [None]
+        if self.trainer.accelerator.is_main_process:
+            config, parts = self.config, self.parts
+            layers, samples = len(parts.cost.sites), min(config.search.samples, _ORDER_SAMPLES)
+            tqdm.write(f"ordering {layers} layers: about {ordering_forwards(layers, samples):,} forwards of one sample")
+            weight_T = early_response(Probe(config, parts, min(samples, _RESPONSE_SAMPLES)), layers,
+                                      parts.noising.num_timesteps)
+            found = [order_layers(Probe(config, parts, samples), parts.budget, config.search.least, weight_T)]
+            self.trainer.backbone.train()
+        self.masks_ML = broadcast_object_list(found)[0]
+        cost_M = self._cost_M()
+        if cost_M.min() > self.config.budget.range[0] + TOLERANCE and self.trainer.accelerator.is_main_process:
+            tqdm.write(f"warning: search.least={self.config.search.least} leaves {cost_M.min():.3f} at least: no "
+                       f"expert comes down to budget.keep_ratio={self.config.budget.range[0]}", file=sys.stderr)
+
+    def update(self, batches: list[Batch]) -> dict[str, float]:
+        """Nothing is learned beside the weights."""
+        self.trainer.readout.read()
+        return {}
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """A depth for each timestep, drawn anew in each iteration: likelier near the budget, the full one included."""
+        low, high = self.config.budget.range
+        cost_M = self._cost_M()
+        away_M = np.maximum(np.maximum(low - cost_M, cost_M - high), 0)
+        likely_M = np.exp(-0.5 * (away_M / _SPREAD) ** 2)
+        source = np.random.default_rng([self.config.seed, self.trainer.step, 7])
+        return self.masks_ML, source.choice(len(cost_M), size=self.parts.noising.num_timesteps,
+                                            p=likely_M / likely_M.sum())
+
+    def tried(self) -> tuple[np.ndarray, np.ndarray]:
+        """One mask, of the budget, at all timesteps."""
+        nearest = int(np.abs(self._cost_M() - self.config.budget.range[1]).argmin())
+        return self.masks_ML, np.full(self.parts.noising.num_timesteps, nearest)
+
+    def present(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
+        """The mask of the budget alone, whatever depths are being trained."""
+        parts, budget = self.parts, self.parts.budget
+        return TemporalExperts.build(*self.tried(), parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
+                                     parts.latency)
+
+    def finish(self) -> TemporalExperts:
+        """Measure, and allocate depths to timesteps for every budget."""
+        found: list[Any] = [None]
+        if self.trainer.accelerator.is_main_process:
+            self.trainer.backbone.eval()
+            found = [self._allocated()]
+            self.trainer.backbone.train()
+        return broadcast_object_list(found)[0]
+
+    def _allocated(self) -> TemporalExperts:
+        config, parts = self.config, self.parts
+        low, high = config.budget.range
+        cost_M = self._cost_M()
+        weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
+        weight_T = np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
+        edges = equal_bins(weight_T, config.search.bins)
+        near = int(np.abs(cost_M - (low + high) / 2).argmin())
+        measured, error_MBS = measured_family(config, parts, self.masks_ML, edges, near)
+        cost_MB = bin_costs(cost_M, weight_T, edges)
+        response_B = measured.response[measured.space]
+        found = gain(error_MBS * response_B[:, None], cost_MB, low + TOLERANCE, config.experts.count, config.seed)
+        tqdm.write(_forecast(found, low, config.experts.count, measured.space))
+        rungs = ladder(measured, cost_MB, config.experts.count, (low, high))
+        return experts_of(parts, self.masks_ML, rungs, low, measured)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its state, for a checkpoint."""
+        return {"masks_ML": torch.from_numpy(self.masks_ML)}
+
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from `tensors`."""
+        self.masks_ML = tensors["masks_ML"].numpy()
+
+    def _cost_M(self) -> np.ndarray:
+        budget = self.parts.budget
+        return budget.fixed + self.masks_ML @ budget.share_L / budget.scale
+
+
+def bin_costs(cost_M: np.ndarray, weight_T: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """What mask m in bin b adds to the keep ratio, float64 [M, B]."""
+    weight_B = np.add.reduceat(weight_T, edges[:-1]) / weight_T.sum()
+    return cost_M[:, None] * weight_B
+
+
+def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: tuple[float, float]) -> list[Rung]:
+    """A rung for every budget that the masks allow: all of _RUNGS, and those asked for, which alone are tuned."""
+    frontier, rungs = Frontier(measured.loss_MB, cost_MB, experts), []
+    cheapest = cost_MB.min(axis=0).sum()
+    for target in sorted({*np.round(_RUNGS, 2).tolist(), *asked}):
+        if target + TOLERANCE < cheapest and target not in asked:
+            continue
+        choice = frontier.within(max(target + TOLERANCE, cheapest))
+        routes = np.repeat(choice.mask_B, np.diff(measured.edges))
+        rungs.append(Rung(target, routes, asked[0] <= target <= asked[1], choice.loss))
+    return rungs
+
+
+def experts_of(parts: Parts, masks: np.ndarray, rungs: list[Rung], keep_ratio: float,
+               measured: Measured) -> TemporalExperts:
+    """The artefact of a family of masks bool [M, L], with the rung of `keep_ratio` chosen."""
+    budget, cost = parts.budget, parts.cost
+    chosen = [rung.keep_ratio_target for rung in rungs].index(keep_ratio)
+    timesteps = None if budget.timesteps is None else tuple(budget.timesteps.tolist())
+    return TemporalExperts(cost.sites, masks, cost.macs, cost.macs_total, tuple(rungs), budget.over, chosen, timesteps,
+                           parts.latency, cost.backbone, measured=measured)
+
+
+def _forecast(found: Gain, keep_ratio: float, experts: int, space: str) -> str:
+    """What masks over time promise, in plain words."""
+    said = (f"at keep ratio {keep_ratio:g}, {experts} experts over time would move samples (squared distance, in "
+            f"{space}) {found.mean:.1%} less than one mask of the same cost (90% of halves of the measured samples: "
+            f"{found.low:.1%} to {found.high:.1%})")
+    if found.low > 0:
+        return said
+    return said + ": nothing that can be told from noise; experts.count=1 would do as well"

@@ -1,0 +1,52 @@
+"""Which search a configuration names."""
+
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ...experts.artefact import TemporalExperts
+from ..batch import Batch
+from ..update import Update
+from .hypernetwork import HypernetworkSearch
+
+
+class Search(Protocol):
+    """What a trainer asks of a method of search. "Masks" are bool [M, L] and, of each timestep, the row, int64 [T]."""
+
+    @property
+    def updates(self) -> dict[str, tuple[Update, float]]:
+        """Optimizers of its own with their learning rates, by the names under which checkpoints hold them."""
+
+    def begin(self) -> None:
+        """Measure what has to be known before the first step of a new run."""
+
+    def update(self, batches: list[Batch]) -> dict[str, float]:
+        """Learn from an iteration's micro-batches; metrics to log."""
+
+    def masks(self) -> tuple[np.ndarray, np.ndarray]:
+        """For the next update of the weights."""
+
+    def tried(self) -> tuple[np.ndarray, np.ndarray]:
+        """Masks as `finish` might find them, to try how much memory tuning takes."""
+
+    def finish(self) -> TemporalExperts:
+        """What was found; the same on all processes."""
+
+    def present(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
+        """Experts to show while the search goes on, from what `masks` gave."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its state, for a checkpoint."""
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from `tensors`."""
+
+
+def make_search(trainer: Any) -> Search:
+    """By `search.method`, for a `Trainer` whose experts are yet to be found."""
+    if trainer.config.search.method == "elastic":
+        from .elastic import ElasticSearch
+
+        return ElasticSearch(trainer)
+    return HypernetworkSearch(trainer)
