@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
-from ...method.allocation import Frontier, gain
+from ...method.allocation import Frontier, Gain, gain
 from ...method.budget import TOLERANCE
 from ...method.measured import Measured
 from ..batch import Batch
@@ -142,11 +142,10 @@ def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: tuple[f
 def experts_of(parts: Parts, masks: np.ndarray, rungs: list[Rung], keep_ratio: float,
                measured: Measured) -> TemporalExperts:
     """The artefact of a family of masks bool [M, L], with the rung of `keep_ratio` chosen."""
-    budget, cost = parts.budget, parts.cost
-    chosen = [rung.keep_ratio_target for rung in rungs].index(keep_ratio)
-    timesteps = None if budget.timesteps is None else tuple(budget.timesteps.tolist())
-    return TemporalExperts(cost.sites, masks, cost.macs, cost.macs_total, tuple(rungs), budget.over, chosen, timesteps,
-                           parts.latency, cost.backbone, measured=measured)
+    budget = parts.budget
+    (chosen,) = (rung for rung in rungs if rung.keep_ratio_target == keep_ratio)
+    return TemporalExperts.build(masks, chosen.expert_T, parts.cost, keep_ratio, budget.over, budget.timesteps,
+                                 parts.latency, ladder=rungs, measured=measured)
 
 
 def _forecast(found: Gain, keep_ratio: float, experts: int, space: str) -> str:

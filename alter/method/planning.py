@@ -1,0 +1,119 @@
+"""How many steps, and which mask at each: what the samples of a plan are predicted to differ from many dense steps'.
+
+Two displacements are added: that of the solver with fewer steps, dense, and that of the masks, at each step the share
+of `Measured.loss_MB` that falls to the timesteps which the step covers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .allocation import Frontier
+from .budget import nearest
+
+
+def covered(visited: np.ndarray, num_timesteps: int) -> np.ndarray:
+    """Which step covers each training timestep, int64 [T]: the last one that visits it or one above.
+
+    Those above the first visited timestep belong to the first step.
+
+    Args:
+        visited: decreasing training timesteps of the steps, [N].
+    """
+    return np.searchsorted(-visited, -np.arange(num_timesteps), side="right").clip(1) - 1
+
+
+def step_losses(loss_MB: np.ndarray, edges: tuple[int, ...], visited: np.ndarray) -> np.ndarray:
+    """How far (squared) final samples move when mask m is in force at one step, float64 [M, N].
+
+    Args:
+        loss_MB: in bins of timesteps between `edges`. visited: as of `covered`.
+    """
+    density_MT = np.repeat(loss_MB / np.diff(edges), np.diff(edges), axis=1)
+    step_T = covered(visited, edges[-1])
+    return np.stack([np.bincount(step_T, density_T, len(visited)) for density_T in density_MT])
+
+
+def routes(mask_N: np.ndarray, visited: np.ndarray, num_timesteps: int) -> np.ndarray:
+    """The mask of each training timestep, that of the nearest visited one, int64 [T]."""
+    place = {int(timestep): step for step, timestep in enumerate(visited)}
+    return np.array([mask_N[place[int(timestep)]] for timestep in nearest(num_timesteps, visited)])
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number of steps N with the mask of each, int64 [N]; their cost; and the predicted squared displacement, of
+    which `discretisation` is the solver's own."""
+
+    mask_N: np.ndarray
+    cost: float
+    error: float
+    discretisation: float
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.mask_N)
+
+
+class Front:
+    """The least predicted displacement for every cost, over numbers of steps and masks.
+
+    Args:
+        losses: by number of steps, `step_losses` [M, N]. costs_M: of one step with mask m, float64 [M].
+        discretisation: by number of steps, the displacement of that many dense steps.
+    """
+
+    def __init__(self, losses: dict[int, np.ndarray], cost_M: np.ndarray, discretisation: dict[int, float]) -> None:
+        self.losses, self.cost_M, self.discretisation = losses, cost_M, discretisation
+        self._frontiers = {steps: Frontier(loss, np.repeat(cost_M[:, None], steps, axis=1))
+                           for steps, loss in losses.items()}
+
+    def within(self, cost: float) -> Option:
+        """The best at a cost of at most `cost`.
+
+        Raises:
+            ValueError: if every option costs more.
+        """
+        fitting = [self._option(steps, cost) for steps in self.losses if steps * self.cost_M.min() <= cost]
+        if not fitting:
+            raise ValueError(f"cost={cost}: the cheapest option costs {min(self.losses) * self.cost_M.min()}")
+        return min(fitting, key=lambda option: option.error)
+
+    def with_mask(self, steps: int, mask: int) -> Option:
+        """One mask at all of so many steps."""
+        solver = self.discretisation[steps]
+        return Option(np.full(steps, mask), steps * float(self.cost_M[mask]),
+                      solver + float(self.losses[steps][mask].sum()), solver)
+
+    def cheapest(self, error: float, tolerance: float = 1e-3) -> Option:
+        """The cheapest whose predicted displacement is at most `error`, by bisection to a `tolerance` of its cost.
+
+        Raises:
+            ValueError: if none is that near.
+        """
+        high = max(steps for steps in self.losses) * float(self.cost_M.max())
+        low, best = 0.0, self.within(high)
+        if best.error > error:
+            raise ValueError(f"error={error}: the least that is predicted is {best.error}")
+        while high - low > tolerance * high:
+            middle = (low + high) / 2
+            try:
+                option = self.within(middle)
+            except ValueError:
+                option = None
+            if option is not None and option.error <= error:
+                high, best = min(middle, option.cost), option
+            else:
+                low = middle
+        return best
+
+    def _option(self, steps: int, cost: float) -> Option:
+        choice, solver = self._frontiers[steps].within(cost), self.discretisation[steps]
+        return Option(choice.mask_B, choice.cost, solver + choice.loss, solver)
+
+
+def between(measured: dict[int, float], steps: int) -> float:
+    """The discretisation at `steps`, on straight lines in the logarithms between the numbers of steps measured."""
+    known = sorted(measured)
+    return float(np.exp(np.interp(np.log(steps), np.log(known), np.log([max(measured[n], 1e-30) for n in known]))))

@@ -1,0 +1,116 @@
+"""The best masks of a family for every budget, against trying every one; and what they gain."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alter.method.allocation import Frontier, gain, one_mask
+from alter.method.planning import Front, between, covered, routes, step_losses
+
+
+def tried(loss_MB, cost_MB, intervals, budget):
+    """Every choice of a mask for every bin: the least loss within the budget, inf if there is none."""
+    masks, bins = loss_MB.shape
+    best = np.inf
+    for choice in itertools.product(range(masks), repeat=bins):
+        rows = np.array(choice), np.arange(bins)
+        runs = 1 + np.count_nonzero(np.diff(choice))
+        if (intervals is None or runs <= intervals) and cost_MB[rows].sum() <= budget:
+            best = min(best, loss_MB[rows].sum())
+    return best
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 4), st.integers(1, 5), st.sampled_from([1, 2, 3, None]), st.integers(0, 10**6))
+def test_the_best_choice_is_that_of_trying_all(masks, bins, intervals, seed):
+    """Costs are multiples of 1/40 here, so that no rounding can hide a choice."""
+    source = np.random.default_rng(seed)
+    loss_MB = source.uniform(size=(masks, bins))
+    cost_MB = source.integers(1, 9, size=(masks, 1)) * source.integers(1, 6, size=bins) / 40
+    frontier = Frontier(loss_MB, cost_MB, intervals)
+    for budget in source.uniform(cost_MB.min(0).sum(), cost_MB.max(0).sum(), 4):
+        expected = tried(loss_MB, cost_MB, intervals, budget)
+        if np.isinf(expected):
+            with pytest.raises(ValueError, match="the cheapest choice costs"):
+                frontier.within(budget)
+            continue
+        found = frontier.within(budget)
+        rows = found.mask_B, np.arange(bins)
+        assert found.loss == pytest.approx(expected) and found.loss == pytest.approx(loss_MB[rows].sum())
+        assert found.cost == pytest.approx(cost_MB[rows].sum()) and found.cost <= budget * (1 + 1e-9)
+        assert intervals is None or 1 + np.count_nonzero(np.diff(found.mask_B)) <= intervals
+
+
+def test_a_greater_budget_never_loses_more():
+    source = np.random.default_rng(3)
+    loss_MB = np.sort(source.uniform(size=(13, 20)), axis=0)
+    cost_MB = np.linspace(1, 0.2, 13)[:, None] * np.full(20, 1 / 20)
+    frontier = Frontier(loss_MB, cost_MB, 4)
+    losses = [frontier.within(budget).loss for budget in np.linspace(0.21, 1, 30)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
+    assert losses[-1] == pytest.approx(loss_MB.min(axis=0).sum() if (loss_MB[0] == loss_MB.min(axis=0)).all() else
+                                       losses[-1])
+
+
+def test_one_mask_is_the_frontier_with_one_interval():
+    source = np.random.default_rng(4)
+    loss_MB, cost_MB = source.uniform(size=(6, 5)), source.uniform(size=(6, 1)) * np.full(5, 0.2)
+    for budget in (cost_MB.sum(1).min(), 0.5, cost_MB.sum(1).max()):
+        expected = Frontier(loss_MB, cost_MB, 1).within(budget).loss
+        assert one_mask(loss_MB, cost_MB, budget).loss == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("effect", [0.0, 3.0])
+def test_the_gain_is_found_where_there_is_one_and_not_in_noise(effect):
+    """Losses that fall with depth, everywhere alike or much faster in the later bins; noise of each sample on top."""
+    source = np.random.default_rng(5)
+    share_M = np.linspace(1, 0.25, 10)
+    steep_B = np.exp(effect * np.linspace(-1, 1, 8))
+    loss_MB = (1 - share_M)[:, None] ** 2 * steep_B
+    loss_MBS = loss_MB[..., None] * source.lognormal(0, 0.5, size=(1, 8, 64)) * source.lognormal(0, 0.2, (10, 8, 64))
+    found = gain(loss_MBS, share_M[:, None] * np.full(8, 1 / 8), 0.6, 4)
+    assert found.low <= found.mean <= found.high
+    assert (found.low > 0.2) if effect else (found.low < 0.02)
+
+
+def test_every_timestep_belongs_to_the_step_that_covers_it():
+    visited = np.array([900, 500, 100])
+    step_T = covered(visited, 1000)
+    assert step_T[[0, 100, 101, 500, 501, 900, 901, 999]].tolist() == [2, 2, 1, 1, 0, 0, 0, 0]
+    loss_MB = np.array([[2.0, 8.0]])
+    losses = step_losses(loss_MB, (0, 500, 1000), visited)
+    assert losses.sum() == pytest.approx(10)  # nothing is lost or counted twice
+    assert losses[0].tolist() == pytest.approx([8 * 499 / 500, 2 * 399 / 500 + 8 / 500, 2 * 101 / 500])
+
+
+def test_routes_give_each_visited_timestep_its_own_mask():
+    visited, masks = np.array([999, 600, 200, 10]), np.array([3, 1, 2, 0])
+    assert routes(masks, visited, 1000)[visited].tolist() == masks.tolist()
+
+
+def test_the_front_is_never_behind_fewer_dense_steps():
+    """The dense model at fewer steps is one of its options; and its prediction is the sum that it claims to be."""
+    source = np.random.default_rng(6)
+    cost_M = np.linspace(1, 0.3, 6)
+    visited = {steps: np.linspace(999, 1000 // steps, steps).round().astype(int) for steps in range(2, 9)}
+    loss_MB = (1 - cost_M)[:, None] ** 2 * source.uniform(size=10)
+    losses = {steps: step_losses(loss_MB, tuple(range(0, 1001, 100)), at) for steps, at in visited.items()}
+    front = Front(losses, cost_M, {steps: 1 / steps**2 for steps in losses})
+    for steps in losses:
+        dense, planned = front.with_mask(steps, 0), front.within(float(steps))
+        assert planned.error <= dense.error + 1e-12 and planned.cost <= steps + 1e-9
+        lost = losses[planned.steps][planned.mask_N, np.arange(planned.steps)].sum()
+        assert planned.error == pytest.approx(1 / planned.steps**2 + lost)
+        as_good = front.cheapest(dense.error)
+        assert as_good.error <= dense.error and as_good.cost <= steps + 1e-9
+    with pytest.raises(ValueError, match="cheapest"):
+        front.within(0.5)
+    with pytest.raises(ValueError, match="least that is predicted"):
+        front.cheapest(1e-9)
+
+
+def test_discretisation_between_measured_numbers_of_steps():
+    assert between({2: 1 / 4, 8: 1 / 64}, 4) == pytest.approx(1 / 16)
