@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_model, make_unet
-from helpers import table_of
+from helpers import TARGETS, chain, table_of
 from matplotlib.collections import QuadMesh
 from PIL import Image
 
@@ -120,6 +120,28 @@ def test_identical_experts_are_named_and_layers_of_one_cost_stay_apart():
     assert len(set(frequency_L)) > 2
     for row, frequency in enumerate(frequency_L):
         assert np.allclose(drawn[row].compressed(), frequency)
+
+
+def test_of_a_ladder_the_chosen_rungs_experts_are_drawn(tmp_path):
+    experts = chain(make_dit(12))
+    for target in TARGETS:
+        one = experts.choose(target)
+        masks, routes, alike = (draw(one) for draw in (report.masks_figure, report.routes_figure,
+                                                       report.similarity_figure))
+        numbers = [str(e) for e in sorted(set(one.expert_T.tolist()))]
+        assert len(numbers) == 2 and [label.get_text() for label in masks.axes[0].get_xticklabels()] == numbers
+        assert "10 of them unused" in masks.axes[0].get_title("left")
+        assert [name.split()[0] for name in rows(routes.axes[0])] == rows(alike.axes[0]) == numbers
+        crosses = {(row, column) for column, row in masks.axes[0].collections[1].get_offsets()}
+        skipped = ~one.mask_EL[one.used][:, report.layers(one.sites)[0]]
+        assert crosses == {(row + 0.5, column + 0.5) for column, row in np.argwhere(skipped)}
+        colours = {e: bars.get_facecolor()[0].tolist() for e, bars in zip(one.used, routes.axes[0].collections,
+                                                                          strict=True)}
+        steps = report.steps_figure(one, [999, 400, 100])
+        assert [list(bar.get_facecolor()) for bar in steps.axes[0].patches] == [
+            colours[e] for e in one.expert_T[[999, 400, 100]]]
+        assert len(set(map(tuple, colours.values()))) == 2
+        report.plot_experts(one, tmp_path / "experts.png")
 
 
 def test_routes_and_macs_of_every_timestep():
