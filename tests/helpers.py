@@ -24,6 +24,7 @@ from alter import TemporalExperts
 from alter.backbones.cost import count_cost
 from alter.backbones.latency import Latency
 from alter.common.config import BackboneConfig, Config, DataConfig
+from alter.experts.ladder import Rung
 from alter.method.sensitivity import Sensitivity
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build
@@ -119,6 +120,25 @@ def experts_for(backbone, size, count=3, seed=0):
     cost = known_cost(backbone, size)
     mask_EL = np.random.default_rng(seed).random((count, len(cost.sites))) < 0.6
     return TemporalExperts.build(mask_EL, np.arange(1000) * count // 1000, cost, 0.6, "total")
+
+
+TARGETS = (0.35, 0.5, 0.65)
+
+
+def chain(backbone, size=8, component=None, chosen=0.5, seed=0, cost=None, **changes):
+    """A nested chain, row d without the d layers that come first in a random order, with a ladder of TARGETS."""
+    cost = cost or known_cost(backbone, size)
+    count = len(cost.sites)
+    rank = np.random.default_rng(seed).permutation(count)
+    mask_EL = rank >= np.arange(count)[:, None]
+
+    def routes(target):
+        deep, flat = (round(count * (1 - target + shift)) for shift in (0.15, -0.15))
+        return np.where(np.arange(1000) < 500, min(deep, count - 1), flat)
+
+    ladder = [Rung(target, routes(target), tuned=target > 0.4, error=target / 10) for target in TARGETS]
+    return TemporalExperts.build(mask_EL, routes(chosen), cost, chosen, "total", component=component,
+                                 **{"ladder": ladder, **changes})
 
 
 def load_quietly(folder, cls=StableDiffusionPipeline, **components):

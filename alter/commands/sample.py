@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images of one call on one process (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--dense", action="store_true", help="without experts: the fine-tuned weights run dense")
+    parser.add_argument("--keep", type=float, metavar="RATIO", help="of the experts' ladder, the rung of this keep "
+                        "ratio or the next lower one (default: the one that experts.json names)")
     parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
 
 
@@ -103,8 +105,9 @@ def _load(arguments: argparse.Namespace) -> Any:
         scheduler_class(arguments.scheduler, "--scheduler ", is_flow(load_scheduler(parts)))
     if not any((parts / part).is_dir() for part in ("vae", "transformer")):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
-    load = load_dense if arguments.dense else load_pipeline
-    pipe: Any = load(folder, torch_dtype=getattr(torch, DTYPES[arguments.dtype]))
+    dtype = getattr(torch, DTYPES[arguments.dtype])
+    pipe: Any = (load_dense(folder, torch_dtype=dtype) if arguments.dense else
+                 load_pipeline(folder, keep_ratio=arguments.keep, torch_dtype=dtype))
     by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
     if by_class != (arguments.labels is not None):
         wanted = "--labels" if by_class else "--prompts"
@@ -137,6 +140,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--seed {arguments.seed}: choose one below {2**32}")
     if arguments.guidance is not None and not math.isfinite(arguments.guidance):
         raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
+    if arguments.keep is not None and not 0 < arguments.keep <= 1:
+        raise InputError(f"--keep {arguments.keep}: choose a share in (0, 1]")
+    if arguments.keep is not None and arguments.dense:
+        raise InputError(f"--keep {arguments.keep}: has no meaning with --dense: leave one out")
     check_writable(arguments.out, "--out", folder=True)
 
 

@@ -2,16 +2,16 @@
 
 The choice is made once per forward, in Python, outside compiled code, from at most one host read of the timestep; the
 layers then run or not without a look at the device (backbones/gates.py). Nothing compares tensors. It holds until that
-forward ends, in the thread that runs it.
+forward ends, in the thread that runs it. So does the rung of the ladder that is asked of a thread or task.
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -20,47 +20,57 @@ from ..backbones.family import COMPONENTS, backbone_class, family_of, timestep_a
 from ..backbones.gates import HardRows, Simulator
 from ..backbones.sites import Site, named_sites
 from ..common.errors import InputError
+from .ladder import Experts, Rung
 from .trim import check_runnable
+
+# What `TemporalExperts.at` asks of the calls of this thread or task: by which experts, and for what. Innermost first.
+_ASKED: ContextVar[tuple[tuple[Experts, float | Rung], ...]] = ContextVar("alter_asked", default=())
 
 
 @dataclass
 class Installed:
     """What `apply` put on a backbone, and for which experts."""
 
-    mask_EL: np.ndarray
-    expert_T: np.ndarray
+    experts: Experts
     simulator: Simulator
+    chooser: "_Chooser"
     hooks: list[Any]
 
 
 class Applied:
     """Experts on a backbone until `remove`, or until the end of a `with` block, which yields the target."""
 
-    def __init__(self, target: Any, backbone: Any, sites: Sequence[str], mask_EL: np.ndarray,
-                 expert_T: np.ndarray) -> None:
-        self.target, self.backbone, self.mask_EL, self.expert_T = target, backbone, mask_EL, expert_T
+    def __init__(self, target: Any, backbone: Any, experts: Experts, rung: Rung) -> None:
+        self.target, self.backbone, self.experts = target, backbone, experts
+        self.before: tuple[_Chooser, Rung] | None = None  # they were there, at that rung
         installed: Installed | None = vars(backbone).get("_alter_applied")
-        self.installs = installed is None
         if installed is not None:
-            check_same(installed, mask_EL, expert_T)
+            check_same(installed, experts)
+            self.before = installed.chooser, installed.chooser.rung
+            installed.chooser.check(rung)
+            installed.chooser.rung = rung
             return
-        check_caches(backbone, check_fit(backbone, sites, mask_EL, expert_T), mask_EL, expert_T)
+        sites = check_fit(backbone, experts, (*experts.ladder, rung))
+        for one in (*experts.ladder, rung):
+            check_caches(backbone, sites, experts, one)
         simulator = Simulator(backbone)
         simulator.require_rows(True)
         if hasattr(backbone, "enable_cache"):
             backbone.enable_cache = _refuse_cache
-        backbone._alter_applied = Installed(mask_EL, expert_T, simulator, _register(
-            simulator, _Chooser(simulator, mask_EL, expert_T, target)))
+        chooser = _Chooser(simulator, experts, rung, target)
+        backbone._alter_applied = Installed(experts, simulator, chooser, _register(simulator, chooser))
 
     def __enter__(self) -> Any:
         return self.target
 
     def __exit__(self, *_: Any) -> None:
-        if self.installs:  # else they were there before the block, and stay
-            remove(self.backbone, self.mask_EL, self.expert_T)
+        if self.before is None:
+            remove(self.backbone, self.experts)
+        else:
+            self.before[0].rung = self.before[1]
 
 
-def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray | None = None) -> None:
+def remove(target: Any, experts: Experts | None = None) -> None:
     """Restore the backbone of `target` to what it was before experts were applied: these, if they are named.
 
     Raises:
@@ -70,8 +80,8 @@ def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray 
     installed: Installed | None = vars(backbone).get("_alter_applied")
     if installed is None:
         raise InputError("experts: none are applied to this backbone: call apply first")
-    if mask_EL is not None and expert_T is not None:
-        check_same(installed, mask_EL, expert_T)
+    if experts is not None:
+        check_same(installed, experts)
     for hook in installed.hooks:
         hook.remove()
     installed.simulator.remove()
@@ -79,40 +89,40 @@ def remove(target: Any, mask_EL: np.ndarray | None = None, expert_T: np.ndarray 
     del backbone._alter_applied
 
 
-def check_same(installed: Installed, mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
-    """Raises InputError if the experts that are installed are not these."""
-    if not (np.array_equal(installed.mask_EL, mask_EL) and np.array_equal(installed.expert_T, expert_T)):
+def check_same(installed: Installed, experts: Experts) -> None:
+    """Raises InputError if the experts that are installed are not these, of equal masks and ladder."""
+    if not installed.experts.same(experts):
         raise InputError("experts: others are applied to this backbone: remove them first")
 
 
-def check_fit(backbone: nn.Module, names: Sequence[str], mask_EL: np.ndarray,
-              expert_T: np.ndarray) -> tuple[Site, ...]:
-    """The backbone's sites, which must have these names.
+def check_fit(backbone: nn.Module, experts: Experts, rungs: Iterable[Rung]) -> tuple[Site, ...]:
+    """The backbone's sites, which must be those of the experts.
 
     Raises:
-        InputError: for another backbone's experts, or if one runs a layer that this one was trimmed of.
+        InputError: for another backbone's experts, or if a rung runs a layer that this one was trimmed of.
     """
-    sites, unknown = named_sites(backbone, names), family_of(backbone).unknown
+    sites, unknown = named_sites(backbone, experts.sites), family_of(backbone).unknown
     if unknown:
         raise InputError(f"experts: a {backbone_class(backbone).__name__} cannot be served: {unknown}, by which no "
                          "expert can be chosen")
-    check_runnable(backbone, sites, mask_EL, np.unique(expert_T).tolist())
+    for rung in rungs:
+        check_runnable(backbone, sites, experts.mask_EL, rung.used)
     return sites
 
 
-def check_caches(backbone: nn.Module, sites: Sequence[Site], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
-    """Refuse experts that skip a layer from which a cache of diffusers takes what it keeps.
+def check_caches(backbone: nn.Module, sites: Sequence[Site], experts: Experts, rung: Rung) -> None:
+    """Refuse a rung that skips a layer from which a cache of diffusers takes what it keeps.
 
     First-block caches compare what their first layer did, and keep what their last one gave. FasterCache wants an
     output of every attention from before it begins to leave them out.
     """
-    runs_L, first_L = mask_EL[np.unique(expert_T)].min(axis=0), mask_EL[expert_T[-1]]
+    mask_UL, first_L = experts.mask_EL[rung.used], experts.mask_EL[rung.expert_T[-1]]
     for index, site in enumerate(sites):
         for name, hook in _cache_hooks(backbone.get_submodule(site.name)):
-            if ("leader" in name or getattr(hook, "is_tail", False)) and not runs_L[index]:
+            if ("leader" in name or getattr(hook, "is_tail", False)) and not mask_UL[:, index].all():
                 raise InputError(f"experts: one skips {site.name}, which the enabled cache of diffusers ({name}) needs "
                                  "at every step: call disable_cache, or use experts that all run it")
-            if name.startswith("faster_cache") and not first_L[index] and mask_EL[:, index].any():
+            if name.startswith("faster_cache") and not first_L[index] and mask_UL[:, index].any():
                 raise InputError(f"experts: the one of the first step skips {site.name}, of which FasterCache needs an "
                                  "output: call disable_cache, or use experts of which that one runs it")
 
@@ -131,9 +141,20 @@ def _refuse_cache(*_: Any, **__: Any) -> NoReturn:
 
 
 @contextmanager
-def serving(simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray) -> Iterator[None]:
+def asking(experts: Experts, asked: float | Rung) -> Iterator[None]:
+    """Inside the block, what `experts` ask for rules this thread or task (see `TemporalExperts.at`)."""
+    before = _ASKED.get()
+    _ASKED.set(((experts, asked), *before))
+    try:
+        yield
+    finally:
+        _ASKED.set(before)
+
+
+@contextmanager
+def serving(simulator: Simulator, experts: Experts) -> Iterator[None]:
     """As `Applied`, inside the block, for a backbone that has gates already."""
-    hooks = _register(simulator, _Chooser(simulator, mask_EL, expert_T, None))
+    hooks = _register(simulator, _Chooser(simulator, experts, experts.rung, None))
     try:
         yield
     finally:
@@ -160,21 +181,26 @@ def backbone_of(target: Any, component: str | None = None) -> Any:
 class _Chooser:
     """Forward hooks that let the timestep argument choose the gates' rows for as long as the forward takes.
 
-    target: the pipeline, whose scheduler knows the timestep before it was rounded to the backbone's precision; or the
-        backbone itself.
+    rung: in force where `at` asks for no other. target: the pipeline, whose scheduler knows the timestep before it was
+        rounded to the backbone's precision; or the backbone itself.
     """
 
-    def __init__(self, simulator: Simulator, mask_EL: np.ndarray, expert_T: np.ndarray, target: Any) -> None:
+    def __init__(self, simulator: Simulator, experts: Experts, rung: Rung, target: Any) -> None:
         self.simulator, self.family = simulator, family_of(simulator.backbone)
         self.name, self.place = timestep_argument(backbone_class(simulator.backbone))
-        self.masks, self.routes = torch.from_numpy(mask_EL), expert_T.tolist()
+        self.experts, self.rung, self.count = experts, rung, len(rung.expert_T)
+        self.masks = torch.from_numpy(experts.mask_EL)
         self.rows_E = [HardRows(mask_L[None]) for mask_L in self.masks]
         self.pipeline = weakref.ref(target) if hasattr(target, "scheduler") else None
         self._visited: tuple[Any, list[float]] = (None, [])  # the scheduler's timesteps, and on the host
+        self._fit = weakref.WeakSet[Rung]()  # rungs that this backbone can run
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in another process perhaps, serves another pipeline."""
-        return {**vars(self), "pipeline": None, "_visited": (None, [])}
+        return {**vars(self), "pipeline": None, "_visited": (None, []), "_fit": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _fit=weakref.WeakSet[Rung]())
 
     # In a graph that the user compiles around the backbone: outside it, a break before any layer.
     @torch.compiler.disable
@@ -186,7 +212,8 @@ class _Chooser:
         values = [self._training(value) for value in (given if isinstance(given, list) else [given])]
         if isinstance(timestep, Tensor) and timestep.dtype in (torch.bfloat16, torch.float16):
             values = self._unrounded(values, torch.finfo(timestep.dtype).eps)
-        experts = [self._expert(value) for value in values]
+        rung = self._in_force()
+        experts = [self._expert(value, rung) for value in values]
         if experts.count(experts[0]) == len(experts):
             rows = self.rows_E[experts[0]]
         else:
@@ -198,11 +225,31 @@ class _Chooser:
     def end(self, *_: Any) -> None:
         self.simulator.set(None)
 
+    def check(self, rung: Rung) -> None:
+        """Raises InputError if this backbone cannot run the rung, on the ladder or not."""
+        if rung not in self._fit:
+            backbone: Any = self.simulator.backbone
+            check_caches(backbone, check_fit(backbone, self.experts, (rung,)), self.experts, rung)
+            self._fit.add(rung)
+
+    def _in_force(self) -> Rung:
+        """The rung for the present call: what is asked for in this thread or task, or the one that is applied."""
+        for experts, asked in _ASKED.get():
+            if not isinstance(asked, Rung):
+                return self.experts.pick(asked)
+            if experts.same_masks(self.experts):
+                self.check(asked)
+                return asked
+            if experts.component == self.experts.component:
+                raise InputError("experts: at a Rung of other experts than those that are applied: ask for a keep "
+                                 "ratio, or apply the experts of the Rung")
+        return self.rung
+
     def _training(self, value: float | list[float]) -> float:
         """The training timestep; where every token has its own, that of the noisiest."""
         if isinstance(value, list):
             return max(map(self._training, value))
-        return self.family.training(value, len(self.routes))
+        return self.family.training(value, self.count)
 
     def _unrounded(self, values: list[float], eps: float) -> list[float]:
         """The scheduler's present timestep, if `values` are it but for rounding."""
@@ -214,20 +261,20 @@ class _Chooser:
             self._visited = timesteps, timesteps.tolist()
         visited = self._visited[1]
         step = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
-        if step >= len(visited) or any(abs(visited[step] - value) > eps * len(self.routes) for value in values):
+        if step >= len(visited) or any(abs(visited[step] - value) > eps * self.count for value in values):
             return values
         return [visited[step]] * len(values)
 
-    def _expert(self, timestep: float) -> int:
+    def _expert(self, timestep: float, rung: Rung) -> int:
         """Of the nearest training timestep."""
-        count = len(self.routes)
+        count = self.count
         if not -0.5 <= timestep <= count:  # a flow begins at T itself
             target: Any = self.pipeline() if self.pipeline else None
             scheduler = type(target.scheduler).__name__ if target is not None else "the scheduler"
             raise InputError(f"experts: timestep={timestep} is outside the training timesteps 0 to {count - 1}: "
                              f"{scheduler} counts noise in other units; use one that counts training timesteps, such "
                              "as DPMSolverMultistepScheduler, or for a flow FlowMatchEulerDiscreteScheduler")
-        return self.routes[min(max(round(timestep), 0), count - 1)]
+        return int(rung.expert_T[min(max(round(timestep), 0), count - 1)])
 
 
 def _register(simulator: Simulator, chooser: _Chooser) -> list[Any]:

@@ -1,8 +1,7 @@
 """`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
 
-import json
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,118 +15,32 @@ from ..backbones.gates import Simulator
 from ..backbones.latency import Latency
 from ..common.errors import InputError
 from ..common.files import write_text
-from ..method.budget import timestep_weights
-from .apply import Applied, backbone_of, check_fit, check_same, remove, serving
+from ..method.measured import Measured
+from .apply import Applied, Installed, asking, backbone_of, check_fit, check_same, remove, serving
+from .ladder import Experts, Rung
+from .stored import from_text, to_text
 from .trim import trim_layers
 
 FILE_NAME = "experts.json"
-FORMAT = 1
 
 
 class NoExperts(InputError):
     """There is no experts.json where it was looked for."""
 
 
-@dataclass(frozen=True)
-class TemporalExperts:
-    """Which sites each expert runs, and which expert serves each training timestep.
-
-    Attributes:
-        sites: name of every site, its module path, [L].
-        mask_EL: bool [E, L]; True runs the site.
-        expert_T: int64 [T], the expert of each training timestep.
-        macs: MACs of every site for batch 1, [L]; macs_total: of the dense backbone.
-        keep_ratio_target: what was asked for, as a share of `budget_over` ("total" or "prunable").
-        timesteps: those that the budget's sampler visits; each training timestep has the weight of the nearest of them
-            (method/budget.py). None: all weigh the same.
-        latency: the measured times that `keep_ratio_target` is a share of; None: it is one of MACs.
-        backbone: the name of its diffusers class; None: not recorded.
-        component: what the pipeline calls the backbone, where it is not the first of unet, transformer, transformer_2.
-    """
-
-    sites: tuple[str, ...]
-    mask_EL: np.ndarray
-    expert_T: np.ndarray
-    macs: tuple[int, ...]
-    macs_total: int
-    keep_ratio_target: float
-    budget_over: str
-    timesteps: tuple[int, ...] | None = None
-    latency: Latency | None = None
-    backbone: str | None = None
-    component: str | None = None
-
-    @property
-    def macs_T(self) -> np.ndarray:
-        """MACs of one forward at each training timestep, float64 [T]."""
-        macs_L = np.array(self.macs, dtype=np.float64)
-        return (self.macs_total - (~self.mask_EL) @ macs_L)[self.expert_T]
-
-    @property
-    def macs_mean(self) -> float:
-        """MACs of one forward, the weighted mean over the training timesteps."""
-        return self._mean(self.macs_T)
-
-    @property
-    def keep_ratio(self) -> float:
-        """Share of the *total* MACs kept, the weighted mean over the training timesteps."""
-        return self.macs_mean / self.macs_total
-
-    @property
-    def time_ratio(self) -> float | None:
-        """Share of the dense forward's measured time that is left, the same mean; None if not measured."""
-        if self.latency is None:
-            return None
-        return self._mean((1 - ~self.mask_EL @ self.latency.share_L)[self.expert_T])
-
-    def _mean(self, value_T: np.ndarray) -> float:
-        visited = None if self.timesteps is None else np.array(self.timesteps)
-        return float(np.average(value_T, weights=None if visited is None else timestep_weights(len(value_T), visited)))
-
-    @property
-    def used(self) -> list[int]:
-        """The experts that some timestep uses."""
-        return np.unique(self.expert_T).tolist()
-
-    def summary(self) -> str:
-        """A few lines for the terminal."""
-        lines = [f"{len(self.mask_EL)} experts over {len(self.sites)} sites, {self.keep_ratio:.1%} of all MACs"]
-        if self.latency is not None:
-            lines[0] += f", {self.time_ratio:.1%} of the time ({self.latency.place})"
-        for expert, mask_L in enumerate(self.mask_EL):
-            timesteps = np.flatnonzero(self.expert_T == expert)
-            served = f"{len(timesteps)} timesteps in [{timesteps[0]}, {timesteps[-1]}]" if len(timesteps) else "unused"
-            lines.append(f"  expert {expert}: {mask_L.sum()} of {len(mask_L)} sites, {served}")
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return self.summary()
+class TemporalExperts(Experts):
+    """Which sites each expert runs, and which expert serves each training timestep, for one budget or several."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `experts.json` into `folder`, or into the folder of their component in it."""
         file = Path(folder) / self._place(self.component)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, self._to_json())
+        write_text(file, to_text(self))
 
     @staticmethod
     def _place(component: str | None) -> str:
         """Of the file, in a pipeline's folder."""
         return f"{component}/{FILE_NAME}" if component else FILE_NAME
-
-    def _to_json(self) -> str:
-        measured = {} if self.latency is None else {"latency": {**asdict(self.latency), "time_ratio": self.time_ratio}}
-        return _compact({
-            "format": FORMAT,
-            **{name: value for name, value in (("backbone", self.backbone), ("component", self.component)) if value},
-            "sites": [{"name": name, "macs": macs} for name, macs in zip(self.sites, self.macs, strict=True)],
-            "macs_total": self.macs_total,
-            "budget": {"cost": "macs" if self.latency is None else "latency",
-                       "keep_ratio_target": self.keep_ratio_target, "over": self.budget_over,
-                       "timesteps": self.timesteps, "keep_ratio_of_total": self.keep_ratio},
-            **measured,
-            "masks": self.mask_EL.astype(int).tolist(),
-            "expert_of_timestep": self.expert_T.tolist(),
-        })
 
     def push_to_hub(self, repo_id: str, token: str | None = None, private: bool | None = None) -> str:
         """Upload `experts.json` to a model repository, made if there is none; returns the address of the commit.
@@ -136,7 +49,7 @@ class TemporalExperts:
         """
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_file(path_or_fileobj=self._to_json().encode(), path_in_repo=self._place(self.component),
+        return api.upload_file(path_or_fileobj=to_text(self).encode(), path_in_repo=self._place(self.component),
                                repo_id=repo_id)
 
     @classmethod
@@ -174,35 +87,73 @@ class TemporalExperts:
     @classmethod
     def _read(cls, file: Path, component: str | None) -> "TemporalExperts":
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file}: not valid JSON ({error})") from None
-        experts = cls._parse(file, content)
+            experts = cls(**from_text(file.read_text(encoding="utf-8")))
+        except ValueError as error:  # InputError, or bytes that are no text
+            raise InputError(f"{file}: {error}") from None
         if component not in (None, experts.component):
             raise InputError(f"{file}: component: found {experts.component!r}, and the folder is that of {component}")
         return experts
 
     @classmethod
     def build(cls, mask_EL: np.ndarray, expert_T: np.ndarray, cost: CostTable, keep_ratio_target: float,
-              budget_over: str, timesteps: np.ndarray | None = None,
-              latency: Latency | None = None, component: str | None = None) -> "TemporalExperts":
-        """Join deterministic masks and routes with the costs of the sites."""
-        return cls(cost.sites, mask_EL.astype(bool), expert_T.astype(np.int64), cost.macs, cost.macs_total,
-                   keep_ratio_target, budget_over, None if timesteps is None else tuple(timesteps.tolist()), latency,
-                   cost.backbone, component)
+              budget_over: str, timesteps: np.ndarray | None = None, latency: Latency | None = None,
+              component: str | None = None, ladder: Sequence[Rung] = (),
+              measured: Measured | None = None) -> "TemporalExperts":
+        """Join deterministic masks and routes with the costs of the sites.
 
-    def apply(self, target: Any) -> Applied:
+        Args:
+            mask_EL: [E, L], of all rungs. expert_T: int [T], keep_ratio_target: of the chosen rung.
+            ladder: further rungs, in any order; the chosen one may be among them, by its keep ratio.
+            measured: errors of all E masks.
+
+        Raises:
+            InputError: if a rung or `measured` does not fit the masks, or two rungs have the same keep ratio.
+        """
+        given = [rung.keep_ratio_target for rung in ladder]
+        chosen = Rung(keep_ratio_target, expert_T)
+        if keep_ratio_target in given:
+            found = ladder[given.index(keep_ratio_target)]
+            if not np.array_equal(found.expert_T, chosen.expert_T):
+                raise InputError(f"ladder: its rung of keep ratio {keep_ratio_target:g} has other routes than expert_T")
+            chosen = found
+        rungs = sorted({*ladder, chosen}, key=lambda rung: rung.keep_ratio_target)
+        return cls(cost.sites, mask_EL.astype(bool), cost.macs, cost.macs_total, tuple(rungs), budget_over,
+                   rungs.index(chosen), None if timesteps is None else tuple(timesteps.tolist()), latency,
+                   cost.backbone, component, measured)
+
+    def apply(self, target: Any, keep_ratio: float | Rung | None = None) -> Applied:
         """Skip layers in `target`, a diffusers pipeline or its backbone, until `remove`.
 
         The backbone's own `timestep` argument decides, read at most once a forward. Pipelines that share the
-        backbone are all served.
+        backbone are all served. Applied again, they take another rung.
 
-        Returns: a context manager that removes the experts at the end of its block.
+        Args:
+            keep_ratio: that of a rung of the ladder; between two, the lower is taken. A Rung may be on no ladder. None:
+                the chosen rung.
+
+        Returns: a context manager that, at the end of its block, brings back what there was before.
 
         Raises:
-            InputError: if the sites differ from this artefact's, or other experts are applied.
+            InputError: if the sites differ from this artefact's, other experts are applied, or no rung is that low.
         """
-        return Applied(target, self._backbone(target), self.sites, self.mask_EL, self.expert_T)
+        return Applied(target, self._backbone(target), self, self.pick(keep_ratio))
+
+    @contextmanager
+    def at(self, keep_ratio: float | Rung) -> Iterator[Rung]:
+        """Inside the block, calls of this thread or task use another rung than the one that is applied.
+
+        A keep ratio holds for all experts that are applied to what is called (Wan 2.2 has two), each of which takes the
+        rung of its own ladder as `apply` does; a Rung holds for these experts alone. Of nested blocks the inner
+        one rules. Nothing is compiled, and other threads and tasks are not touched.
+
+        Returns: a context manager that yields the rung.
+
+        Raises:
+            InputError: as `apply`; in the block, if other experts of this component are called at a Rung.
+        """
+        rung = self.pick(keep_ratio)
+        with asking(self, keep_ratio):
+            yield rung
 
     def remove(self, target: Any) -> None:
         """Undo `apply`; the backbone is dense again.
@@ -210,13 +161,13 @@ class TemporalExperts:
         Raises:
             InputError: if these experts are not applied to it.
         """
-        remove(self._backbone(target), self.mask_EL, self.expert_T)
+        remove(self._backbone(target), self)
 
     def compile(self, target: Any, **options: Any) -> None:
         """Apply the experts to `target`, if they are not, and torch.compile each of its prunable layers.
 
         Layers of one kind share a graph, and which of them run is chosen outside compiled code, so that a change of the
-        expert compiles nothing. `options` are those of torch.compile. `remove` undoes it.
+        expert or of the rung compiles nothing. `options` are those of torch.compile. `remove` undoes it.
 
         Raises:
             InputError: as `apply`, or if other experts are applied.
@@ -224,27 +175,29 @@ class TemporalExperts:
         backbone = self._backbone(target)
         if not hasattr(backbone, "_alter_applied"):
             self.apply(target)
-        check_same(backbone._alter_applied, self.mask_EL, self.expert_T)
+        check_same(backbone._alter_applied, self)
         backbone._alter_applied.simulator.compile(**options)
 
     def trim(self, target: Any) -> int:
-        """Take the layers that no used expert runs out of memory, for good, and apply the experts to the rest.
+        """Take the layers that no rung runs out of memory, for good, and apply the experts to the rest.
 
-        It undoes `compile`. The backbone can then neither run dense nor be saved.
+        It undoes `compile`. The backbone can then neither run dense nor be saved. `only` leaves fewer layers.
 
         Returns: bytes of parameters freed.
         """
         backbone = self._backbone(target)
-        sites = check_fit(backbone, self.sites, self.mask_EL, self.expert_T)
-        if hasattr(backbone, "_alter_applied"):
+        sites = check_fit(backbone, self, self.ladder)
+        installed: Installed | None = vars(backbone).get("_alter_applied")
+        rung = installed.chooser.rung if installed is not None and self.same(installed.experts) else self.rung
+        if installed is not None:
             remove(backbone)
-        freed = trim_layers(backbone, sites, self.mask_EL, self.used)
-        self.apply(target)
+        freed = trim_layers(backbone, sites, self.mask_EL, sorted({*self.used_by_any, *rung.used}))
+        self.apply(target, rung)
         return freed
 
     def serving(self, simulator: Simulator) -> AbstractContextManager[None]:
         """As `apply`, inside a `with` block, for a backbone that `simulator` has gates on already."""
-        return serving(simulator, self.mask_EL, self.expert_T)
+        return serving(simulator, self)
 
     def _backbone(self, target: Any) -> Any:
         """The one that they are for, of a pipeline or alone; raises InputError for another class's."""
@@ -255,46 +208,6 @@ class TemporalExperts:
                              "backbone that they were trained on")
         return backbone
 
-    @classmethod
-    def _parse(cls, file: Path, content: Any) -> "TemporalExperts":
-        def refuse(field: str, problem: str) -> InputError:
-            return InputError(f"{file}: {field}: {problem}")
-
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else content
-            raise refuse("format", f"found {found!r}, this version of alter reads {FORMAT}")
-        try:
-            sites, macs = [tuple(site[name] for site in content["sites"]) for name in ("name", "macs")]
-            masks, routes = content["masks"], content["expert_of_timestep"]
-            total, budget = int(content["macs_total"]), content["budget"]
-            target, over, averaged = float(budget["keep_ratio_target"]), str(budget["over"]), budget.get("timesteps")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise refuse(str(error).strip("'"), "missing or of the wrong type") from None
-        if not masks or any(len(row) != len(sites) for row in masks):
-            raise refuse("masks", f"every expert needs {len(sites)} values, one a site")
-        if any(value not in (0, 1) for row in masks for value in row):
-            raise refuse("masks", "values must be 0 or 1")
-        if not routes or any(not isinstance(e, int) or not 0 <= e < len(masks) for e in routes):
-            raise refuse("expert_of_timestep", f"every timestep needs one of the experts 0 to {len(masks) - 1}")
-        if averaged is not None and not (isinstance(averaged, list) and averaged and all(
-                isinstance(t, int) and 0 <= t < len(routes) for t in averaged)):
-            raise refuse("budget.timesteps", f"expected null or a list of timesteps 0 to {len(routes) - 1}")
-        latency = None
-        if budget.get("cost", "macs") != "macs":
-            try:
-                latency = Latency.parse(content["latency"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise refuse("latency", f"missing or of the wrong type ({error})") from None
-            if latency.sites != sites:
-                raise refuse("latency.sites", "are not those of `sites`")
-        backbone, component = content.get("backbone"), content.get("component")
-        if not isinstance(backbone, str | None):
-            raise refuse("backbone", "expected the name of a class")
-        if component not in (None, *COMPONENTS):
-            raise refuse("component", f"expected one of {', '.join(COMPONENTS)}")
-        return cls(sites, np.array(masks, dtype=bool), np.array(routes, dtype=np.int64), macs, total, target, over,
-                   averaged and tuple(averaged), latency, backbone, component)
-
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """A file of a folder or, with further arguments of `hf_hub_download`, a hub id; raises EntryNotFoundError if it is
@@ -304,12 +217,3 @@ def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     if not (Path(source) / name).is_file():
         raise LocalEntryNotFoundError(f"{source} holds no {name}")
     return Path(source) / name
-
-
-def _compact(content: dict[str, Any]) -> str:
-    """JSON with one line a key, a mask or a site, so that files can be read and compared."""
-    def value(item: Any) -> str:
-        if isinstance(item, list) and item and isinstance(item[0], (list, dict)):
-            return "[\n    " + ",\n    ".join(json.dumps(part) for part in item) + "\n  ]"
-        return json.dumps(item)
-    return "{\n" + ",\n".join(f"  {json.dumps(name)}: {value(item)}" for name, item in content.items()) + "\n}\n"

@@ -22,19 +22,23 @@ _DIT = "DiTPipeline"  # diffusers'
 _IMAGENET = 1000  # its null class
 
 
-def load_pipeline(source: str | Path, base: str | Path | None = None, **kwargs: Any) -> Any:
+def load_pipeline(source: str | Path, base: str | Path | None = None, keep_ratio: float | None = None,
+                  **kwargs: Any) -> Any:
     """A pipeline with an `experts.json`, with its experts applied; those of its second backbone too, if it has some.
 
     Args:
         source: a folder or a hub id; where it holds the adapters of a run alone, they are added to their base pipeline.
         base: of such adapters, if it is not where base.json beside them says: a folder or a hub id.
+        keep_ratio: as of `TemporalExperts.apply`.
         kwargs: passed to diffusers' `from_pretrained`, for example `torch_dtype`.
 
     Raises:
-        InputError: if there is no `experts.json`, it does not fit the backbone, or there is no base pipeline.
+        InputError: if there is no `experts.json`, it does not fit the backbone, it has no rung that low, or there is no
+            base pipeline.
     """
     hub = _hub(kwargs)
     found = [TemporalExperts.from_pretrained(source, **hub)]
+    found[0].pick(keep_ratio)  # to be refused before the weights are read
     pipe = load_dense(source, base, **kwargs)
     backbones = [name for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
     for component in backbones[1:]:
@@ -42,7 +46,7 @@ def load_pipeline(source: str | Path, base: str | Path | None = None, **kwargs: 
             with contextlib.suppress(NoExperts):
                 found.append(TemporalExperts.from_pretrained(source, component=component, **hub))
     for experts in found:
-        experts.apply(pipe)
+        experts.apply(pipe, keep_ratio)
     return pipe
 
 

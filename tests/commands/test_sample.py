@@ -14,6 +14,7 @@ import torch
 from conftest import make_dit, make_unet, save_pipeline, save_stable_diffusion
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from helpers import chain
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -99,6 +100,28 @@ def test_dense_images_differ_and_another_setting_is_not_mixed_in(folder, draw):
     assert abs(images(folder, "dense")["000000.png"] - images(folder, "served")["000000.png"]).max() > 2
     code, error = draw("dense", *prompts)
     assert code == 2 and "was drawn with dense=True, not False" in error
+
+
+def test_images_at_another_rung(folder, tmp_path, draw):
+    prompts = ["--prompts", str(folder / "prompts.txt"), "--num", "1"]
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    pipe = StableDiffusionPipeline.from_pretrained(run / "final")
+    ladder = chain(pipe.unet, 16)
+    ladder.save_pretrained(run / "final")
+    for name, keep in (("default", []), ("low", ["--keep", "0.4"])):
+        assert draw(tmp_path / name, *prompts, "--run", str(run), *keep)[0] == 0
+    ladder.choose(0.35).save_pretrained(run / "final")
+    assert draw(tmp_path / "named", *prompts, "--run", str(run))[0] == 0
+    low, default, named = (images(tmp_path, name)["000000.png"] for name in ("low", "default", "named"))
+    assert np.array_equal(low, named) and not np.array_equal(low, default)
+    code, error = draw(tmp_path / "named", *prompts, "--run", str(run), "--keep", "0.65")
+    assert code == 2 and "was drawn with keep=None, not 0.65" in error
+    for arguments, message in ((["--keep", "0.2"], "below the lowest rung of their ladder, which has 0.35, 0.5, 0.65"),
+                               (["--keep", "50"], "--keep 50.0: choose a share in (0, 1]"),
+                               (["--keep", "0.5", "--dense"], "--keep 0.5: has no meaning with --dense")):
+        code, error = draw(tmp_path / "other", *prompts, "--run", str(run), *arguments)
+        assert code == 2 and message in error
 
 
 def test_images_of_a_run_that_latest_meant_before_are_not_mixed_in(folder, tmp_path):

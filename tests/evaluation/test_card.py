@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from conftest import make_dit, make_unet, make_vae, save_stable_diffusion
 from diffusers import DDPMScheduler
-from helpers import experts_for
+from helpers import chain, experts_for
 
 from alter import ClassConditionalPipeline
 from alter.common.config import BackboneConfig, Config, DataConfig
 from alter.evaluation.report.card import model_card
+from alter.evaluation.report.words import achieved
 from alter.experts.load import pipeline_class
 
 
@@ -50,3 +51,12 @@ def test_the_printed_code_runs(tmp_path, save, name):
     assert hasattr(backbone, "_alter_applied")
     if name == "ClassConditionalPipeline":
         assert len(found["images"]) == 3 and np.asarray(found["images"][0]).std() > 0
+
+
+def test_a_ladder_is_told():
+    config = Config(backbone=BackboneConfig(pretrained="somewhere"), data=DataConfig(path="unused"))
+    experts = chain(make_dit(layers=6))
+    text = model_card(config, experts, achieved(experts), "DiTPipeline", None)
+    assert "turned into 2 temporal experts." in text and "The same weights serve 3 budgets: `experts.apply" in text
+    assert all(line in text for line in experts.table().splitlines()) and "6, unused: experts 0, 1, 3, 5" in text
+    assert "budgets" not in model_card(config, experts.only(), {}, "DiTPipeline", None)

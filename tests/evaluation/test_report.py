@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit, make_inputs, make_model, make_unet
-from helpers import table_of
+from helpers import TARGETS, chain, table_of
 from matplotlib.collections import QuadMesh
 from PIL import Image
 
@@ -89,15 +89,15 @@ def test_masks_are_the_experts_masks(kind):
     crosses = {(row, column) for column, row in axis.collections[1].get_offsets()}
     for row, name in enumerate(rows(axis)):
         index = experts.sites.index(site_names(experts)[name])
-        for e in range(4):
+        for e in range(3):
             assert drawn.mask[row, e] == (not experts.mask_EL[e, index]) == ((row + 0.5, e + 0.5) in crosses)
             if experts.mask_EL[e, index]:
                 assert drawn[row, e] == pytest.approx(value_L[index])
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1", "2", "3"]
-    assert axis.get_title("left").endswith("\nUnused: 3") and "Identical" not in figure.get_label()
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "1", "2"]
+    assert axis.get_title("left").endswith("\nUnused: expert 3") and "Identical" not in figure.get_label()
     borders = sum(line.get_ydata()[0] not in (0, len(experts.sites)) for line in axis.lines)
     assert borders == (2 if kind == "unet" else 0)
-    for e in range(4):
+    for e in range(3):
         said = re.search(rf"Expert {e} keeps (\d+) of (\d+) layers and skips ([^.]*)\.", figure.get_label())
         assert int(said[1]) == experts.mask_EL[e].sum() and int(said[2]) == len(experts.sites)
         assert {site_names(experts)[name] for name in said[3].split(", ")} == {
@@ -105,9 +105,10 @@ def test_masks_are_the_experts_masks(kind):
 
 
 def test_identical_experts_are_named_and_layers_of_one_cost_stay_apart():
-    experts = experts_of("dit", 5)
+    experts = experts_of("dit", 6)
     mask_EL = experts.mask_EL.copy()
     mask_EL[3], mask_EL[4], mask_EL[2] = mask_EL[0], mask_EL[1], mask_EL[0]
+    mask_EL[5] = mask_EL[1]  # unused
     experts = dataclasses.replace(experts, mask_EL=mask_EL)
     assert identical(experts) == [[0, 2, 3], [1, 4]] and len(set(experts.macs)) == 1
     figure = report.masks_figure(experts)
@@ -121,6 +122,28 @@ def test_identical_experts_are_named_and_layers_of_one_cost_stay_apart():
         assert np.allclose(drawn[row].compressed(), frequency)
 
 
+def test_of_a_ladder_the_chosen_rungs_experts_are_drawn(tmp_path):
+    experts = chain(make_dit(12))
+    for target in TARGETS:
+        one = experts.choose(target)
+        masks, routes, alike = (draw(one) for draw in (report.masks_figure, report.routes_figure,
+                                                       report.similarity_figure))
+        numbers = [str(e) for e in sorted(set(one.expert_T.tolist()))]
+        assert len(numbers) == 2 and [label.get_text() for label in masks.axes[0].get_xticklabels()] == numbers
+        assert "10 of them unused" in masks.axes[0].get_title("left")
+        assert [name.split()[0] for name in rows(routes.axes[0])] == rows(alike.axes[0]) == numbers
+        crosses = {(row, column) for column, row in masks.axes[0].collections[1].get_offsets()}
+        skipped = ~one.mask_EL[one.used][:, report.layers(one.sites)[0]]
+        assert crosses == {(row + 0.5, column + 0.5) for column, row in np.argwhere(skipped)}
+        colours = {e: bars.get_facecolor()[0].tolist() for e, bars in zip(one.used, routes.axes[0].collections,
+                                                                          strict=True)}
+        steps = report.steps_figure(one, [999, 400, 100])
+        assert [list(bar.get_facecolor()) for bar in steps.axes[0].patches] == [
+            colours[e] for e in one.expert_T[[999, 400, 100]]]
+        assert len(set(map(tuple, colours.values()))) == 2
+        report.plot_experts(one, tmp_path / "experts.png")
+
+
 def test_routes_and_macs_of_every_timestep():
     experts = experts_of("unet")
     figure = report.routes_figure(experts)
@@ -132,7 +155,7 @@ def test_routes_and_macs_of_every_timestep():
             painted[round(box.x0):round(box.x1)] = e
     assert np.array_equal(painted, experts.expert_T)
     assert f"Expert 0 serves {(experts.expert_T == 0).sum()} of 1000 timesteps, in" in figure.get_label()
-    assert "Expert 3 serves 0 of 1000 timesteps." in figure.get_label()
+    assert experts.used == [0, 1, 2] and "Expert 3" not in figure.get_label()
 
     macs = [experts.macs_total - sum(m for m, keeps in zip(experts.macs, experts.mask_EL[e], strict=True) if not keeps)
             for e in experts.expert_T]
@@ -169,11 +192,11 @@ def test_kept_frequency_and_similarity(kind):
         assert bar.get_width() == pytest.approx(kept / 1000)
 
     figure = report.similarity_figure(experts)
-    kept = [{i for i, keeps in enumerate(mask_L) if keeps} for mask_L in experts.mask_EL]
+    kept = [{i for i, keeps in enumerate(mask_L) if keeps} for mask_L in experts.mask_EL[:3]]
     expected = [[sum(experts.macs[i] for i in a & b) / sum(experts.macs[i] for i in a | b) for b in kept] for a in kept]
     assert np.allclose(figure.axes[0].collections[0].get_array(), expected)
     assert [text.get_text() for text in figure.axes[0].texts] == [f"{v:.2f}" for row in expected for v in row]
-    highest = max((expected[a][b], (a, b)) for a in range(4) for b in range(a))
+    highest = max((expected[a][b], (a, b)) for a in range(3) for b in range(a))
     assert "Most similar: experts {1[1]} and {1[0]} ({0:.2f}).".format(*highest) in figure.get_label()
     assert report.similarity_figure(experts_of(kind, count=1)).get_label() == "There is only one expert."
     nothing = dataclasses.replace(experts, mask_EL=np.zeros_like(experts.mask_EL))
@@ -188,7 +211,7 @@ def test_the_course_of_the_search(tmp_path):
     assert ratio.lines[0].get_xydata().tolist() == [[10, 0], [20, -1], [40, -3]]
     drawn, names = kept.collections[0].get_array(), rows(kept)
     routing, masks = report.routing_figure(records, experts), report.mask_history_figure(records, experts)
-    assert len(masks.axes) == len(experts.mask_EL)
+    assert len(masks.axes) == len(routing.axes) == 3  # of four, of which one never serves
     for column, record in enumerate(records):
         for row, name in enumerate(names):
             index = experts.sites.index(site_names(experts)[name])

@@ -10,6 +10,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, 
 from pipelines import draw, make_pipeline
 
 from alter import InputError
+from alter.experts.ladder import Rung
 
 STEPS = 8
 
@@ -117,8 +118,8 @@ def test_experts_that_skip_the_first_or_last_layer(config, skipped, name):
     with pytest.raises(InputError, match=f"experts: one skips {name}, which the enabled cache of diffusers") as caught:
         experts.apply(pipe)
     assert "\n" not in str(caught.value) and not hasattr(pipe.transformer, "_alter_applied")
-    unused = dataclasses.replace(experts, expert_T=np.where(experts.expert_T == 2, 1, experts.expert_T))
-    unused.apply(pipe)
+    rung = dataclasses.replace(experts.rung, expert_T=np.where(experts.expert_T == 2, 1, experts.expert_T))
+    dataclasses.replace(experts, ladder=(rung,)).apply(pipe)  # it is unused
     draw(pipe, num_inference_steps=STEPS)
 
 
@@ -129,4 +130,22 @@ def test_faster_cache_needs_what_the_first_step_leaves():
     with pytest.raises(InputError, match="the one of the first step skips transformer_blocks.0, of which FasterCache"):
         experts.apply(pipe)
     one_for_all(pipe.transformer, [0]).apply(pipe)  # which no expert runs
+    draw(pipe, num_inference_steps=STEPS)
+
+
+def test_a_rung_that_skips_what_a_cache_needs():
+    """Of the ladder, when it is applied; of a planner, when it is called."""
+    pipe = make_pipeline("flux")
+    experts = with_ends(pipe.transformer)
+    none_L = np.zeros_like(experts.mask_EL[:1])
+    experts = dataclasses.replace(experts, mask_EL=np.concatenate([experts.mask_EL, none_L]))
+    low = Rung(0.1, np.full(1000, 4))
+    pipe.transformer.enable_cache(first_block(pipe))
+    with pytest.raises(InputError, match="experts: one skips transformer_blocks.0, which the enabled cache"):
+        dataclasses.replace(experts, ladder=(low, experts.rung)).apply(pipe)
+    experts.apply(pipe)
+    with experts.at(low), pytest.raises(InputError, match="experts: one skips transformer_blocks.0, which the enabled"):
+        draw(pipe, num_inference_steps=STEPS)
+    with pytest.raises(InputError, match="experts: one skips transformer_blocks.0, which the enabled cache"):
+        experts.apply(pipe, low)
     draw(pipe, num_inference_steps=STEPS)

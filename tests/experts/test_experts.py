@@ -1,5 +1,4 @@
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -160,18 +159,6 @@ def test_wrong_models_are_refused():
     Simulator(model)
     with pytest.raises(InputError, match="already has gates"):
         experts.apply(model)
-
-
-@pytest.mark.parametrize("field, value", [
-    ("format", 99), ("masks", [[1, 0]]), ("masks", [[1, 0, 2, 1], [1, 1, 1, 1]]), ("expert_of_timestep", [0, 7]),
-    ("expert_of_timestep", []), ("macs_total", None), ("budget", {}), ("sites", [{"name": "x"}]),
-])
-def test_a_damaged_file_is_refused_with_its_field(tmp_path, field, value):
-    make_experts().save_pretrained(tmp_path)
-    file = tmp_path / "experts.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    with pytest.raises(InputError, match=r"experts\.json: "):
-        TemporalExperts.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_experts_is_refused(tmp_path):

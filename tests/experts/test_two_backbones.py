@@ -6,9 +6,13 @@ import json
 import numpy as np
 import pytest
 from by_hand import counting, make_experts, serve_by_hand
+from helpers import TARGETS, chain
 from pipelines import draw, make_pipeline
 
 from alter import InputError, TemporalExperts, load_pipeline
+from alter.backbones.cost import CostTable
+from alter.backbones.sites import find_sites
+from alter.experts.ladder import Rung
 
 
 def both(pipe):
@@ -98,3 +102,28 @@ def test_push_to_hub_uploads_to_the_folder_of_the_component(monkeypatch):
     monkeypatch.setattr("alter.experts.artefact.HfApi.upload_file", lambda self, **options: calls.append(options))
     both(make_pipeline("wan22"))[1].push_to_hub("me/mine")
     assert calls[0]["path_in_repo"] == "transformer_2/experts.json"
+
+
+def test_one_dial_serves_both():
+    pipe = make_pipeline("wan22")
+    sites = tuple(site.name for site in find_sites(pipe.transformer))
+    cost = CostTable(sites, (1,) * len(sites), (1,) * len(sites), 2 * len(sites), len(sites), "WanTransformer3DModel")
+    ladder = tuple(Rung(target, np.full(1000, skipped)) for skipped, target in zip((2, 1, 0), TARGETS, strict=True))
+    first, second = (dataclasses.replace(chain(None, component=component, cost=cost, seed=seed), ladder=ladder)
+                     for seed, component in enumerate((None, "transformer_2")))
+    expected = {}
+    for one, other in ((0.35, 0.35), (0.5, 0.5), (0.65, 0.65), (0.35, 0.5)):
+        with first.only(one).apply(pipe), second.only(other).apply(pipe):
+            expected[one, other] = draw(pipe, num_inference_steps=6)
+    assert len({drawn.tobytes() for drawn in expected.values()}) == 4
+    first.apply(pipe)
+    second.apply(pipe)
+    assert np.array_equal(draw(pipe, num_inference_steps=6), expected[0.5, 0.5])
+    for dial in (first, second):
+        for target in (0.35, 0.65):
+            with dial.at(target):
+                assert np.array_equal(draw(pipe, num_inference_steps=6), expected[target, target])
+    with first.at(first.ladder[0]):  # a Rung is of one artefact
+        assert np.array_equal(draw(pipe, num_inference_steps=6), expected[0.35, 0.5])
+        with second.at(second.ladder[0]):
+            assert np.array_equal(draw(pipe, num_inference_steps=6), expected[0.35, 0.35])

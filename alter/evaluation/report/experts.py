@@ -25,7 +25,7 @@ from .drawing import (
     name_rows,
     styled,
 )
-from .words import macs, percent
+from .words import macs, percent, used
 
 
 def kept_frequency(mask_EL: np.ndarray, expert_T: np.ndarray) -> np.ndarray:
@@ -34,63 +34,72 @@ def kept_frequency(mask_EL: np.ndarray, expert_T: np.ndarray) -> np.ndarray:
 
 
 def similarity(experts: TemporalExperts) -> np.ndarray:
-    """MACs of the layers that both experts keep, divided by those of the layers that either keeps, float64 [E, E]."""
-    kept, macs = experts.mask_EL, np.array(experts.macs, dtype=np.float64)
+    """MACs of the layers that both experts keep, divided by those of the layers that either keeps, float64 [U, U].
+
+    Of the U experts that are used.
+    """
+    kept, macs = experts.mask_EL[experts.used], np.array(experts.macs, dtype=np.float64)
     both = (kept * macs) @ kept.T
     either = (kept @ macs)[:, None] + kept @ macs - both
     return np.divide(both, either, out=np.ones_like(both), where=either > 0)
 
 
 def identical(experts: TemporalExperts) -> list[list[int]]:
-    """Groups of two or more experts with the same mask."""
+    """Groups of two or more used experts with the same mask."""
     groups: dict[bytes, list[int]] = {}
-    for e, mask_L in enumerate(experts.mask_EL):
-        groups.setdefault(mask_L.tobytes(), []).append(e)
+    for e in experts.used:
+        groups.setdefault(experts.mask_EL[e].tobytes(), []).append(e)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def colours(experts: TemporalExperts) -> dict[int, str]:
+    """Of each used expert."""
+    return {e: EXPERTS[place % len(EXPERTS)] for place, e in enumerate(experts.used)}
 
 
 @styled
 def masks_figure(experts: TemporalExperts, into: Any = None) -> Figure:
-    """Which layers each expert keeps, drawn `into` a SubFigure, if given.
+    """Which layers each used expert keeps, drawn `into` a SubFigure, if given.
 
     A kept layer has the colour of its share of the MACs or, where all layers cost the same, of the timesteps.
     """
-    mask_LE, (order, names) = experts.mask_EL.T, layers(experts.sites)
-    figure, axis = make_figure(1.4 + ROW * len(names), width=max(WIDTH, 1.5 + 0.24 * mask_LE.shape[1]), into=into)
+    mask_LU, (order, names) = experts.mask_EL[experts.used].T, layers(experts.sites)
+    figure, axis = make_figure(1.4 + ROW * len(names), width=max(WIDTH, 1.5 + 0.24 * mask_LU.shape[1]), into=into)
     value_L, label = np.array(experts.macs) / experts.macs_total, "the layer's share of the dense MACs"
     if len(set(experts.macs)) == 1:
         value_L, label = kept_frequency(experts.mask_EL, experts.expert_T), "share of the timesteps that run the layer"
-    value_LE = np.ma.masked_where(~mask_LE, mask_LE * value_L[:, None])
-    mesh = draw_rows(axis, experts.sites, value_LE, vmin=0, vmax=value_LE.max(), edgecolors=INK, linewidth=0.5)
-    rows, columns = np.nonzero(~mask_LE[order])
+    value_LU = np.ma.masked_where(~mask_LU, mask_LU * value_L[:, None])
+    mesh = draw_rows(axis, experts.sites, value_LU, vmin=0, vmax=value_LU.max(), edgecolors=INK, linewidth=0.5)
+    rows, columns = np.nonzero(~mask_LU[order])
     axis.scatter(columns + 0.5, rows + 0.5, marker="x", color=INK, s=9, linewidth=0.7)
-    axis.set_xticks(np.arange(mask_LE.shape[1]) + 0.5, range(mask_LE.shape[1]))
+    axis.set_xticks(np.arange(mask_LU.shape[1]) + 0.5, experts.used)
     alike = "; ".join(" = ".join(map(str, group)) for group in identical(experts))
-    unused = ", ".join(str(e) for e in range(mask_LE.shape[1]) if e not in experts.used)
-    notes = [f"{title}: {numbers}" for title, numbers in (("Identical experts", alike), ("Unused", unused)) if numbers]
+    notes = [f"Identical experts: {alike}"] if alike else []
+    if len(experts.used) < len(experts.mask_EL):
+        notes.append(used(experts).capitalize())
     lines = ["Layers: filled if run, × if skipped", *(textwrap.fill(note, 44) for note in notes)]
     axis.set(xlabel="expert", title="\n".join(lines))
     add_colorbar(figure, axis, mesh, label)
     return described(figure, *(
         f"Expert {e} keeps {mask_L.sum()} of {len(mask_L)} layers and skips "
         f"{', '.join(name for name, keeps in zip(names, mask_L[order], strict=True) if not keeps) or 'none'}."
-        for e, mask_L in enumerate(experts.mask_EL)), *(f"{note}." for note in notes))
+        for e, mask_L in zip(experts.used, mask_LU.T, strict=True)), *(f"{note}." for note in notes))
 
 
 @styled
 def routes_figure(experts: TemporalExperts, into: Any = None) -> Figure:
     """Which training timesteps each expert serves."""
-    number, total = len(experts.mask_EL), len(experts.expert_T)
+    number, total = len(experts.used), len(experts.expert_T)
     figure, axis = make_figure(0.8 + 0.28 * number, into=into)
     borders = [*np.flatnonzero(np.diff(experts.expert_T, prepend=-1)).tolist(), total]
     texts = []
-    for e in range(number):
+    for row, (e, colour) in enumerate(colours(experts).items()):
         spans = [(low, high - low) for low, high in pairwise(borders) if experts.expert_T[low] == e]
-        axis.broken_barh(spans, (e - 0.42, 0.84), color=EXPERTS[e % len(EXPERTS)], linewidth=0.2)
-        axis.axhline(e + 0.5, color=INK, linewidth=0.4, alpha=0.4)
-        where = f", in {len(spans)} intervals from {spans[0][0]} to {sum(spans[-1]) - 1}" if spans else ""
-        texts.append(f"Expert {e} serves {sum(length for _, length in spans)} of {total} timesteps{where}.")
-    axis.set_yticks(range(number), [f"{e} ({(experts.expert_T == e).mean():.0%})" for e in range(number)])
+        axis.broken_barh(spans, (row - 0.42, 0.84), color=colour, linewidth=0.2)
+        axis.axhline(row + 0.5, color=INK, linewidth=0.4, alpha=0.4)
+        texts.append(f"Expert {e} serves {sum(length for _, length in spans)} of {total} timesteps, in {len(spans)} "
+                     f"intervals from {spans[0][0]} to {sum(spans[-1]) - 1}.")
+    axis.set_yticks(range(number), [f"{e} ({(experts.expert_T == e).mean():.0%})" for e in experts.used])
     axis.set(xlim=(0, total), ylim=(number - 0.5, -0.5), xlabel="training timestep (high: noise)", ylabel="expert",
              title="Timesteps per expert (share of all)")
     return described(figure, *texts)
@@ -119,7 +128,7 @@ def steps_figure(experts: TemporalExperts, timesteps: list[int]) -> Figure:
     expert_S, share_S = experts.expert_T[timesteps], experts.macs_T[timesteps] / experts.macs_total
     figure, axis = make_figure(2.5, width=max(WIDTH, 0.5 + 0.15 * len(timesteps)))
     bars = axis.bar(range(len(timesteps)), share_S, edgecolor=INK, linewidth=0.5,
-                    color=[EXPERTS[e % len(EXPERTS)] for e in expert_S])
+                    color=[colours(experts)[e] for e in expert_S])
     axis.bar_label(bars, list(map(str, expert_S)), fontsize=7.5, padding=1)
     axis.axhline(1, color=INK, linestyle="--", linewidth=0.8)
     axis.set_xticks(range(len(timesteps)), list(map(str, timesteps)), rotation=90, fontsize=7.5)
@@ -150,7 +159,8 @@ def frequency_figure(experts: TemporalExperts) -> Figure:
 @styled
 def similarity_figure(experts: TemporalExperts) -> Figure:
     """How similar the experts are: see `similarity`."""
-    alike, number = similarity(experts), len(experts.mask_EL)
+    alike, names = similarity(experts), experts.used
+    number = len(names)
     side = max(2.6, 0.4 + 0.32 * number)
     figure, axis = make_figure(side + 0.2, width=max(WIDTH, side))
     axis.pcolormesh(alike, cmap="cividis", vmin=0, vmax=1, rasterized=True)
@@ -158,9 +168,9 @@ def similarity_figure(experts: TemporalExperts) -> Figure:
         axis.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5,
                   color="black" if value > 0.47 else "white")
     ticks = np.arange(number) + 0.5
-    axis.set(xticks=ticks, yticks=ticks, xticklabels=range(number), yticklabels=range(number), aspect="equal",
+    axis.set(xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names, aspect="equal",
              xlabel="expert", ylabel="expert", ylim=(number, 0), title="Similarity: MACs in both / MACs in either")
-    pairs = sorted((alike[a, b], f"experts {a} and {b}") for a, b in combinations(range(number), 2))
+    pairs = sorted((alike[a, b], f"experts {names[a]} and {names[b]}") for a, b in combinations(range(number), 2))
     texts = [f"{which} similar: {pair} ({value:.2f})." for which, (value, pair)
              in zip(("Most", "Least"), pairs[-1:] + pairs[:1], strict=False)]
     return described(figure, *texts or ["There is only one expert."])

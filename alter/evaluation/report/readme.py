@@ -19,7 +19,8 @@ from ...backbones.sampling import sample_latents
 from ...backbones.schedules import load_scheduler, make_solver
 from ...common.errors import InputError
 from ...experts.artefact import TemporalExperts
-from .drawing import EXPERTS, INK, described, layers, styled
+from .drawing import INK, described, layers, styled
+from .experts import colours
 from .runs import Run
 from .samples import show
 from .words import duration, macs, quality
@@ -128,7 +129,7 @@ def map_figure(experts: TemporalExperts, timesteps: list[int]) -> Figure:
     figure = Figure((_WIDTH, 1.5 + high * len(names)), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[0.28, high * len(names)])
     for s, expert in enumerate(expert_S):
-        colour = EXPERTS[expert % len(EXPERTS)]
+        colour = colours(experts)[expert]
         above.bar(s, 1, 0.9, color=colour)
         above.text(s, 0.5, str(expert), ha="center", va="center", color="white", fontsize=9, fontweight="bold")
         for row, keeps in enumerate(keeps_LS[:, s]):

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...common.errors import InputError
 from ...common.files import write_text
+from ...experts.stored import from_runs, runs
 from ...method.sensitivity import Sensitivity
 
 HISTORY, SENSITIVITY = "history.jsonl", "sensitivity.json"
@@ -15,9 +16,7 @@ HISTORY, SENSITIVITY = "history.jsonl", "sensitivity.json"
 
 def describe_masks(mask_EL: np.ndarray, expert_T: np.ndarray) -> dict[str, Any]:
     """Masks bool [E, L] as strings of 0 and 1, and routes int [T] as [first timestep, expert] wherever they change."""
-    firsts = [0, *(np.flatnonzero(np.diff(expert_T)) + 1).tolist()]
-    return {"masks": ["".join(map(str, mask_L.astype(int))) for mask_L in mask_EL],
-            "routes": [[first, int(expert_T[first])] for first in firsts]}
+    return {"masks": ["".join(map(str, mask_L.astype(int))) for mask_L in mask_EL], "routes": runs(expert_T)}
 
 
 def read_history(file: Path, timesteps: int) -> list[dict[str, Any]]:
@@ -25,12 +24,9 @@ def read_history(file: Path, timesteps: int) -> list[dict[str, Any]]:
     records = []
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        ends = [first for first, _ in record["routes"]][1:] + [timesteps]
-        lengths = [end - first for (first, _), end in zip(record["routes"], ends, strict=True)]
-        experts = [expert for _, expert in record["routes"]]
         records.append({"step": record["step"], "keep_ratio": record["keep_ratio"],
                         "mask_EL": np.array([[bit == "1" for bit in mask] for mask in record["masks"]]),
-                        "expert_T": np.repeat(experts, lengths)})
+                        "expert_T": from_runs(record["routes"], timesteps)})
     return records
 
 

@@ -57,7 +57,7 @@ class Run:
         share_L = experts.latency.share_L if experts.latency else np.array(experts.macs) / experts.macs_total
         visited = None if experts.timesteps is None else np.array(experts.timesteps)
         return verdict(self.table, Budget(share_L, experts.keep_ratio_target, experts.budget_over, visited),
-                       len(experts.mask_EL))
+                       len(experts.used))
 
     def visited(self, sampler: str, steps: int) -> list[int]:
         """The training timesteps at which that diffusers scheduler runs the backbone, in its order."""

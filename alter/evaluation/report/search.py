@@ -39,13 +39,14 @@ def evolution_figure(history: list[dict[str, Any]], experts: TemporalExperts) ->
 
 @styled
 def mask_history_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> Figure:
-    """Which layers each expert kept during the search: a strip per expert, a row per layer."""
+    """Which layers each expert kept during the search: a strip per expert that some record uses, a row per layer."""
     (order, _), (steps, edges) = layers(experts.sites), _steps(history)
-    mask_ELR = np.stack([record["mask_EL"] for record in history], axis=2)[:, order]
-    number, depth = mask_ELR.shape[:2]
+    ever = _used(history)
+    mask_ULR = np.stack([record["mask_EL"][ever] for record in history], axis=2)[:, order]
+    number, depth = mask_ULR.shape[:2]
     figure, strips = make_figure(0.6 + (0.4 + 0.04 * depth) * number, number, sharex=True, squeeze=False)
     texts = []
-    for e, (axis, mask_LR) in enumerate(zip(strips[:, 0], mask_ELR, strict=True)):
+    for e, axis, mask_LR in zip(ever, strips[:, 0], mask_ULR, strict=True):
         axis.pcolormesh(edges, range(depth + 1), mask_LR, vmin=0, vmax=1, cmap="cividis", rasterized=True)
         changed = int((mask_LR[:, 1:] != mask_LR[:, :-1]).sum())
         axis.set(ylim=(depth, 0), yticks=[0, depth], title=f"Layers of expert {e} ({mask_LR[:, -1].sum()} at the end)")
@@ -57,12 +58,12 @@ def mask_history_figure(history: list[dict[str, Any]], experts: TemporalExperts)
 
 @styled
 def routing_figure(history: list[dict[str, Any]], experts: TemporalExperts) -> Figure:
-    """Which timesteps each expert served during the search: a strip per expert, in a hundred bins."""
-    number, timesteps = len(experts.mask_EL), len(experts.expert_T)
+    """Which timesteps each expert served during the search: a strip per expert that served some, in a hundred bins."""
+    ever, timesteps = _used(history), len(experts.expert_T)
     (steps, edges), expert_TR = _steps(history), np.stack([record["expert_T"] for record in history], axis=1)
-    figure, strips = make_figure(0.6 + 0.8 * number, number, sharex=True, squeeze=False)
+    figure, strips = make_figure(0.6 + 0.8 * len(ever), len(ever), sharex=True, squeeze=False)
     texts = []
-    for e, axis in enumerate(strips[:, 0]):
+    for e, axis in zip(ever, strips[:, 0], strict=True):
         share_BR = np.stack([part.mean(axis=0) for part in np.array_split(expert_TR == e, min(100, timesteps))])
         borders = np.linspace(0, timesteps, len(share_BR) + 1)
         axis.pcolormesh(edges, borders, share_BR, vmin=0, vmax=1, cmap="cividis", rasterized=True)
@@ -124,6 +125,11 @@ def sensitivity_figure(table: Sensitivity) -> Figure:
 def plot_sensitivity(table: Sensitivity, path: Path) -> None:
     """sensitivity.png."""
     sensitivity_figure(table).savefig(path, dpi=110)
+
+
+def _used(history: list[dict[str, Any]]) -> list[int]:
+    """The experts that some record's timesteps use."""
+    return np.unique([record["expert_T"] for record in history]).tolist()
 
 
 def _steps(history: list[dict[str, Any]]) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from ...experts.artefact import TemporalExperts
 Groups = dict[str, dict[str, str]]  # rows by their name, by the title of their group
 _SI = EngFormatter(sep=" ")
 _QUALITY = {"dense_50": "dense, 50 steps", "dense": "dense, {} steps", "experts": "experts, {} steps"}
+_NAMED = 8  # unused experts; more are counted
 _COUNTS = ("skipped_samples", "truncated_prompts", "skipped_updates")  # shown where they are not 0
 _KNOWN = {"keep_ratio_target", "budget_over", "keep_ratio", "prunable_share", "macs_dense", "macs_experts",
           "time_ratio", "time_measured_on", "experts_count", "experts_used", "output_error", "denoise_error",
@@ -72,7 +73,7 @@ def achieved(experts: TemporalExperts) -> dict[str, Any]:
         "keep_ratio_target": experts.keep_ratio_target, "budget_over": experts.budget_over,
         "keep_ratio": experts.keep_ratio, "macs_dense": experts.macs_total, "macs_experts": round(experts.macs_mean),
         "experts_count": len(experts.mask_EL), "experts_used": len(experts.used),
-        "experts_unused": [e for e in range(len(experts.mask_EL)) if e not in experts.used],
+        "experts_unused": _unused_experts(experts),
     }
     if experts.latency is not None:
         found |= {"time_ratio": experts.time_ratio, "time_measured_on": experts.latency.place}
@@ -90,7 +91,7 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
     steps, dense = number(found.get("sampling_steps")), macs(found.get("macs_dense"))
     budget = ("time" if "time_ratio" in found else "MACs") + (
         " of the prunable layers" if found.get("budget_over") == "prunable" else "")
-    unused = used(found.get("experts_unused", []))
+    unused = _unused(found.get("experts_unused", []))
     groups = {
         "Budget": rows(
             ("keep_ratio_target", "target", lambda share: f"{percent(share)} of the dense model's {budget}"),
@@ -114,8 +115,18 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
     return {title: group for title, group in groups.items() if group}
 
 
-def used(unused: list[int]) -> str:
+def used(experts: TemporalExperts) -> str:
     """Which experts no timestep uses, in words."""
+    return _unused(_unused_experts(experts))
+
+
+def _unused_experts(experts: TemporalExperts) -> list[int]:
+    return sorted({*range(len(experts.mask_EL))} - {*experts.used})
+
+
+def _unused(unused: list[int]) -> str:
+    if len(unused) > _NAMED:
+        return f"{len(unused)} of them unused"
     return f"unused: expert{'s' * (len(unused) > 1)} {', '.join(map(str, unused))}" if unused else "all used"
 
 

@@ -49,7 +49,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
         "(batch 1; convolutions, matrix and attention products)",
         f"prunable: {cost.prunable_share:.1%} of the MACs",
         f"budget: keep {_budget(config, budget, experts)}{_averaged(config, plan)}; "
-        f"{len(experts.mask_EL) if experts else config.experts.count} experts",
+        f"{len(experts.used) if experts else config.experts.count} experts",
         f"noise: {_noise(plan)}" + (f", at {len(plan.noising.visited)} timesteps" if plan.noising.visited else ""),
         f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
