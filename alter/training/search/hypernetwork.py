@@ -34,11 +34,13 @@ class HypernetworkSearch:
         self._share()
 
     def begin(self) -> None:
-        """Choose where a new search starts; with `experts.start=greedy` by measuring (minutes)."""
-        if self.config.experts.start == "greedy" and self.trainer.accelerator.is_main_process:
-            table = measure_sensitivity(self.config, self.parts)
+        """Choose where a new search starts, unless it is the dense model by measuring (minutes)."""
+        experts = self.config.experts
+        if experts.start != "dense" and self.trainer.accelerator.is_main_process:
+            apart = experts.start == "measured"
+            table = measure_sensitivity(self.config, self.parts, max(10, 2 * experts.count) if apart else 10)
             write_sensitivity(table, self.trainer.run_dir / SENSITIVITY)
-            start_near(table, self.parts.budget, self.hypernetwork)
+            start_near(table, self.parts.budget, self.hypernetwork, apart)
             self.trainer.backbone.train()
         self._share()
 
