@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from torch import Tensor
 
 from ...backbones.gates import SoftRows
 from ...common.device import to_device
@@ -12,6 +13,7 @@ from ...evaluation.report.records import SENSITIVITY, write_sensitivity
 from ...experts.artefact import TemporalExperts
 from ...method import losses
 from ...method.diffusion import generator
+from ...method.hypernetwork import Logits
 from ...method.sensitivity import start_near
 from ..batch import Batch
 from ..measure import measure_sensitivity
@@ -55,25 +57,28 @@ class HypernetworkSearch:
         """Its optimizers with their learning rates, by the names under which checkpoints hold them."""
         return {"hyper_update": (self.hyper_update, self.config.optim.hypernetwork_lr)}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Its state, for a checkpoint."""
         return self.hypernetwork.state_dict()
 
-    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Go on from `tensors`."""
         self.hypernetwork.load_state_dict(tensors)
 
     def update(self, batches: list[Batch]) -> dict[str, float]:
-        """One step of Φ on L_H, with θ as it is and one draw of the masks' noise; metrics to log."""
+        """One step of Φ on L_H, with θ as it is and a draw of masks and routes for each sample, or one for all; metrics
+        to log."""
         trainer, parts, loss, update = self.trainer, self.parts, self.config.loss, self.hyper_update
         logits = self.hypernetwork()
-        mask_EL, router_TE = self.hypernetwork.sample(logits, generator(self.config.seed, trainer.step, 1))
-        # Micro-batches send their gradients to these leaves, so that Φ itself is differentiated once, and
-        # processes exchange nothing larger than the masks. Weights of the backbone get no gradient here.
-        leaves = [mask_EL.detach().requires_grad_(), router_TE.detach().requires_grad_()]
+        # Micro-batches send their gradients to leaves, so that Φ itself is differentiated once, and processes exchange
+        # nothing larger than the masks and routes. Weights of the backbone get no gradient here.
+        each = self.config.search.draws == "sample"
+        roots = logits if each else self.hypernetwork.sample(logits, generator(self.config.seed, trainer.step, 1))
+        leaves = Logits(*(root.detach().requires_grad_() for root in roots))
         totals, gradients = [], [torch.zeros_like(leaf) for leaf in leaves]
         for batch in batches:
-            mask_BL = leaves[1][to_device(batch.rows, mask_EL.device)] @ leaves[0]
+            rows = to_device(batch.rows, leaves.mask_EL.device)
+            mask_BL = self._sample_each(leaves, rows, batch, 0) if each else leaves.router_TE[rows] @ leaves.mask_EL
             terms = trainer.terms(trainer.backbone, batch, SoftRows(mask_BL))
             perf = losses.weighted_sum(terms, loss.weights)
             for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
@@ -84,14 +89,19 @@ class HypernetworkSearch:
         expected, target = parts.budget.expected(logits), self.target()
         ratio = losses.log_ratio(expected, target)
         balance = losses.load_balance(logits.router_TE, trainer.balance_T)
-        sampled = [(out, grad) for out, grad in zip((mask_EL, router_TE), gradients, strict=True)
-                   if out.requires_grad]
-        outputs = [out for out, _ in sampled] + [update.scaler.scale(loss.ratio * ratio + loss.balance * balance)]
-        torch.autograd.backward(outputs, [grad for _, grad in sampled] + [None])
+        weight = 0.0 if self.config.experts.router == "ordered" else loss.balance  # cut points need no balance
+        learned = [(root, grad) for root, grad in zip(roots, gradients, strict=True) if root.requires_grad]
+        outputs = [root for root, _ in learned] + [update.scaler.scale(loss.ratio * ratio + weight * balance)]
+        torch.autograd.backward(outputs, [grad for _, grad in learned] + [None])
         trainer.readout.note("search", trainer.step, update, totals, ratio=ratio, balance=balance,
                              expected_keep_ratio=expected, gradient_norm=update.clip())
         update.step()
         return {"search/target": target}
+
+    def _sample_each(self, logits: Logits, rows: Tensor, batch: Batch, use: int) -> Tensor:
+        """Masks of a micro-batch's samples, float [B, L]; `use` separates those for Φ from those for θ."""
+        experts, sites = logits.mask_EL.shape
+        return self.hypernetwork.sample_each(logits, rows, batch.drawn.uniform((experts, sites + 1), stream=1, use=use))
 
     def target(self) -> float:
         """What L_ratio drives the expected keep ratio to, at this step of the search."""
@@ -104,7 +114,20 @@ class HypernetworkSearch:
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks bool [M, L] for the next update of the weights, and which of them each timestep has, int64 [T]: those
         of Φ now, at its expected keep ratio. Costs a host read."""
-        return self.parts.budget.masks(self.hypernetwork(), read=self.trainer.readout.read)
+        logits, budget, read = self.hypernetwork(), self.parts.budget, self.trainer.readout.read
+        if not self.config.search.supernet:
+            return budget.masks(logits, read=read)
+        known = torch.from_numpy(read(torch.cat([values.flatten().double() for values in logits])))
+        split = known.split([values.numel() for values in logits])
+        self._host_logits = Logits(*(values.view(like.shape) for values, like in zip(split, logits, strict=True)))
+        return budget.masks(self._host_logits)
+
+    @torch.no_grad()
+    def drawn(self, batches: list[Batch]) -> list[Tensor] | None:
+        """With `search.supernet`, after `masks`: a draw for each sample of the micro-batches, bool [B, L]."""
+        if not self.config.search.supernet:
+            return None
+        return [self._sample_each(self._host_logits, batch.rows, batch, 1).bool() for batch in batches]
 
     def finish(self) -> TemporalExperts:
         """T_end: the most probable masks at the target itself. Costs a host read."""
