@@ -282,6 +282,9 @@ class Config:
     output_dir: str | None = key(
         None, "Run directory. Unset: outputs/<name>/<UTC time>, with a link outputs/<name>/latest."
     )
+    paper: bool = key(
+        False, "Take the paper's value of every key of the search where the file or the defaults have another; the "
+        "command line has the last word. The run's own config.yaml then holds these values, and false here.")
     seed: int = key(0, "Seed of everything random.", within="[0, 4294967295]")
     resume: str | None = key(
         None, "latest, or a checkpoint's folder: continue from there. latest looks in `output_dir`, or in "
@@ -312,6 +315,8 @@ class Config:
     def _faults(self) -> Iterator[str]:
         """What the keys say together."""
         train = self.train
+        if self.paper:
+            yield "paper=true is resolved by load_config: pass it there, or set the keys themselves"
         if not re.fullmatch(r"[^/\\\0]+", self.name) or self.name in (".", ".."):
             yield f"name={self.name!r}: it names a folder below outputs/: use a word without / and \\"
         if self.backbone.pretrained is None:
