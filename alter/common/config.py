@@ -360,8 +360,8 @@ class Config:
         if low < high and not elastic and self.experts.pretrained is None:
             yield f"budget.keep_ratio=[{low}, {high}]: a range needs search.method=elastic: set it, or give one ratio"
         if self.search.supernet and self.train.schedule == "two_stage":
-            yield ("search.supernet=true has no effect with train.schedule=two_stage, which leaves the weights alone while "
-                   "it searches: leave it out")
+            yield ("search.supernet=true has no effect with train.schedule=two_stage, which leaves the weights alone "
+                   "while it searches: leave it out")
         if elastic:
             settings = {"experts.start": (self.experts.start, "dense"), "budget.descent": (self.budget.descent, 0.0),
                         "train.schedule": (self.train.schedule, "joint"),

@@ -1,5 +1,6 @@
 """The paper's search: the hypernetwork learns masks and routes, a step an iteration, beside the weights."""
 
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -70,33 +71,43 @@ class HypernetworkSearch:
         to log."""
         trainer, parts, loss, update = self.trainer, self.parts, self.config.loss, self.hyper_update
         logits = self.hypernetwork()
-        # Micro-batches send their gradients to leaves, so that Φ itself is differentiated once, and processes exchange
-        # nothing larger than the masks and routes. Weights of the backbone get no gradient here.
+        roots, gradients, totals = self.gradients(logits, batches)
+        expected, target = parts.budget.expected(logits), self.target()
+        ratio = losses.log_ratio(expected, target)
+        balance = losses.load_balance(logits.router_TE, trainer.balance_T)
+        weight = 0.0 if self.config.experts.router == "ordered" else loss.balance  # cut points need no balance
+        outputs = [*roots, update.scaler.scale(loss.ratio * ratio + weight * balance)]
+        torch.autograd.backward(outputs, [*gradients, None])
+        trainer.readout.note("search", trainer.step, update, totals, ratio=ratio, balance=balance,
+                             expected_keep_ratio=expected, gradient_norm=update.clip())
+        update.step()
+        return {"search/target": target}
+
+    def gradients(self, logits: Logits, batches: list[Batch]) -> tuple[list[Tensor], list[Tensor], list[dict]]:
+        """The scaled gradients of L_perf over all processes.
+
+        Micro-batches send them to leaves, so that Φ itself is differentiated once, and processes exchange nothing
+        larger than masks and routes. Weights of the backbone get no gradient here.
+
+        Returns: what was drawn for all samples, or the logits, from which each sample's were; its gradients, without
+            what is not learned; and the losses of every micro-batch.
+        """
         each = self.config.search.draws == "sample"
-        roots = logits if each else self.hypernetwork.sample(logits, generator(self.config.seed, trainer.step, 1))
+        step, scaler = self.trainer.step, self.hyper_update.scaler
+        roots = logits if each else self.hypernetwork.sample(logits, generator(self.config.seed, step, 1))
         leaves = Logits(*(root.detach().requires_grad_() for root in roots))
         totals, gradients = [], [torch.zeros_like(leaf) for leaf in leaves]
         for batch in batches:
             rows = to_device(batch.rows, leaves.mask_EL.device)
             mask_BL = self._sample_each(leaves, rows, batch, 0) if each else leaves.router_TE[rows] @ leaves.mask_EL
-            terms = trainer.terms(trainer.backbone, batch, SoftRows(mask_BL))
-            perf = losses.weighted_sum(terms, loss.weights)
-            for total, gradient in zip(gradients, torch.autograd.grad(update.scaler.scale(perf), leaves), strict=True):
+            terms = self.trainer.terms(self.trainer.backbone, batch, SoftRows(mask_BL))
+            perf = losses.weighted_sum(terms, self.config.loss.weights)
+            for total, gradient in zip(gradients, torch.autograd.grad(scaler.scale(perf), leaves), strict=True):
                 total += gradient / len(batches)
             totals.append({name: value.detach() for name, value in {**terms, "perf": perf}.items()})
-        gradients = [trainer.accelerator.reduce(gradient, "mean") for gradient in gradients]
-
-        expected, target = parts.budget.expected(logits), self.target()
-        ratio = losses.log_ratio(expected, target)
-        balance = losses.load_balance(logits.router_TE, trainer.balance_T)
-        weight = 0.0 if self.config.experts.router == "ordered" else loss.balance  # cut points need no balance
-        learned = [(root, grad) for root, grad in zip(roots, gradients, strict=True) if root.requires_grad]
-        outputs = [root for root, _ in learned] + [update.scaler.scale(loss.ratio * ratio + weight * balance)]
-        torch.autograd.backward(outputs, [grad for _, grad in learned] + [None])
-        trainer.readout.note("search", trainer.step, update, totals, ratio=ratio, balance=balance,
-                             expected_keep_ratio=expected, gradient_norm=update.clip())
-        update.step()
-        return {"search/target": target}
+        gradients = [self.trainer.accelerator.reduce(gradient, "mean") for gradient in gradients]
+        learned = [root.requires_grad for root in roots]
+        return list(compress(roots, learned)), list(compress(gradients, learned)), totals
 
     def _sample_each(self, logits: Logits, rows: Tensor, batch: Batch, use: int) -> Tensor:
         """Masks of a micro-batch's samples, float [B, L]; `use` separates those for Φ from those for θ."""
