@@ -25,6 +25,8 @@ from alter.backbones.cost import count_cost
 from alter.backbones.latency import Latency
 from alter.common.config import BackboneConfig, Config, DataConfig
 from alter.experts.ladder import Rung
+from alter.method.budget import nearest, timestep_weights
+from alter.method.routers import Times
 from alter.method.sensitivity import Sensitivity
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build
@@ -39,6 +41,16 @@ KEYS = {
     "fd_dense", "fd_experts", "fd_dense_50", "accuracy_dense", "accuracy_experts", "output_error", "seconds_total",
 }
 HANGING = 900  # seconds after which a process is taken to hang, however busy the machine is
+
+
+def times_of(noising, visited=None, only=False, features_TD=None):
+    """Of a thousand timesteps, of which a sampler's may count, or be the `only` ones that are trained."""
+    log_snr_T = noising.log_snr(noising.at(torch.arange(1000)))
+    if only:
+        log_snr_T = log_snr_T[torch.from_numpy(nearest(1000, visited))]
+    if features_TD is None:
+        features_TD = torch.zeros(1000, 8)
+    return Times(features_TD, log_snr_T, timestep_weights(1000, visited))
 
 
 def run_script(name, *arguments, cwd=None, **environment):

@@ -79,14 +79,18 @@ class ExpertsConfig:
     count: int = key(10, "Number of experts E; 1 is the paper's ablation `Static`.", within="[1, inf)")
     router: str = key(
         "learned",
-        "learned: the router is trained. uniform: fixed equal intervals (the paper's ablation `Manual`).",
-        choices=("learned", "uniform"))
+        "ordered: cut points on the noise level are trained, so that each expert serves consecutive timesteps "
+        "(loss.balance has no effect then). smooth, learned: a small network on sinusoids of the timestep is, on those "
+        "with periods from 200 timesteps on, or as in the paper on all of the backbone's own. uniform: fixed equal "
+        "intervals (the paper's ablation `Manual`).",
+        choices=("ordered", "smooth", "learned", "uniform"))
     tau: float = key(0.4, "Temperature of the Gumbel-sigmoid and the Gumbel-softmax.", within="(0, inf)")
     start: str = key(
         "dense", "Masks near which the search starts. dense: every layer is kept, as in the paper. greedy: every "
         "expert keeps the layers that are worth their cost at the budget by the sensitivity table, which is measured "
-        "first (minutes).",
-        choices=("dense", "greedy"),
+        "first (minutes). measured: so for the timesteps of each expert alone; ordered cut points go where the table "
+        "has the best ones.",
+        choices=("dense", "greedy", "measured"),
     )
     offset: float = key(
         4.0, "b, added to the mask logits: at first a layer that `start` keeps is active with probability sigmoid(b), "
@@ -149,7 +153,8 @@ class LossConfig:
         within="(0, inf)",
     )
     ratio: float = key(5.0, "Weight of the budget's log-ratio loss.", within="[0, inf)")
-    balance: float = key(1.0, "Weight of the router's load-balancing loss.", within="[0, inf)")
+    balance: float = key(
+        1.0, "Weight of the router's load-balancing loss; an ordered router has none.", within="[0, inf)")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -277,6 +282,9 @@ class Config:
     output_dir: str | None = key(
         None, "Run directory. Unset: outputs/<name>/<UTC time>, with a link outputs/<name>/latest."
     )
+    paper: bool = key(
+        False, "Take the paper's value of every key of the search where the file or the defaults have another; the "
+        "command line has the last word. The run's own config.yaml then holds these values, and false here.")
     seed: int = key(0, "Seed of everything random.", within="[0, 4294967295]")
     resume: str | None = key(
         None, "latest, or a checkpoint's folder: continue from there. latest looks in `output_dir`, or in "
@@ -307,6 +315,8 @@ class Config:
     def _faults(self) -> Iterator[str]:
         """What the keys say together."""
         train = self.train
+        if self.paper:
+            yield "paper=true is resolved by load_config: pass it there, or set the keys themselves"
         if not re.fullmatch(r"[^/\\\0]+", self.name) or self.name in (".", ".."):
             yield f"name={self.name!r}: it names a folder below outputs/: use a word without / and \\"
         if self.backbone.pretrained is None:
@@ -329,8 +339,8 @@ class Config:
             yield (f"budget.latency_file={self.budget.latency_file!r} has no effect with budget.cost=macs: "
                              "set budget.cost=latency")
         yield from self._faults_of_search()
-        if self.experts.start == "greedy" and (self.experts.offset <= 0 or self.budget.descent > 0):
-            yield (f"experts.start=greedy with experts.offset={self.experts.offset} and budget.descent="
+        if self.experts.start != "dense" and (self.experts.offset <= 0 or self.budget.descent > 0):
+            yield (f"experts.start={self.experts.start} with experts.offset={self.experts.offset} and budget.descent="
                              f"{self.budget.descent}: it needs an offset above 0, and no descent, since it starts at "
                              "the budget")
         if self.lora.rank is not None and self.teacher.pretrained is None and self.teacher != TeacherConfig():
@@ -349,9 +359,13 @@ class Config:
             yield f"budget.keep_ratio=[{low}, {high}]: give the lower one first"
         if low < high and not elastic and self.experts.pretrained is None:
             yield f"budget.keep_ratio=[{low}, {high}]: a range needs search.method=elastic: set it, or give one ratio"
+        if self.search.supernet and self.train.schedule == "two_stage":
+            yield ("search.supernet=true has no effect with train.schedule=two_stage, which leaves the weights alone "
+                   "while it searches: leave it out")
         if elastic:
             settings = {"experts.start": (self.experts.start, "dense"), "budget.descent": (self.budget.descent, 0.0),
-                        "train.schedule": (self.train.schedule, "joint")}
+                        "train.schedule": (self.train.schedule, "joint"),
+                        "search.supernet": (self.search.supernet, False)}
             for name, (value, without) in settings.items():
                 if value != without:
                     yield f"{name}={value} has no effect with search.method=elastic: leave it out"

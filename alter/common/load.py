@@ -19,6 +19,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 # Keys of finished runs that are gone (docs/log.md), with the value that still means what it meant.
 RETIRED = {"experts.annealing": 1.0, "experts.resnet_skip": "identity", "experts.transformer_skip": "block"}
+# What the paper has where the defaults, or files of this package, have something else; `paper=true` sets it.
+PAPER = {
+    "search.method": "hypernetwork", "search.draws": "iteration", "search.supernet": False, "experts.router": "learned",
+    "experts.start": "dense", "experts.offset": 4.0, "budget.descent": 0.0,
+}
 _PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
           "data.prior_path", "budget.latency_file")
 
@@ -28,7 +33,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
 
     Args:
         source: a YAML file, or the name of one in the package ("demo_dit"); or its content, as nested dictionaries.
-        overrides: `key.path=value` strings, applied after the file, values in YAML syntax.
+        overrides: `key.path=value` strings, applied after the file, values in YAML syntax. Where either says
+            `paper: true`, PAPER comes between them, and the result has its values with `paper` false.
 
     Raises:
         InputError: for a missing or malformed file, an unknown key, a wrong type or a value out of range.
@@ -48,6 +54,13 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     for text in overrides:
         with faults.caught():
             schema.override(Config, values, text)
+    if values.get("paper") is True:
+        values["paper"] = False
+        named = {text.partition("=")[0] for text in overrides}
+        for path, value in PAPER.items():
+            if path not in named:
+                with faults.caught():
+                    schema.override(Config, values, f"{path}={value}")
     faults.refuse()
     for path in _PATHS:
         section, _, name = path.rpartition(".")

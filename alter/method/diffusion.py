@@ -1,9 +1,9 @@
 """What is random in an update.
 
 All randomness is drawn on the CPU. Timesteps and dropped conditions of the whole global batch depend on (seed, step)
-alone, so that every process knows them all; the noise of a sample depends on (seed, step, its place in the global
-batch), and a process draws that of its own samples. So the numbers are the same for any number of processes and
-micro-batches, and a resumed run needs no stored generator state.
+alone, so that every process knows them all; the noise of a sample, and what its masks and route are drawn with, depend
+on (seed, step, its place in the global batch), and a process draws that of its own samples. So the numbers are the same
+for any number of processes and micro-batches, and a resumed run needs no stored generator state.
 """
 
 from collections.abc import Iterable
@@ -51,6 +51,12 @@ class Draw:
     def posterior(self, shape: tuple[int, ...]) -> Tensor:
         """Unit Gaussian, float32 [B, *shape], with which latents are sampled from the VAE's moments."""
         return gaussian(shape, self.samples, *self.key, use=2)
+
+    def uniform(self, shape: tuple[int, ...], stream: int, use: int = 0) -> Tensor:
+        """Uniform in [0, 1), float32 [B, *shape]; `stream` and `use` as for `gaussian`."""
+        seed, step, _ = self.key
+        return torch.stack([torch.rand(shape, generator=generator(seed, step, stream, sample, use))
+                            for sample in self.samples])
 
 
 def generator(seed: int, step: int, stream: int = 0, *within: int) -> torch.Generator:

@@ -1,6 +1,6 @@
 """The hypernetwork H_Φ: experts' mask logits and the router's logits over timesteps.
 
-Axes: E experts, L sites, T training timesteps.
+Axes: B samples, E experts, L sites, T training timesteps.
 """
 
 from typing import NamedTuple
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .relaxation import gumbel_sigmoid, gumbel_softmax
+from .routers import Times, make_router
 
 _Z_WIDTH = 64
 
@@ -37,70 +38,51 @@ class ExpertGenerator(nn.Module):
         return self.net(self.Z_ELK).squeeze(-1)
 
 
-class TemporalRouter(nn.Module):
-    """The backbone's sinusoid of every timestep [T, D] → logits of its experts [T, E]."""
-
-    def __init__(self, experts: int, features_TD: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("features_TD", features_TD)
-        self.net = nn.Sequential(
-            nn.Linear(features_TD.shape[1], 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, experts, bias=False)
-        )
-
-    def forward(self) -> Tensor:
-        return self.net(self.features_TD)
-
-
-class UniformRouter(nn.Module):
-    """Equal fixed intervals: expert ⌊t·E/T⌋ with certainty (the paper's ablation `Manual`)."""
-
-    logits_TE: Tensor
-
-    def __init__(self, experts: int, num_timesteps: int) -> None:
-        super().__init__()
-        expert_T = torch.arange(num_timesteps) * experts // num_timesteps
-        certain = nn.functional.one_hot(expert_T, experts).bool()
-        self.register_buffer("logits_TE", torch.where(certain, 0.0, -torch.inf))
-
-    def forward(self) -> Tensor:
-        return self.logits_TE
-
-
 class HyperNetwork(nn.Module):
     """Emits the experts' masks and the route of every timestep (ALTER, arXiv 2505.21817, Sec. 3).
 
     Args:
         experts: E >= 1.
         sites: L >= 1.
-        features_TD: the backbone's sinusoidal embedding of every training timestep, float32 [T, D].
-        router: "learned" or "uniform".
+        times: what is known of the training timesteps.
+        router: as for `make_router`.
         tau: temperature of both relaxations, > 0.
-        offset: b, added to every mask logit. It is kept per site as `offset_L`, float32 [L], which
+        offset: b, added to every mask logit. It is kept per expert and site as `offset_EL`, float32 [E, L], which
             `sensitivity.start_near` changes.
     """
 
-    offset_L: Tensor
+    offset_EL: Tensor
 
-    def __init__(self, experts: int, sites: int, features_TD: Tensor,
-                 router: str = "learned", tau: float = 0.4, offset: float = 4.0) -> None:
+    def __init__(self, experts: int, sites: int, times: Times, router: str = "learned", tau: float = 0.4,
+                 offset: float = 4.0) -> None:
         super().__init__()
         self.tau = tau
         self.expert_generator = ExpertGenerator(experts, sites)
-        self.register_buffer("offset_L", torch.full((sites,), float(offset)))
-        self.temporal_router: nn.Module = (
-            TemporalRouter(experts, features_TD) if router == "learned" else UniformRouter(experts, len(features_TD))
-        )
+        self.register_buffer("offset_EL", torch.full((experts, sites), float(offset)))
+        self.temporal_router = make_router(router, experts, times)
 
     def forward(self) -> Logits:
         """The logits, float32: mask_EL [E, L], router_TE [T, E]."""
-        return Logits(self.expert_generator() + self.offset_L, self.temporal_router())
+        return Logits(self.expert_generator() + self.offset_EL, self.temporal_router())
 
-    def sample(self, logits: Logits, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Straight-through samples: mask_EL float32 [E, L] of zeros and ones, one-hot router_TE float32 [T, E].
+    def sample(self, logits: Logits, noise: torch.Generator) -> Logits:
+        """One straight-through draw for all samples: mask_EL float32 [E, L] of zeros and ones, one-hot router_TE
+        float32 [T, E].
 
         noise: CPU generator.
         """
-        return (
-            gumbel_sigmoid(logits.mask_EL, self.tau, noise),
-            gumbel_softmax(logits.router_TE, self.tau, noise),
-        )
+        mask_EL, router_TE = logits
+        return Logits(gumbel_sigmoid(mask_EL, self.tau, torch.rand(mask_EL.shape, generator=noise)),
+                      gumbel_softmax(router_TE, self.tau, torch.rand(router_TE.shape, generator=noise)))
+
+    def sample_each(self, logits: Logits, rows: Tensor, uniform_BEK: Tensor) -> Tensor:
+        """Straight-through draws of masks and a route for each sample: mask_BL float32 [B, L] of zeros and ones, those
+        of the expert that is drawn.
+
+        Args:
+            logits: of any device. rows: training timesteps of the samples, int64 [B], on that device.
+            uniform_BEK: float32 [B, E, L + 1] in [0, 1): of the masks, and last of the routes.
+        """
+        mask_BEL = gumbel_sigmoid(logits.mask_EL, self.tau, uniform_BEK[..., :-1])
+        route_BE = gumbel_softmax(logits.router_TE[rows], self.tau, uniform_BEK[..., -1])
+        return torch.einsum("be,bel->bl", route_BE, mask_BEL)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_GREATEST_LOG_SNR = 20.0  # in size, of latents without noise and of noise without latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,11 @@ class Betas:
     def rows(self, timesteps: Tensor) -> Tensor:
         """The rows of timesteps, int64 [B]."""
         return timesteps
+
+    def log_snr(self, timesteps: Tensor) -> Tensor:
+        """log ᾱ/(1-ᾱ), which falls with the timestep: float32 [B] in [-20, 20]."""
+        alpha = self.alphas_cumprod.to(timesteps.device, torch.float64)[timesteps]
+        return alpha.logit().clamp(-_GREATEST_LOG_SNR, _GREATEST_LOG_SNR).float()
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(ᾱ)·latents + sqrt(1-ᾱ)·noise.
@@ -144,6 +150,11 @@ class Flow:
     def rows(self, timesteps: Tensor) -> Tensor:
         """The nearest training timesteps, int64 [B]."""
         return timesteps.round().long().clamp(0, self.num_timesteps - 1)
+
+    def log_snr(self, timesteps: Tensor) -> Tensor:
+        """2·log((1-σ)/σ), which falls with the timestep: float32 [B] in [-20, 20]."""
+        sigma = timesteps.double() / self.num_timesteps
+        return (-2 * sigma.logit()).clamp(-_GREATEST_LOG_SNR, _GREATEST_LOG_SNR).float()
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(1-σ)·latents + σ·noise (SD3, eq. 13).

@@ -9,6 +9,7 @@ import torch
 
 from .budget import Budget
 from .hypernetwork import HyperNetwork, Logits
+from .routers import OrderedRouter
 
 _IN_FILES = {"amplification_B": "response_B"}
 
@@ -88,8 +89,8 @@ def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarr
     added up.
 
     Each expert serves consecutive bins. For each of several prices of a unit of cost, dynamic programming finds the
-    borders that are best at that price, and `Budget.masks` the masks, with the avoided effects as logits; the least
-    predicted effect wins. Timesteps have the budget's weights.
+    borders that are best at that price, and `masks_for` the masks; the least predicted effect wins. Timesteps have the
+    budget's weights.
 
     Args:
         experts: E >= 1, at most; there are no more than bins.
@@ -105,11 +106,19 @@ def allocate(table: Sensitivity, budget: Budget, experts: int) -> tuple[np.ndarr
             continue
         segments = list(pairwise(borders))
         expert_T = np.repeat(np.arange(len(segments)), [lengths[first:last].sum() for first, last in segments])
-        avoided_EL = np.array([weighted_LB[:, first:last].sum(1) for first, last in segments])
-        router_TE = (expert_T[:, None] == np.arange(len(segments))).astype(float)
-        logits = Logits(torch.from_numpy(avoided_EL / avoided_EL.max()), torch.from_numpy(router_TE))
-        found[borders] = budget.masks(logits, budget.keep_ratio)
+        found[borders] = masks_for(table, budget, expert_T), expert_T
     return min(found.values(), key=lambda masks: table.predicted_effect(masks[0], masks[1], weight_T))
+
+
+def masks_for(table: Sensitivity, budget: Budget, expert_T: np.ndarray) -> np.ndarray:
+    """Masks bool [E, L] within the budget that would move the samples little, if effects added up, where the experts
+    int64 [T], of which each serves a timestep, are given: `Budget.masks`, with the avoided effects as logits."""
+    weight_T = budget.weight_T(len(expert_T))
+    effect_LT = np.repeat(table.effect_LB, np.diff(table.edges), axis=1) * (1 if weight_T is None else weight_T)
+    router_TE = np.eye(expert_T.max() + 1)[expert_T]
+    avoided_EL = (effect_LT @ router_TE).T
+    logits = Logits(torch.from_numpy(avoided_EL / avoided_EL.max()), torch.from_numpy(router_TE))
+    return budget.masks(logits, budget.keep_ratio)[0]
 
 
 def _segments(weighted_LB: np.ndarray, share_L: np.ndarray, weight_B: np.ndarray, experts: int,
@@ -162,14 +171,25 @@ def as_text(table: Sensitivity) -> str:
     return "\n".join(lines)
 
 
-def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork) -> None:
-    """Let the search of a fresh hypernetwork start near the one mask that `allocate` finds for all timesteps.
+def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork, apart: bool = False) -> None:
+    """Let the search of a fresh hypernetwork start near masks that the table suggests.
 
-    Changes `hypernetwork.offset_L` in place: +b for the layers of that mask, -b for the others.
+    Changes `hypernetwork.offset_EL` in place: +b for the layers of an expert's mask, -b for the others.
+
+    Args:
+        apart: False: the one mask that `allocate` finds for all timesteps is every expert's. True: ordered cut points
+            go where `allocate` finds them, with as many bins as experts or more, and each expert has the mask that
+            `masks_for` finds for the timesteps which it serves (one that serves none yet, the one for all).
     """
+    offset_EL, router = hypernetwork.offset_EL, hypernetwork.temporal_router
     (mask_L,), _ = allocate(table, budget, experts=1)
-    offset_L = hypernetwork.offset_L
-    offset_L.copy_(torch.where(torch.from_numpy(mask_L).to(offset_L.device), offset_L, -offset_L))
+    mask_EL = np.tile(mask_L, (len(offset_EL), 1))
+    if apart:
+        if isinstance(router, OrderedRouter):
+            router.place((np.flatnonzero(np.diff(allocate(table, budget, len(offset_EL))[1])) + 1).tolist())
+        serving, expert_T = np.unique(router().argmax(dim=1).cpu().numpy(), return_inverse=True)
+        mask_EL[serving] = masks_for(table, budget, expert_T)
+    offset_EL.copy_(torch.where(torch.from_numpy(mask_EL).to(offset_EL.device), offset_EL, -offset_EL))
 
 
 def _ranks(values_LB: np.ndarray) -> np.ndarray:

@@ -160,8 +160,9 @@ class Trainer:
         else:
             self.readout.read()
         masks = self.masks()
+        each = self.search.drawn(batches) if self.search and self.experts is None else None
         if not searching or self.config.train.schedule == "joint":
-            self.update_backbone(batches, *masks)
+            self.update_backbone(batches, *masks, each)
         self._masks = masks
         metrics["keep_ratio"] = self.parts.budget.measured(*masks)
         metrics["experts_used"] = len(np.unique(masks[1]))
@@ -199,14 +200,16 @@ class Trainer:
         if self.config.loss.distils:
             with self.accelerator.autocast():
                 taught = parts.teach(noisy, timesteps, conditioning)
-        return Batch(noisy, drawn.timesteps, drawn.rows, conditioning, target, *taught)
+        return Batch(noisy, drawn, conditioning, target, *taught)
 
-    def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray) -> None:
-        """One step of θ on L_perf under deterministic masks, paying only for the layers that they keep."""
+    def update_backbone(self, batches: list[Batch], mask_EL: np.ndarray, expert_T: np.ndarray,
+                        each: list[Tensor] | None = None) -> None:
+        """One step of θ on L_perf under the masks of the samples' timesteps, or `each` sample's own of every
+        micro-batch, bool [B, L], paying only for the layers that they keep."""
         mask_TL, update = torch.from_numpy(mask_EL[expert_T]), self.backbone_update
         totals = []
         for k, batch in enumerate(batches):
-            rows = HardRows(mask_TL[batch.rows], self.accelerator.device)
+            rows = HardRows(mask_TL[batch.rows] if each is None else each[k], self.accelerator.device)
             last = k + 1 == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 terms = self.terms(self.wrapped, batch, rows)

@@ -1,8 +1,10 @@
+import dataclasses
+
 import pytest
 import yaml
 
 from alter import InputError, load_config
-from alter.common.load import CONFIGS, RETIRED, reference, save_config
+from alter.common.load import CONFIGS, PAPER, RETIRED, flatten, reference, save_config
 
 
 @pytest.fixture
@@ -50,6 +52,27 @@ def test_file_then_overrides(file):
     assert config.optim.backbone_lr == 1e-4  # YAML reads 1e-4 as text
     assert config.train.steps == 50_000 and config.output_dir == "a folder/with = signs"
     assert config.optim.betas == (0.8, 0.95) and config.data.flip and config.resume is None
+
+
+@pytest.mark.parametrize("where", ["file", "override"])
+def test_the_papers_search_comes_over_the_file_and_under_the_command_line(file, tmp_path, where):
+    content = "experts: {offset: 1.0, router: uniform, start: greedy}\nbudget: {keep_ratio: 0.4}\n"
+    file.write_text(file.read_text() + content + ("paper: true\n" if where == "file" else ""))
+    config = load_config(file, ["experts.router=ordered"] + ["paper=true"] * (where == "override"))
+    found = flatten(config)
+    assert {key: found[key] for key in PAPER} == {**PAPER, "experts.router": "ordered"}
+    assert config.budget.keep_ratio == 0.4 and not config.paper
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_the_papers_values_can_be_left_out(file):
+    file.write_text(file.read_text() + "paper: true\nexperts: {offset: 1.0}\n")
+    assert load_config(file, ["paper=false"]).experts.offset == 1.0
+    with pytest.raises(InputError, match="paper"):
+        load_config(file, ["paper=perhaps"])
+    with pytest.raises(InputError, match="paper=true is resolved by load_config"):
+        dataclasses.replace(load_config(file), paper=True)
 
 
 def test_the_saved_configuration_is_the_same(file, tmp_path):

@@ -3,12 +3,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers import times_of
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from alter.common.errors import InputError
 from alter.method.budget import Budget, timestep_weights
 from alter.method.hypernetwork import HyperNetwork, Logits
 from alter.method.losses import log_ratio
+from alter.method.noising import Flow
 
 
 def random_logits(experts, sites, spread=1.0, seed=0):
@@ -23,7 +25,7 @@ def uneven_shares(sites, total=0.77):
 
 
 def test_expected_ratio_equals_the_mean_of_samples():
-    hyper = HyperNetwork(3, 6, torch.zeros(1000, 8))
+    hyper = HyperNetwork(3, 6, times_of(Flow(1000)))
     logits = random_logits(3, 6)
     budget = Budget(uneven_shares(6), 0.6, "total")
     source = torch.Generator().manual_seed(0)
@@ -137,7 +139,7 @@ def test_target_below_the_unprunable_share_names_that_share():
 def test_the_expected_ratio_has_a_gradient_at_the_start():
     """At offset 4 the ratio of deterministic masks has none: the expectation must move the budget alone."""
     torch.manual_seed(0)
-    hyper = HyperNetwork(4, 10, torch.zeros(1000, 8))
+    hyper = HyperNetwork(4, 10, times_of(Flow(1000)))
     budget = Budget(np.full(10, 0.1), 0.65, "total")
     optimizer = torch.optim.AdamW(hyper.parameters(), 5e-3)
     start = budget.expected(hyper()).item()

@@ -112,3 +112,17 @@ def test_weights_are_those_of_diffusers(weighting):
     expected = compute_loss_weighting_for_sd3(weighting, timesteps / 1000)
     found = Flow(1000, weighting=weighting).weight(timesteps)
     assert torch.allclose(expected, torch.ones(4)) if found is None else torch.allclose(found, expected)
+
+
+def test_log_snr_is_that_of_the_noised_latents():
+    """From the coefficients with which each process noises a one and a zero; finite where one of them vanishes."""
+    ones, zeros = torch.ones(3, 1).double(), torch.zeros(3, 1).double()
+    for noising, timesteps in ((betas(rescale_betas_zero_snr=True)[1], torch.tensor([0, 400, 990])),
+                               (Flow(1000), torch.tensor([2.5, 500.0, 990.0]))):
+        signal, noise = noising.noised(ones, zeros, timesteps), noising.noised(zeros, ones, timesteps)
+        expected = 2 * (signal / noise).log().flatten()
+        assert torch.allclose(noising.log_snr(timesteps).double(), expected, rtol=1e-3)
+        everywhere = noising.log_snr(noising.at(torch.arange(1000)))
+        assert everywhere.isfinite().all() and (everywhere.diff() <= 0).all()
+    assert betas(rescale_betas_zero_snr=True)[1].log_snr(torch.tensor([999])).item() == -20
+    assert Flow(1000).log_snr(torch.tensor([0.0, 1000.0])).tolist() == [20, -20]

@@ -5,11 +5,14 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import table_of
+import torch
+from helpers import table_of, times_of
 from scipy.optimize import linprog
 
 from alter.method.budget import Budget
-from alter.method.sensitivity import allocate, verdict
+from alter.method.hypernetwork import HyperNetwork
+from alter.method.noising import Flow
+from alter.method.sensitivity import allocate, start_near, verdict
 
 
 def test_the_response_decides_which_timesteps_keep_layers():
@@ -53,6 +56,36 @@ def test_experts_follow_the_error():
     assert table.predicted_effect(mask_EL, expert_T) == 0
     assert table.predicted_effect(*allocate(table, budget, 1)) == pytest.approx(1.0)
     assert table.agreement == pytest.approx(-1 / 3)  # 1 within the halves, -1 between them
+
+
+def started(router, offset=20.0):
+    """Masks and routes of a search that starts apart, where layers 0 and 1 matter in bin 0 and the others later."""
+    torch.manual_seed(0)
+    hyper = HyperNetwork(2, 4, times_of(Flow(1000), features_TD=torch.randn(1000, 8)), router, offset=offset)
+    table = table_of([[4, 0, 0, 0], [4, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]])
+    start_near(table, Budget(np.full(4, 0.25), 0.5, "total"), hyper, apart=True)
+    logits = hyper()
+    return logits.mask_EL.gt(0).tolist(), logits.router_TE.argmax(1).numpy()
+
+
+def test_a_start_apart_puts_ordered_cut_points_where_the_table_has_its_borders():
+    masks, expert_T = started("ordered")
+    assert masks == [[True, True, False, False], [False, False, True, True]]
+    assert expert_T.tolist() == [0] * 250 + [1] * 750
+
+
+def test_a_start_apart_gives_experts_of_fixed_intervals_their_masks():
+    """Of the first half, bin 0 decides; the table's own border is not there."""
+    masks, expert_T = started("uniform")
+    assert masks == [[True, True, False, False], [False, False, True, True]]
+    assert expert_T.tolist() == [0] * 500 + [1] * 500
+
+
+def test_a_start_apart_keeps_the_budget_for_the_routes_that_it_finds():
+    masks, expert_T = started("learned")
+    assert (np.diff(expert_T) != 0).sum() > 2
+    assert abs(Budget(np.full(4, 0.25), 0.5, "total").measured(np.array(masks), expert_T) - 0.5) < 0.25 * min(
+        np.bincount(expert_T) / 1000) + 0.004  # the least that one layer of one expert costs
 
 
 def test_the_verdict():

@@ -1,5 +1,6 @@
 """Few-step models: trained, and given experts, at the timesteps alone that their sampler visits."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,8 +34,11 @@ def schnell(family_config):
     return make
 
 
-def test_only_visited_timesteps_are_drawn_and_every_other_has_the_expert_of_the_nearest(schnell, tmp_path):
-    trainer = make_trainer(schnell(train={"timesteps": "sampled"}), tmp_path)
+@pytest.mark.parametrize("router", ["learned", "smooth", "ordered"])
+def test_only_visited_timesteps_are_drawn_and_every_other_has_the_expert_of_the_nearest(schnell, tmp_path, router):
+    config = schnell(train={"timesteps": "sampled"})
+    config = dataclasses.replace(config, experts=dataclasses.replace(config.experts, router=router))
+    trainer = make_trainer(config, tmp_path)
     visited = torch.tensor([1000.0, 750.0, 500.0, 250.0])  # of FLUX.1-schnell in four steps
     drawn = draw(trainer.parts.noising, 4000, 0.0, 0, 0)
     counts = (drawn.timesteps[:, None] == visited).sum(0)
@@ -46,6 +50,7 @@ def test_only_visited_timesteps_are_drawn_and_every_other_has_the_expert_of_the_
         router_TE = trainer.parts.hypernetwork().router_TE
     assert torch.equal(router_TE, router_TE[nearest])
     assert len(router_TE.unique(dim=0)) == 4
+    assert router != "ordered" or router_TE.argmax(1)[[250, 500, 750, 999]].tolist() == [0, 1, 2, 3]
     (raw,), drawn = trainer.micro_batches(1), draw(trainer.parts.noising, 4, 0.0, 0, 0)
     batch, latents = trainer.prepare_batch({**raw}, drawn), trainer.parts.latents(raw, drawn.posterior)
     sigma = (batch.timesteps / 1000).view(-1, 1, 1)  # noised as usual

@@ -71,6 +71,9 @@ class ElasticSearch:
         return self.masks_ML, source.choice(len(cost_M), size=self.parts.noising.num_timesteps,
                                             p=likely_M / likely_M.sum())
 
+    def drawn(self, batches: list[Batch]) -> None:
+        """Depths go by timesteps."""
+
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
         """One mask, of the budget, at all timesteps."""
         nearest = int(np.abs(self._cost_M() - self.config.budget.range[1]).argmin())

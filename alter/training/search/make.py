@@ -27,6 +27,10 @@ class Search(Protocol):
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
         """For the next update of the weights."""
 
+    def drawn(self, batches: list[Batch]) -> list[Tensor] | None:
+        """After `masks`: masks of each sample of the micro-batches for that update, bool [B, L] on the CPU; None: those
+        of the timesteps."""
+
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
         """Masks as `finish` might find them, to try how much memory tuning takes."""
 

@@ -38,9 +38,10 @@ from ...data.base import Source
 from ...data.batches import Fit
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
-from ...method.budget import Budget, nearest
+from ...method.budget import Budget, nearest, timestep_weights
 from ...method.hypernetwork import HyperNetwork
 from ...method.noising import Betas, Noising
+from ...method.routers import Times, slow_features
 from .machine import check_machine
 from .plan import by_time, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
@@ -245,7 +246,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         backbone.to(memory_format=torch.channels_last)
     hypernetwork = None
     if config.search.method == "hypernetwork":
-        hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising).to(device)
+        hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising, plan.budget).to(device)
     return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device), dtype, vae,
                  conditioner, size, guidance, tokens, hypernetwork, plan.cost, plan.budget, source,
                  plan.latent_shape, plan.experts, plan.latency)
@@ -257,13 +258,17 @@ def _former_adapters(config: Config) -> dict[str, Tensor]:
     return {} if Base.beside(folder) is None else load_file(folder / ADAPTERS)
 
 
-def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, noising: Noising) -> HyperNetwork:
+def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, noising: Noising,
+                       budget: Budget) -> HyperNetwork:
     torch.manual_seed(config.seed)
-    experts, features_TD = config.experts, timestep_features(backbone, noising.num_timesteps)
+    experts, count = config.experts, noising.num_timesteps
+    features_TD = slow_features(count) if experts.router == "smooth" else timestep_features(backbone, count)
+    log_snr_T = noising.log_snr(noising.at(torch.arange(count)))
     if noising.visited is not None:  # timesteps that are not trained have the expert of the nearest
-        visited = noising.rows(torch.tensor(noising.visited)).numpy()
-        features_TD = features_TD[torch.from_numpy(nearest(noising.num_timesteps, visited))]
-    return HyperNetwork(experts.count, len(cost.sites), features_TD, experts.router, experts.tau, experts.offset)
+        nearest_T = torch.from_numpy(nearest(count, noising.rows(torch.tensor(noising.visited)).numpy()))
+        features_TD, log_snr_T = features_TD[nearest_T], log_snr_T[nearest_T]
+    times = Times(features_TD, log_snr_T, timestep_weights(count, budget.timesteps))
+    return HyperNetwork(experts.count, len(cost.sites), times, experts.router, experts.tau, experts.offset)
 
 
 def _load_teacher(config: Config, folder: Path, backbone: Backbone,
