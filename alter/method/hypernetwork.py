@@ -66,6 +66,20 @@ class UniformRouter(nn.Module):
         return self.logits_TE
 
 
+class SharedRoutes(nn.Module):
+    """A router of some timesteps, which serves all: timestep t has the logits of its row `index_T[t]`."""
+
+    index_T: Tensor
+
+    def __init__(self, router: nn.Module, index_T: Tensor) -> None:
+        super().__init__()
+        self.router = router
+        self.register_buffer("index_T", index_T)
+
+    def forward(self) -> Tensor:
+        return self.router()[self.index_T]
+
+
 class HyperNetwork(nn.Module):
     """Emits the experts' masks and the route of every timestep (ALTER, arXiv 2505.21817, Sec. 3).
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from ...backbones.pretrained import pipeline_of
+from ...backbones.pretrained import component_of, pipeline_of, share_of
 from ...backbones.schedules import hands_sigmas, is_flow, make_noising, make_sampler, visited_timesteps
 from ...common.config import Config, FlowConfig
 from ...common.errors import Faults, InputError
+from ...method.diffusion import generator
 from ...method.noising import Flow, Noising
 
 # Pipelines whose dynamic shift is not that of `schedules.mean_shift`.
@@ -43,22 +45,30 @@ def check_noise(config: Config, folder: Path, scheduler: Any) -> None:
     faults.refuse()
 
 
-def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int) -> np.ndarray | None:
+def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int,
+                      noising: Noising) -> np.ndarray | None:
     """The timesteps over which the budget is averaged, float64 [any]; None: all of them.
 
     Args:
-        folder: of the pipeline. scheduler: from it. tokens: of an image.
+        folder: of the pipeline. scheduler: from it. tokens: of an image. noising: by what the backbone trains.
 
     Raises:
         InputError: about budget.sampler.
     """
     budget, flow = config.budget, is_flow(scheduler)
+    served = noising if isinstance(noising, Flow) and noising.within else None
     if budget.sampler == "uniform" or budget.sampler is None and not flow:
-        return None
+        return None if served is None else served.trained.double().numpy()
     named = f"budget.sampler={budget.sampler!r}" if budget.sampler else f"the pipeline's {type(scheduler).__name__}"
     try:
         solver = make_sampler(budget.sampler, "budget.sampler=", scheduler, tokens) if budget.sampler else scheduler
-        return visited_timesteps(solver, budget.sampling_steps, tokens, flow and hands_sigmas(folder))
+        visited = visited_timesteps(solver, budget.sampling_steps, tokens, flow and hands_sigmas(folder))
+        if served is not None:
+            visited = visited[served.serves(torch.from_numpy(visited)).numpy()]
+        if not len(visited):
+            raise InputError(f"{named} with budget.sampling_steps={budget.sampling_steps}: visits no timestep of the "
+                             "component that is trained: set more steps")
+        return visited
     except InputError:
         raise
     except (ImportError, LookupError, NotImplementedError, TypeError, ValueError) as error:
@@ -68,15 +78,28 @@ def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int)
 
 
 def trained_noising(config: Config, folder: Path, scheduler: Any, tokens: int) -> Noising:
-    """By what the backbone trains; with `train.timesteps=sampled`, at the timesteps alone that the sampler visits.
+    """By what the backbone trains: of two, at the timesteps that are its own; with `train.timesteps=sampled`, at those
+    alone that the sampler visits.
 
     Raises:
-        InputError: if no sampler is known then.
+        InputError: if no sampler is known then, or training would hardly draw a timestep of its own.
     """
     noising = make_noising(scheduler, tokens, config.flow, config.loss.min_snr_gamma)
+    component = component_of(folder, wanted=config.backbone.component)[1]
+    share, count = share_of(folder, component), noising.num_timesteps
+    if share is not None:
+        if not isinstance(noising, Flow):
+            raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: has two backbones and noise by "
+                             "betas: pairs are trained by flow matching alone")
+        drawn = noising.timesteps(4096, generator(config.seed, 0, 8))
+        noising = dataclasses.replace(noising, within=(share[0] * count, share[1] * count))
+        met = noising.serves(drawn).float().mean().item()
+        if met < 0.01 and config.train.timesteps == "all":
+            raise InputError(f"flow.density={config.flow.density!r} with flow.shift={noising.shift:g}: {met:.1%} of the"
+                             f" timesteps that it draws are those of {component}: choose another density")
     if config.train.timesteps == "all":
         return noising
-    visited = sampled_timesteps(config, folder, scheduler, tokens)
+    visited = sampled_timesteps(config, folder, scheduler, tokens, noising)
     if visited is None:
         raise InputError("train.timesteps=sampled: needs the sampler whose timesteps are trained: set budget.sampler, "
                          "for example DPMSolverMultistepScheduler, and budget.sampling_steps")
