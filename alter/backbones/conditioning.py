@@ -25,9 +25,9 @@ from .pretrained import absent_parts, component_of, load_backbone, variant_of
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
-# How a pipeline is told to draw without guidance, in the order of preference; Z-Image counts from 0.
+# How a pipeline is told to draw without guidance, in the order of preference; some count from 0.
 _UNGUIDED = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
-_UNGUIDED_AT_ZERO = ("ZImage",)
+_UNGUIDED_AT_ZERO = ("Krea2", "ZImage")
 _AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}
 
 

@@ -29,8 +29,6 @@ def family_config(tmp_path, monkeypatch):
             make_pipeline(name, pretrained)
         if not shapes.exists():
             write_shapes(shapes, 12, 0)
-        if name == "flux2":  # whose pipeline shifts by a formula of its own
-            changes = merge({"flow": {"shift": 3.0}, "budget": {"sampler": "uniform"}}, changes)
         content = merge(SMALL, {
             "backbone": {"pretrained": str(pretrained)}, "output_dir": "run",
             "data": {"path": str(shapes), "resolution": 32, "holdout": 2, "label_dropout": 0.3},

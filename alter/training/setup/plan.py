@@ -40,7 +40,7 @@ from ...method.budget import Budget
 from ...method.noising import Noising
 from .encoding import check_encoding
 from .machine import check_machine
-from .noise import check_noise, sampled_timesteps, trained_noising
+from .noise import check_noise, sampled_timesteps, take_shift, trained_noising
 
 
 @dataclass
@@ -119,13 +119,15 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     tokens = image_tokens(shape, backbone.config.get("patch_size"))
     with faults.caught():
         check_noise(config, folder, scheduler)
-    noising = None
+    noising, asked = None, None
     with faults.caught():
-        noising = trained_noising(config, folder, scheduler, tokens)
+        asked = take_shift(config, folder, scheduler)
+        noising = trained_noising(config, folder, scheduler, tokens, asked)
     cost = count_cost(backbone, size, frames)
     with faults.caught():
         if noising is not None and (latency is not None or not by_time(config)):
-            budget, experts = _plan_budget(config, folder, backbone, cost, size, tokens, scheduler, noising, latency)
+            visited = sampled_timesteps(config, folder, scheduler, tokens, noising, asked)
+            budget, experts = _plan_budget(config, folder, backbone, cost, size, scheduler, noising, visited, latency)
     faults.refuse()
     assert noising is not None
     return Plan(folder, component, backbone, cost, scheduler, noising, shape, budget, experts,
@@ -218,9 +220,10 @@ def reads_captions(source: Source) -> bool:
 
 
 def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTable, size: int,
-                 tokens: int, scheduler: Any, noising: Noising,
+                 scheduler: Any, noising: Noising, visited: np.ndarray | None,
                  latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
-    """The budget, of time if `latency` is given, and the experts of `experts.pretrained`, which then bring theirs."""
+    """The budget, of time if `latency` is given, averaged over the `visited` timesteps, and the experts of
+    `experts.pretrained`, which then bring theirs."""
     budget, given = config.budget, config.experts.pretrained
     if given is not None:
         component = told_component(folder, config.backbone.component)
@@ -236,7 +239,7 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
-    visited, trained = sampled_timesteps(config, folder, scheduler, tokens, noising), noising.trained.numpy()
+    trained = noising.trained.numpy()
     timesteps = None if visited is None else as_rows(visited, scheduler).clip(trained[0], trained[-1])
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
