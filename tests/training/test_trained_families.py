@@ -14,7 +14,8 @@ from alter import TemporalExperts, load_config, load_pipeline, train
 from alter.backbones.pretrained import absent_parts
 from alter.data.shapes import write_shapes
 
-FAMILIES = ("sd3", "flux", "flux2", "qwen", "wan", "pixart", "sana", "z_image", "sdxl", "sd")
+FAMILIES = ("sd3", "flux", "flux2", "qwen", "wan", "pixart", "sana", "z_image", "sdxl", "sd",
+            "cogvideox")
 _LORA = {"lora": {"rank": 2}, "optim": {"backbone_lr": 0.05}}
 KINDS = {"full": {}, "lora": _LORA, "bf16": {**_LORA, "backbone": {"precision": "bf16"}}}
 QUICK = (("flux", "full"), ("qwen", "full"), ("z_image", "lora"))
