@@ -20,14 +20,14 @@ from torch.utils._pytree import tree_map_only
 from ..common.errors import InputError
 from ..method.diffusion import generator
 from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
-from .pretrained import absent_parts, component_of, variant_of
+from .pretrained import absent_parts, component_of, load_backbone, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
-# How a pipeline is told to draw without guidance, in the order of preference; Z-Image counts from 0.
+# How a pipeline is told to draw without guidance, in the order of preference; some count from 0.
 _UNGUIDED = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
-_UNGUIDED_AT_ZERO = ("ZImage",)
+_UNGUIDED_AT_ZERO = ("Krea2", "ZImage")
 _AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}
 
 
@@ -69,16 +69,17 @@ class Conditioner:
         size: (height, width) of the images in pixels, or (frames, height, width) of videos.
         guidance: for backbones that are told their guidance (FLUX.1-dev): the value that they will sample with.
         max_tokens: the pipeline's `max_sequence_length`; None: its default.
+        component: the backbone that `draw` is given, as for `pretrained.component_of`.
 
     Raises:
         InputError: if a part of the pipeline cannot be loaded, or it stops before it calls its backbone.
     """
 
     def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype, size: tuple[int, ...],
-                 guidance: float | None = None, max_tokens: int | None = None) -> None:
-        self.size, self.guidance, self.max_tokens = size, guidance, max_tokens
-        self.pipe, self.backbone = load_hollow(folder, device, dtype)
-        self.component = component_of(folder)[1]
+                 guidance: float | None = None, max_tokens: int | None = None, component: str | None = None) -> None:
+        self.folder, self.size, self.guidance, self.max_tokens = folder, size, guidance, max_tokens
+        self.component = component_of(folder, wanted=component)[1]
+        self.pipe, self.backbone = load_hollow(folder, device, dtype, self.component)
         self.is_told_guidance = bool(self.backbone.config.get("guidance_embeds"))
         one, two = self._call([""]), self._call(["", "a word"])
         # Qwen-Image's mask of text is told only where lengths differ.
@@ -141,23 +142,32 @@ class Conditioner:
 
     @contextmanager
     def _lent(self, backbone: Backbone) -> Iterator[None]:
-        """The pipeline with `backbone` in it; tensors change their precision where theirs differ."""
+        """The pipeline with `backbone` in it, and with the weights of a second one that it has; tensors change their
+        precision where theirs differ."""
         inside, outside = floating_dtype(backbone), floating_dtype(self.backbone)
+        hollows = {name: getattr(self.pipe, name) for name in COMPONENTS
+                   if isinstance(getattr(self.pipe, name, None), nn.Module)}
+        lent = {name: backbone if name == self.component else load_backbone(
+            self.folder, dtype=inside, component=name).requires_grad_(False).eval().to(backbone.device)
+            for name in hollows}
 
         def recast(given: Any, before: torch.dtype, after: torch.dtype) -> Any:
             return tree_map_only(Tensor, lambda value: value.to(after) if value.dtype == before else value, given)
 
         hooks = []
         if inside != outside:
-            hooks = [backbone.register_forward_pre_hook(
-                         lambda module, args, kwargs: recast((args, kwargs), outside, inside), with_kwargs=True),
-                     backbone.register_forward_hook(lambda module, args, output: recast(output, inside, outside))]
+            hooks = [hook for each in lent.values() for hook in (
+                each.register_forward_pre_hook(
+                    lambda module, args, kwargs: recast((args, kwargs), outside, inside), with_kwargs=True),
+                each.register_forward_hook(lambda module, args, output: recast(output, inside, outside)))]
         scheduler = self.pipe.scheduler
-        setattr(self.pipe, self.component, backbone)
+        for name, each in lent.items():
+            setattr(self.pipe, name, each)
         try:
             yield
         finally:
-            setattr(self.pipe, self.component, self.backbone)
+            for name, each in hollows.items():
+                setattr(self.pipe, name, each)
             self.pipe.scheduler = scheduler
             for hook in hooks:
                 hook.remove()
@@ -203,14 +213,15 @@ class Conditioner:
         return {} if name is None else {name: _UNGUIDED[name]}
 
 
-def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, Backbone]:
-    """A pipeline whose backbones have no weights, and the one that is trained.
+def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype,
+                component: str | None = None) -> tuple[Any, Backbone]:
+    """A pipeline whose backbones have no weights, and the `component` of them, as for `component_of`.
 
     Raises:
         InputError: if another part of it cannot be loaded.
     """
     found = {name: folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()}
-    cls, component = component_of(folder)
+    cls, component = component_of(folder, wanted=component)
     hollows = {name: hollow(cls, path, device, dtype) for name, path in found.items()}
     try:
         index = DiffusionPipeline.load_config(folder)

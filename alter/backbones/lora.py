@@ -111,15 +111,15 @@ def merge_adapters(backbone: nn.Module) -> None:
 def adapter_state(backbone: nn.Module, component: str) -> dict[str, Tensor]:
     """The adapters as diffusers' `load_lora_weights` reads them, with the scale alpha / rank folded in.
 
-    component: "unet" or "transformer", as the pipeline calls the backbone.
+    component: as the pipeline calls the backbone.
     """
-    state = {}
+    state, prefix = {}, _prefix(component)
     for name, layer in _adapted(backbone).items():
         (adapter,) = layer.scaling
         for part in _PARTS:
             weight = getattr(layer, part)[adapter].weight.detach()
             scale = layer.scaling[adapter] if part == "lora_B" else 1.0
-            state[f"{component}.{name}.{part}.weight"] = (weight * scale).cpu().contiguous()
+            state[f"{prefix}.{name}.{part}.weight"] = (weight * scale).cpu().contiguous()
     return state
 
 
@@ -140,14 +140,14 @@ def load_adapters(backbone: nn.Module, state: dict[str, Tensor], component: str)
             scale = layer.scaling[adapter] if part == "lora_B" else 1.0
             weight = getattr(layer, part)[adapter].weight
             with torch.no_grad():
-                weight.copy_(state[f"{component}.{name}.{part}.weight"] / scale)
+                weight.copy_(state[f"{_prefix(component)}.{name}.{part}.weight"] / scale)
 
 
 def put_adapters(backbone: nn.Module, state: dict[str, Tensor], component: str) -> None:
     """Add the adapters of an `adapter_state` to a backbone without any."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    own = {name.removeprefix(f"{component}."): value for name, value in state.items()}
+    own = {name.removeprefix(f"{_prefix(component)}."): value for name, value in state.items()}
     ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in own.items() if ".lora_A." in name}
     rank = max(ranks.values())
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(ranks))
@@ -164,6 +164,11 @@ def export_adapters(folder: Path, state: dict[str, Tensor], base: Base) -> None:
     write_text(partial / BASE, json.dumps(dataclasses.asdict(base), indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     publish(partial, folder)
+
+
+def _prefix(component: str) -> str:
+    """Of the names of adapters: the loaders of diffusers know one for both of two transformers."""
+    return component.removesuffix("_2")
 
 
 def _adapted(backbone: nn.Module) -> dict[str, Any]:

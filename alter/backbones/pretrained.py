@@ -1,6 +1,7 @@
 """Pretrained diffusers folders: their backbone and VAE, read and written."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,11 @@ class _AnyPipeline(DiffusionPipeline):
     """Downloads a pipeline of any class; DiffusionPipeline itself only those that diffusers knows, and so not ours."""
 
 
-def base_of(pretrained: str, revision: str | None, folder: Path) -> Base:
-    """What adapters trained on `pretrained`, whose pipeline is in `folder`, belong to."""
+def base_of(pretrained: str, revision: str | None, folder: Path, component: str) -> Base:
+    """What adapters trained on a component of `pretrained`, whose pipeline is in `folder`, belong to."""
     place, revision = root(pretrained, revision)
     local, fp16 = Path(place).is_dir(), any(variant_of(part) for part in folder.iterdir() if part.is_dir())
-    return Base(str(Path(place).resolve()) if local else place, revision, component_of(folder)[1],
+    return Base(str(Path(place).resolve()) if local else place, revision, component,
                 {"variant": "fp16"} if fp16 else {})
 
 
@@ -71,13 +72,16 @@ def local_folder(pretrained: str, revision: str | None = None, field: str = "bac
                          f"({reason}): give a diffusers folder or a hub id") from None
 
 
-def component_of(folder: Path, field: str = "backbone.pretrained") -> tuple[type[Backbone], str]:
+def component_of(folder: Path, field: str = "backbone.pretrained",
+                 wanted: str | None = None) -> tuple[type[Backbone], str]:
     """The class and the sub-folder of a pipeline folder's backbone; reads JSON only.
+
+    wanted: the sub-folder, where the pipeline has two backbones; None: the first.
 
     Raises:
         InputError: if there is none, it is of another class, or it needs what alter does not give it.
     """
-    for component in COMPONENTS:
+    for component in COMPONENTS if wanted is None else (wanted,):
         if (folder / component / "config.json").is_file():
             config = read_config(folder / component / "config.json", field)
             found = config.get("_class_name") or _UNNAMED.get(component, "")
@@ -92,24 +96,40 @@ def component_of(folder: Path, field: str = "backbone.pretrained") -> tuple[type
     if (folder / "config.json").is_file() and _is_backbone(read_config(folder / "config.json", field)):
         raise InputError(f"{field}={str(folder)!r} is the backbone alone: give the pipeline's folder, "
                          "which is the one above in most cases")
+    if wanted is not None:
+        raise InputError(f"{field}={str(folder)!r} has no {wanted}/: change backbone.component={wanted}, or leave it "
+                         "out")
     raise InputError(f"{field}={str(folder)!r} has neither unet/ nor transformer/: "
                      "give a diffusers pipeline folder")
+
+
+def told_component(folder: Path, component: str | None) -> str | None:
+    """What an experts.json says of the component `component_of` finds: None for the first that the pipeline has."""
+    found = component_of(folder, wanted=component)[1]
+    return None if found == component_of(folder)[1] else found
 
 
 def _is_backbone(config: dict[str, Any]) -> bool:
     return str(config.get("_class_name")).endswith(("UNet2DConditionModel", *_TRANSFORMERS))
 
 
-def check_one_backbone(folder: Path) -> None:
-    """Refuse to train one of two backbones that share the timesteps between them.
+def share_of(folder: Path, component: str) -> tuple[float, float] | None:
+    """The part [low, high) of the timesteps, in units of T, that a component serves; None where it serves all.
+
+    Of two backbones (Wan 2.2), the first has those from the pipeline's `boundary_ratio` on, T itself included.
 
     Raises:
-        InputError: naming the other.
+        InputError: if the pipeline does not say where the border is.
     """
-    if (folder / COMPONENTS[-1]).is_dir():
-        raise InputError(f"backbone.pretrained={str(folder)!r}: has a second backbone, {COMPONENTS[-1]}, for other "
-                         "timesteps (Wan 2.2): such pairs are not trained yet, though experts of each are served: use "
-                         "a pipeline with one")
+    second = COMPONENTS[-1]
+    if not (folder / second).is_dir():
+        return None
+    file = folder / "model_index.json"
+    ratio = read_config(file).get("boundary_ratio")
+    if not isinstance(ratio, float) or not 0 < ratio < 1:
+        raise InputError(f"backbone.pretrained={str(folder)!r}: has a second backbone, {second}, and {file} does not "
+                         f"say which timesteps are whose (boundary_ratio={ratio!r}): use a pipeline that says so")
+    return (0.0, ratio) if component == second else (ratio, math.inf)
 
 
 def condition_of(folder: Path) -> str:
@@ -144,13 +164,13 @@ def read_config(file: Path, field: str = "backbone.pretrained") -> dict[str, Any
     return content
 
 
-def meta_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
-    """The pipeline's backbone on the meta device, from its configuration alone.
+def meta_backbone(folder: Path, field: str = "backbone.pretrained", component: str | None = None) -> Backbone:
+    """The pipeline's backbone on the meta device, from its configuration alone; `component` as for `component_of`.
 
     Raises:
         InputError: if there is none, or diffusers cannot make it.
     """
-    cls, component = component_of(folder, field)
+    cls, component = component_of(folder, field, component)
     try:
         with torch.device("meta"):
             backbone = cls.from_config(cls.load_config(folder / component))
@@ -162,17 +182,17 @@ def meta_backbone(folder: Path, field: str = "backbone.pretrained") -> Backbone:
 
 
 def load_backbone(folder: Path, field: str = "backbone.pretrained", dtype: torch.dtype = torch.float32,
-                  quantize: str | None = None) -> Backbone:
+                  quantize: str | None = None, component: str | None = None) -> Backbone:
     """The pipeline's UNet or transformer, from safetensors (or, with `weights_only`, older weight files).
 
     Args:
         dtype: of its weights, but for the few that diffusers keeps in fp32.
-        quantize: "int8" or "nf4" for the weights of its linear layers.
+        quantize: "int8" or "nf4" for the weights of its linear layers. component: as for `component_of`.
 
     Raises:
         InputError: if it cannot be loaded, or weights are missing.
     """
-    cls, component = component_of(folder, field)
+    cls, component = component_of(folder, field, component)
     return _load(cls, folder / component, dtype, field, **_quantized(quantize, dtype))
 
 
@@ -238,15 +258,16 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype, field: str = "backbone.pre
     return model
 
 
-def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[str, ...] = ()) -> None:
+def export(folder: Path, pretrained: Path, backbone: Backbone, left_out: tuple[str, ...] = (),
+           component: str | None = None) -> None:
     """Write a diffusers pipeline folder: `pretrained` with the backbone's weights replaced.
 
     Args:
         folder: replaced if it exists. pretrained: the pipeline folder to copy.
         backbone: without adapters; shared modules are written as equal copies.
-        left_out: files of `pretrained` that are not copied.
+        left_out: files of `pretrained` that are not copied. component: as for `component_of`.
     """
-    component = component_of(pretrained)[1]
+    component = component_of(pretrained, wanted=component)[1]
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(pretrained, partial, ignore=lambda place, names: {

@@ -44,10 +44,10 @@ def load_scheduler(folder: Path) -> Any:
                          "alter trains: give a pipeline with a scheduler such as DDPMScheduler or "
                          f"{_FLOWS[0]}")
     config = {**defaults, **config}
-    scale = config.get("snr_shift_scale", getattr(_parameters(name).get("snr_shift_scale"), "default", 1.0))
-    if scale != 1:
-        raise InputError(f"{file}: snr_shift_scale={scale} shifts the noise of a {name} (CogVideoX), which alter does "
-                         "not train: use a pipeline without")
+    shifts = "snr_shift_scale" in _parameters(name)
+    if not shifts and config.get("snr_shift_scale", 1) != 1:
+        raise InputError(f"{file}: snr_shift_scale={config['snr_shift_scale']} is of CogVideoX's schedulers, and not of"
+                         f" a {name}: take it out, or name one of those")
     kind = config.get("prediction_type")
     if flow and (name not in _FLOWS and kind != "flow_prediction" or config.get("invert_sigmas")):
         raise InputError(f"{file}: a flow with prediction_type={kind!r} and invert_sigmas="
@@ -55,6 +55,8 @@ def load_scheduler(folder: Path) -> Any:
     if not flow and kind not in PREDICTION_TYPES:
         raise InputError(f"{folder / 'scheduler'}: prediction_type={kind!r}: use one of {', '.join(PREDICTION_TYPES)}")
     try:
+        if shifts:
+            config |= _without_shift(getattr(diffusers, name).from_config(config))
         return (getattr(diffusers, name) if flow else DDPMScheduler).from_config(config)
     except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         kinds = "flow matching" if flow else "betas"
@@ -214,6 +216,12 @@ def hands_sigmas(folder: Path) -> bool:
     file = folder / "model_index.json"
     cls: Any = getattr(diffusers, str(read_config(file).get("_class_name")), None) if file.is_file() else None
     return cls is not None and bool(_EVEN_SIGMAS.search(inspect.getsource(sys.modules[cls.__module__])))
+
+
+def _without_shift(scheduler: Any) -> dict[str, Any]:
+    """The noise of one of CogVideoX's schedulers as betas, which any other scheduler knows."""
+    alphas = scheduler.alphas_cumprod.double()
+    return {"trained_betas": [1 - float(alphas[0]), *(1 - alphas[1:] / alphas[:-1]).tolist()], "snr_shift_scale": 1.0}
 
 
 def _flows(name: str) -> bool:

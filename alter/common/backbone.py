@@ -13,6 +13,10 @@ class BackboneConfig:
     pretrained: str | None = key(
         None, "Folder or hub id of a diffusers pipeline; its `unet` or `transformer` is turned into experts.")
     revision: str | None = key(None, "Revision (branch, tag, commit) of a hub id.")
+    component: str | None = key(
+        None, "The backbone that is trained, of a pipeline with two that share the timesteps between them (Wan 2.2: "
+        "transformer for the noisier ones, transformer_2 for the rest). The other stays as it is. null: the first.",
+        choices=("unet", "transformer", "transformer_2"))
     precision: str = key(
         "fp32", "Weights that adapters (`lora.rank`) leave frozen: fp32, or bf16 to save memory. Adapters are fp32.",
         choices=("fp32", "bf16"))

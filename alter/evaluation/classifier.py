@@ -67,16 +67,16 @@ def errors_by_timestep(student: Predict, teacher: Predict, noising: Noising, lat
 
     The first row is against the teacher's output (*output error*), the second against the noising's target
     (*denoising error*). Every sample of `latents` [N, C, h, w] is noised to the middle of each of `bins` equal
-    intervals; one batch has one timestep.
+    intervals of the timesteps that are trained; one batch has one timestep. There are no more bins than timesteps.
 
     Args:
         student, teacher: what they predict of noisy latents, timesteps and conditioning.
         conditioning: arguments of both models for these samples.
     """
-    total = noising.num_timesteps
-    errors = []
+    trained, errors = noising.trained, []
+    bins = min(bins, len(trained))
     for i in range(bins):
-        timestep = noising.at(torch.tensor([(2 * i + 1) * total // (2 * bins)]))
+        timestep = noising.at(trained[(2 * i + 1) * len(trained) // (2 * bins)][None])
         noise = gaussian(tuple(latents.shape[1:]), range(len(latents)), seed, i, 4).to(latents)
         timesteps = timestep.expand(len(latents)).to(latents.device)
         noisy = noising.noised(latents, noise, timesteps)

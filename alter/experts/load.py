@@ -74,7 +74,8 @@ def load_dense(source: str | Path, base: str | Path | None = None, **kwargs: Any
     adapters = fetch(source, ADAPTERS, _hub(kwargs))
     try:
         if hasattr(pipe, "load_lora_weights"):
-            pipe.load_lora_weights(str(adapters.parent), weight_name=ADAPTERS)
+            second = {"load_into_transformer_2": True} if record.component == COMPONENTS[-1] else {}
+            pipe.load_lora_weights(str(adapters.parent), weight_name=ADAPTERS, **second)
         else:
             put_adapters(getattr(pipe, record.component), load_file(adapters), record.component)
     except (ImportError, KeyError, RuntimeError, ValueError) as error:

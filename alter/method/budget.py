@@ -26,6 +26,17 @@ def nearest(num_timesteps: int, visited: np.ndarray) -> np.ndarray:
     return distinct[np.abs(np.arange(num_timesteps)[:, None] - distinct).argmin(axis=1)]
 
 
+def rows_of(trained: np.ndarray, counted: np.ndarray, num_timesteps: int) -> np.ndarray:
+    """The place in `trained` of the timestep whose expert serves each training timestep, int64 [T]: its own, or, where
+    it is not trained, that of the nearest which counts in the budget.
+
+    Args:
+        trained: timesteps, int64 [N], ascending. counted: those of a budget, among them.
+    """
+    rows = np.arange(num_timesteps)
+    return np.searchsorted(trained, np.where(np.isin(rows, trained), rows, nearest(num_timesteps, counted)))
+
+
 def timestep_weights(num_timesteps: int, visited: np.ndarray | None) -> np.ndarray:
     """Weight of every training timestep, float64 [T], of sum 1; of budget, loss and report alike.
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,11 @@ class Betas:
         if self.visited is not None:
             return _drawn(self.visited, count, source)
         return torch.randint(self.num_timesteps, (count,), generator=source)
+
+    @property
+    def trained(self) -> Tensor:
+        """The rows that training visits, int64 [any], ascending."""
+        return torch.arange(self.num_timesteps) if self.visited is None else torch.tensor(self.visited).unique()
 
     def at(self, rows: Tensor) -> Tensor:
         """The timesteps of rows, which they are themselves."""
@@ -110,6 +116,7 @@ class Flow:
             logit_std; "mode", more in the middle for mode_scale > 0 and more at the ends below 0.
         weighting: of the denoising error: "none", "sigma_sqrt" or "cosmap".
         visited: timesteps to draw from, each as often, in place of `density` and `shift`; None: all.
+        within: timesteps are drawn from those of low <= t < high alone, with the same density there; None: from all.
     """
 
     num_timesteps: int
@@ -120,6 +127,7 @@ class Flow:
     mode_scale: float = 1.29
     weighting: str = "none"
     visited: tuple[float, ...] | None = None
+    within: tuple[float, float] | None = None
 
     def to(self, device: torch.device | str) -> "Flow":
         """Itself: nothing of it is on a device."""
@@ -130,6 +138,26 @@ class Flow:
         Or from `visited`."""
         if self.visited is not None:
             return _drawn(self.visited, count, source)
+        timesteps = self._any(count, source)
+        while len(others := (~self.serves(timesteps)).nonzero()[:, 0]):
+            timesteps[others] = self._any(len(others), source)
+        return timesteps
+
+    def serves(self, timesteps: Tensor) -> Tensor:
+        """Which of them are `within`, bool [B]."""
+        low, high = self.within or (-math.inf, math.inf)
+        return (timesteps >= low) & (timesteps < high)
+
+    @property
+    def trained(self) -> Tensor:
+        """The rows that training visits, int64 [any], ascending."""
+        if self.visited is not None:
+            return self.rows(torch.tensor(self.visited)).unique()
+        rows = torch.arange(self.num_timesteps)
+        return rows[self.serves(rows)]
+
+    def _any(self, count: int, source: torch.Generator) -> Tensor:
+        """Timesteps of `density` and `shift`."""
         if self.density == "logit_normal":  # SD3, Sec. 3.1, "Logit-Normal Sampling"
             normal = torch.randn(count, generator=source)
             sigma = torch.sigmoid(self.logit_mean + self.logit_std * normal)
@@ -184,6 +212,22 @@ class Flow:
 
 
 Noising = Betas | Flow
+
+
+def edges_of(noising: Noising, bins: int, weight_T: np.ndarray | None = None) -> np.ndarray:
+    """Borders [B+1] of at most `bins` bins of training timesteps, from 0 to T, that share `noising.trained` evenly.
+
+    A border lies halfway between two trained rows, so that the rows between them are in the bin of the nearest.
+
+    weight_T: of the timesteps, float64 [T], of which bins have equal shares; None: all weigh the same.
+    """
+    trained = noising.trained.numpy()
+    weights = np.ones(len(trained)) if weight_T is None else weight_T[trained]
+    passed = np.concatenate([[0.0], weights.cumsum() / weights.sum()])
+    firsts = np.searchsorted(passed, np.linspace(0, 1, bins + 1)[1:-1] - 1e-9)
+    firsts = np.unique(firsts[(firsts > 0) & (firsts < len(trained))])
+    inner = (trained[firsts - 1] + trained[firsts]) // 2 + 1
+    return np.concatenate([[0], inner, [noising.num_timesteps]])
 
 
 def _drawn(visited: Sequence[float], count: int, source: torch.Generator) -> Tensor:

@@ -69,7 +69,8 @@ def save_checkpoint(folder: Path, step: int, config: Config, tensors: dict[str, 
         save_config(config, partial / CONFIG)
         if experts is not None:
             experts.save_pretrained(partial)
-        checksums = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        checksums = {str(file.relative_to(partial)): _sha256(file) for file in files}
         write_text(partial / _CHECKSUMS, json.dumps(checksums, indent=1))
         publish(partial, final)
     finally:

@@ -6,6 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..common.config import Config
+from ..method.noising import edges_of
 from ..method.sensitivity import Sensitivity
 from .probe import Probe
 from .setup.parts import Parts
@@ -16,7 +17,7 @@ def measure_sensitivity(config: Config, parts: Parts, bins: int = 10, samples: i
     """Takes L + 1 forwards of `samples` samples a bin and, for the response, about bins + 1 more for each of `trials`
     layers, drawn with the seed."""
     probe, sites = Probe(config, parts, samples, batch_size), parts.simulator.sites
-    edges = np.linspace(0, parts.noising.num_timesteps, bins + 1).round().astype(int)
+    edges = edges_of(parts.noising, bins)
     alone = ~np.eye(len(sites), dtype=bool)
     columns = [probe.errors(alone, int(low), int(high))
                for low, high in tqdm(list(pairwise(edges)), unit="bin", desc="sensitivity", dynamic_ncols=True)]

@@ -20,6 +20,7 @@ from ..common.errors import InputError
 from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..method.diffusion import gaussian
 from ..method.losses import mse_per_sample
+from ..method.noising import Flow
 from .setup.parts import Parts
 
 View = Callable[[Tensor], Tensor]  # of final latents [B, ...], any tensor [B, ...]
@@ -53,14 +54,20 @@ class Probe:
         parts.backbone.eval()
 
     def noised(self, low: int, high: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
-        """Batches at rows spread evenly over low..high-1: noisy latents, timesteps, conditioning and target."""
-        noising = self.parts.noising
+        """Batches at rows spread evenly over those of low..high-1 that are trained: noisy latents, timesteps,
+        conditioning and target."""
+        noising, rows = self.parts.noising, self._trained(low, high)
         for first, latents, noise, conditioning, _ in self._batches:
             positions = np.arange(first, first + len(latents)) + 0.5
-            spread = (low + positions / self.samples * (high - low)).astype(np.int64)
-            timesteps = noising.at(torch.from_numpy(spread)).to(latents.device)
+            spread = rows[torch.from_numpy((positions / self.samples * len(rows)).astype(np.int64))]
+            timesteps = noising.at(spread).to(latents.device)
             yield (noising.noised(latents, noise, timesteps), timesteps, conditioning,
                    noising.target(latents, noise, timesteps))
+
+    def _trained(self, low: int, high: int) -> Tensor:
+        """The rows of low..high-1 that training visits."""
+        trained = self.parts.noising.trained
+        return trained[(trained >= low) & (trained < high)]
 
     @torch.no_grad()
     def errors(self, masks: np.ndarray, low: int, high: int, weight_T: np.ndarray | None = None) -> tuple[
@@ -108,17 +115,23 @@ class Probe:
         """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
 
         Of DPM-Solver++ (of a flow: Euler's method) with two steps in each bin, without guidance, when each of the bool
-        masks [M, L] is in force in that bin alone (`displacement`). It depends on the width of the bins.
+        masks [M, L] is in force in that bin alone (`displacement`). It depends on the width of the bins. Steps are
+        trained timesteps: one in a bin that has one alone.
 
         Args:
-            edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]; two or more in each.
+            edges: bin b holds the timesteps from edges[b] up to edges[b+1], [B+1]; one or more in each.
 
         Returns: float64 [B]; 1 where no mask changes the output.
         """
         bins = [(int(low), int(high)) for low, high in pairwise(edges)]
-        steps = [low + quarter * (high - low) // 4 for low, high in reversed(bins) for quarter in (3, 1)]
-        pairs = [range(2 * b, 2 * b + 2) for b in reversed(range(len(bins)))]
-        moved, caused_B = self.displacement(masks, pairs, partial(solver_at, self.parts.scheduler, steps))
+        steps: list[int] = []
+        ranges = []
+        for low, high in reversed(bins):
+            rows = self._trained(low, high)
+            own = sorted({int(rows[quarter * len(rows) // 4]) for quarter in (1, 3)}, reverse=True)
+            ranges.append(range(len(steps), len(steps) + len(own)))
+            steps += own
+        moved, caused_B = self.displacement(masks, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
         return np.divide(moved["latents"], caused_B, out=np.ones(len(bins)), where=caused_B > 0)
 
     @torch.no_grad()
@@ -126,6 +139,8 @@ class Probe:
                      guidance: float = 1.0, views: Mapping[str, View] = _LATENTS) -> tuple[
                          dict[str, np.ndarray], np.ndarray]:
         """How far final samples move when masks are in force at some steps of a sampler alone.
+
+        A backbone of less noise begins at noised samples; that of more noise ends where its last step leads.
 
         Args:
             masks: bool [M, L]. ranges: of consecutive steps, R of them. prepare: a solver with its steps set.
@@ -157,8 +172,8 @@ class Probe:
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
-        _, _, noise, given, nothing = batch
-        latents, outputs, caused = noise, [], 0.0
+        _, clean, noise, given, nothing = batch
+        latents, outputs, caused = self._begun(clean, noise, solver.timesteps[:1]), [], 0.0
         for step, timestep in enumerate(solver.timesteps):
             if known and (not masked or step < masked[0]):
                 outputs.append(known[step])
@@ -174,6 +189,13 @@ class Probe:
                 caused = mse_per_sample(outputs[-1][0], known[step][0]).sum().item()
             latents = solver.step(outputs[-1][1], timestep, latents).prev_sample
         return latents, outputs, caused
+
+    def _begun(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What sampling begins with at its first timestep."""
+        noising = self.parts.noising
+        if isinstance(noising, Flow) and noising.within and noising.within[1] <= noising.num_timesteps:
+            return noising.noised(clean, noise, timestep.float().expand(len(clean)).to(clean.device))
+        return noise
 
     def _predict(self, mask_L: np.ndarray | None, noisy: Tensor, timesteps: Tensor,
                  conditioning: dict[str, Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from ..backbones.dit import tie_embedders
 from ..backbones.family import predict
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import Base, adapter_state, export_adapters, merge_adapters, put_adapters
-from ..backbones.pretrained import base_of, component_of, export, load_backbone
+from ..backbones.pretrained import base_of, export, load_backbone
 from ..backbones.schedules import make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
@@ -31,7 +31,6 @@ from ..experts.load import pipeline_class
 from .demo_images import DemoReference, demo_reference
 from .setup.parts import Parts
 
-_NOT_COPIED = ("README.md", EXPERTS, ADAPTERS)  # not those of an earlier run
 _SHOWN = 12  # images per row of samples.png, at most
 
 
@@ -58,20 +57,22 @@ def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: in
 
 def _export(config: Config, parts: Parts, final: Path) -> None:
     """The pipeline with the trained weights; of adapters, unless they are to be merged, these alone."""
+    # Not those of an earlier run of this component, but those of another.
+    left_out = ("README.md", ADAPTERS, *(() if parts.told_component else (EXPERTS,)))
     if config.lora.rank is None:
-        export(final, parts.folder, parts.backbone, _NOT_COPIED)
+        export(final, parts.folder, parts.backbone, left_out, parts.component)
         return
-    component = component_of(parts.folder)[1]
+    component = parts.component
     state = adapter_state(parts.backbone, component)
     if not config.lora.merge:
-        base = base_of(str(config.backbone.pretrained), config.backbone.revision, parts.folder)
+        base = base_of(str(config.backbone.pretrained), config.backbone.revision, parts.folder, component)
         export_adapters(final, state, base)
         return
-    merged = load_backbone(parts.folder)  # in full precision
+    merged = load_backbone(parts.folder, component=component)  # in full precision
     tie_embedders(merged)
     put_adapters(merged, state, component)
     merge_adapters(merged)
-    export(final, parts.folder, merged, _NOT_COPIED)
+    export(final, parts.folder, merged, left_out, component)
     save_file(state, final / ADAPTERS, {"format": "pt"})
 
 

@@ -66,7 +66,7 @@ class Trainer:
             eight_bit=optim.optimizer == "adamw_8bit")
         self.wrapped = accelerator.prepare_model(self.backbone)
         # Of each timestep, of mean 1; None: all weigh the same. A flow's shift draws more of those that count.
-        noising, limited = parts.noising, parts.noising.visited is not None
+        noising, limited = parts.noising, len(parts.noising.trained) < parts.noising.num_timesteps
         weight_T = None if isinstance(noising, Flow) and not limited else parts.budget.weight_T(noising.num_timesteps)
         self.balance_T = None if weight_T is None else torch.tensor(
             weight_T * len(weight_T), dtype=torch.float32, device=accelerator.device)

@@ -4,11 +4,9 @@ import pytest
 import torch
 from pipelines import PIPELINES, PROMPTS, VIDEOS, backbones, make_pipeline, received
 
-from alter import InputError
 from alter.backbones.conditioning import Conditioner, join
 from alter.backbones.family import predict
 from alter.backbones.inputs import timestep_features
-from alter.backbones.pretrained import check_one_backbone
 
 TO_ROUNDING = ("sdxl", "z_image")
 
@@ -86,9 +84,3 @@ def test_neighbouring_timesteps_have_like_features(name, tmp_path):
     features = timestep_features(backbone, 1000)
     alike = torch.cosine_similarity(features[1:], features[:-1], dim=1)
     assert features.shape[0] == 1000 and alike.mean() > 0.8
-
-
-def test_a_pair_of_backbones_is_not_trained(tmp_path):
-    make_pipeline("wan22", tmp_path)
-    with pytest.raises(InputError, match="has a second backbone, transformer_2"):
-        check_one_backbone(tmp_path)

@@ -9,7 +9,7 @@ from conftest import make_dit, save_pipeline
 from diffusers import DDPMScheduler
 
 from alter import InputError
-from alter.backbones.schedules import load_scheduler, scheduler_class
+from alter.backbones.schedules import load_scheduler, make_noising, make_sampler, make_solver, scheduler_class
 from alter.training.setup.plan import check
 
 KINDS = ("epsilon", "v_prediction")
@@ -33,12 +33,45 @@ def test_the_betas_are_those_of_the_pipelines_scheduler(tmp_path, name, changes)
     assert torch.equal(load_scheduler(tmp_path).betas, scheduler.betas)
 
 
-def test_a_shifted_noise_is_refused(tmp_path):
-    config = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
-    with pytest.raises(InputError, match="snr_shift_scale=3.0"):
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+@pytest.mark.parametrize("settings", [
+    {}, {"snr_shift_scale": 1.0}, {"snr_shift_scale": 3.0, "beta_schedule": "linear"},
+    {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    {"snr_shift_scale": 2.0, "rescale_betas_zero_snr": True}], ids=str)
+def test_the_shifted_noise_of_cogvideox(tmp_path, name, settings):
+    config = {"_class_name": name, "prediction_type": "v_prediction", **settings}
+    own = getattr(diffusers, name)(**{key: value for key, value in config.items() if key != "_class_name"})
+    found = load_scheduler(written(tmp_path, config))
+    noising = make_noising(found, 1)
+    assert noising.prediction_type == "v_prediction" and noising.num_timesteps == 1000
+    torch.testing.assert_close(noising.alphas_cumprod.double(), own.alphas_cumprod.double(), rtol=1e-3, atol=1e-7)
+    latents, noise, timesteps = torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.tensor([0, 500, 999])
+    torch.testing.assert_close(noising.noised(latents, noise, timesteps), own.add_noise(latents, noise, timesteps),
+                               rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(noising.target(latents, noise, timesteps), own.get_velocity(latents, noise, timesteps),
+                               rtol=1e-4, atol=1e-5)
+    for other in (make_sampler(name, "", found, 1), make_solver(found, 1)):  # shifted once, not twice
+        torch.testing.assert_close(other.alphas_cumprod[:-1].double(), own.alphas_cumprod[:-1].double(), rtol=1e-3,
+                                   atol=1e-7)
+
+
+def test_its_samples_follow_the_shifted_noise(tmp_path):
+    """A backbone that knows its sample is led there; by other noise it would not be."""
+    found = load_scheduler(written(tmp_path, {"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}))
+    own = diffusers.CogVideoXDDIMScheduler(snr_shift_scale=3.0, clip_sample=False)
+    solver, wanted = make_solver(found, 1), torch.randn(1, 4, 8)
+    solver.set_timesteps(20)
+    latents = torch.randn(1, 4, 8)
+    for timestep in solver.timesteps:
+        alpha = own.alphas_cumprod[int(timestep)].float()
+        latents = solver.step((latents - alpha**0.5 * wanted) / (1 - alpha) ** 0.5, timestep, latents).prev_sample
+    torch.testing.assert_close(latents, wanted, rtol=0.02, atol=0.05)
+
+
+def test_the_shift_is_of_cogvideox_alone(tmp_path):
+    config = {"_class_name": "DDIMScheduler", "snr_shift_scale": 3.0}
+    with pytest.raises(InputError, match="snr_shift_scale=3.0 is of CogVideoX's schedulers, and not of a DDIM"):
         load_scheduler(written(tmp_path, config))
-    written(tmp_path, {**config, "snr_shift_scale": 1.0})
-    assert load_scheduler(tmp_path).config.prediction_type == "v_prediction"
 
 
 def test_prediction_types_are_kept_and_unknown_ones_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Both forward processes, against diffusers' schedulers and training functions."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -10,7 +11,7 @@ from diffusers.training_utils import (
 )
 
 from alter.method.diffusion import generator
-from alter.method.noising import PREDICTION_TYPES, Betas, Flow
+from alter.method.noising import PREDICTION_TYPES, Betas, Flow, edges_of
 
 SHAPES = pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 4, 4), (5, 8)], ids=["image", "video", "tokens"])
 
@@ -126,3 +127,35 @@ def test_log_snr_is_that_of_the_noised_latents():
         assert everywhere.isfinite().all() and (everywhere.diff() <= 0).all()
     assert betas(rescale_betas_zero_snr=True)[1].log_snr(torch.tensor([999])).item() == -20
     assert Flow(1000).log_snr(torch.tensor([0.0, 1000.0])).tolist() == [20, -20]
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+@pytest.mark.parametrize("within", [(875.0, float("inf")), (0.0, 875.0)], ids=["noisier", "rest"])
+def test_a_share_of_the_timesteps_is_drawn_as_often_as_before(density, within):
+    settings = {"num_timesteps": 1000, "shift": 3.0, "density": density}
+    every = Flow(**settings).timesteps(40_000, generator(0, 0))
+    expected = every[(every >= within[0]) & (every < within[1])]
+    found = Flow(**settings, within=within).timesteps(40_000, generator(0, 1))
+    assert within[0] <= found.min() and found.max() < within[1]
+    levels = torch.linspace(0.05, 0.95, 19)
+    width = min(within[1], 1000) - within[0]
+    assert (found.quantile(levels) - expected.quantile(levels)).abs().max() < 0.03 * width
+
+
+def test_bins_share_the_trained_timesteps():
+    whole = Betas(torch.linspace(1, 0, 1000))
+    for bins in (1, 7, 10, 20):
+        assert edges_of(whole, bins).tolist() == np.ceil(np.linspace(0, 1000, bins + 1)).astype(int).tolist()
+    visited = (999.0, 750.0, 500.0, 250.0)
+    for few in (Flow(1000, visited=visited), Betas(torch.linspace(1, 0, 1000), visited=tuple(map(int, visited)))):
+        assert few.trained.tolist() == sorted(visited)
+        edges = edges_of(few, 10)
+        nearest = np.abs(np.arange(1000)[:, None] - sorted(visited)).argmin(1)  # of two the lower
+        assert np.array_equal(np.digitize(np.arange(1000), edges[1:-1]), nearest)
+    part = Flow(1000, within=(875.0, float("inf")))
+    assert part.trained.tolist() == list(range(875, 1000))
+    assert edges_of(part, 5).tolist() == [0, 900, 925, 950, 975, 1000]
+    weight_T = np.arange(1000.0)
+    edges = edges_of(whole, 4, weight_T)
+    shares = np.add.reduceat(weight_T, edges[:-1]) / weight_T.sum()
+    assert len(shares) == 4 and np.abs(shares - 0.25).max() < 0.002

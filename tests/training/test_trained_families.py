@@ -14,7 +14,8 @@ from alter import TemporalExperts, load_config, load_pipeline, train
 from alter.backbones.pretrained import absent_parts
 from alter.data.shapes import write_shapes
 
-FAMILIES = ("sd3", "flux", "flux2", "qwen", "wan", "pixart", "sana", "z_image", "sdxl", "sd")
+FAMILIES = ("sd3", "flux", "flux2", "qwen", "wan", "pixart", "sana", "z_image", "sdxl", "sd",
+            "cogvideox")
 _LORA = {"lora": {"rank": 2}, "optim": {"backbone_lr": 0.05}}
 KINDS = {"full": {}, "lora": _LORA, "bf16": {**_LORA, "backbone": {"precision": "bf16"}}}
 QUICK = (("flux", "full"), ("qwen", "full"), ("z_image", "lora"))
@@ -29,8 +30,6 @@ def family_config(tmp_path, monkeypatch):
             make_pipeline(name, pretrained)
         if not shapes.exists():
             write_shapes(shapes, 12, 0)
-        if name == "flux2":  # whose pipeline shifts by a formula of its own
-            changes = merge({"flow": {"shift": 3.0}, "budget": {"sampler": "uniform"}}, changes)
         content = merge(SMALL, {
             "backbone": {"pretrained": str(pretrained)}, "output_dir": "run",
             "data": {"path": str(shapes), "resolution": 32, "holdout": 2, "label_dropout": 0.3},

@@ -7,6 +7,7 @@ import diffusers
 import yaml
 from huggingface_hub import hf_hub_download
 
+from ...backbones.family import COMPONENTS
 from ...backbones.lora import FILE_NAME, Base
 from ...common.config import Config
 from ...experts.artefact import TemporalExperts
@@ -26,7 +27,7 @@ experts.apply(pipe)  # without this line all layers run"""
 _ADAPTERS = """from alter import load_pipeline
 
 pipe = load_pipeline("path/to/this/folder")  # the base pipeline, its adapters and its experts"""
-_BY_HAND = ("Without it: `pipe.load_lora_weights(folder)` on a pipeline that is loaded already, and then "
+_BY_HAND = ("Without it: `pipe.load_lora_weights(folder{second})` on a pipeline that is loaded already, and then "
             "`TemporalExperts.from_pretrained(folder).apply(pipe)`.")
 
 
@@ -57,9 +58,11 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
                    "chooses another, `with experts.at(...):` for one call.")
     if adapters_of is not None:
         code = _ADAPTERS
+        second = ", load_into_transformer_2=True" * (adapters_of.component == COMPONENTS[-1])
         lora = (f"This folder holds low-rank adapters of rank {config.lora.rank}, in `{FILE_NAME}`, for the "
                 f"`{pipeline}` of `{base}`. `load_pipeline(..., base=FOLDER)` takes the base pipeline from elsewhere. "
-                + _BY_HAND * hasattr(getattr(diffusers, pipeline, None), "load_lora_weights") + "\n\n")
+                + _BY_HAND.format(second=second) * hasattr(getattr(diffusers, pipeline, None), "load_lora_weights")
+                + "\n\n")
     else:
         code = _OURS if pipeline == ClassConditionalPipeline.__name__ else _DIFFUSERS.format(pipeline=pipeline)
         lora = "" if config.lora.rank is None else (

@@ -14,11 +14,12 @@ from ...experts.ladder import Rung
 from ...method.allocation import Frontier, Gain, gain
 from ...method.budget import TOLERANCE
 from ...method.measured import Measured
+from ...method.noising import edges_of
 from ..batch import Batch
 from ..probe import Probe
 from ..setup.parts import Parts
 from ..update import Update
-from .measuring import early_response, equal_bins, measured_family, order_layers, ordering_forwards
+from .measuring import early_response, measured_family, order_layers, ordering_forwards
 
 _SPREAD = 0.2  # of the depths that are trained around the budget, as a standard deviation of the keep ratio
 _RUNGS = np.arange(0.3, 1.001, 0.05)  # budgets of the ladder, beside those asked for
@@ -46,8 +47,7 @@ class ElasticSearch:
             config, parts = self.config, self.parts
             layers, samples = len(parts.cost.sites), min(config.search.samples, _ORDER_SAMPLES)
             tqdm.write(f"ordering {layers} layers: about {ordering_forwards(layers, samples):,} forwards of one sample")
-            weight_T = early_response(Probe(config, parts, min(samples, _RESPONSE_SAMPLES)), layers,
-                                      parts.noising.num_timesteps)
+            weight_T = early_response(Probe(config, parts, min(samples, _RESPONSE_SAMPLES)), layers)
             found = [order_layers(Probe(config, parts, samples), parts.budget, config.search.least, weight_T)]
             self.trainer.backbone.train()
         self.masks_ML = broadcast_object_list(found)[0]
@@ -83,7 +83,7 @@ class ElasticSearch:
         """The mask of the budget alone, whatever depths are being trained."""
         parts, budget = self.parts, self.parts.budget
         return TemporalExperts.build(*self.tried(), parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
-                                     parts.latency)
+                                     parts.latency, parts.told_component)
 
     def finish(self) -> TemporalExperts:
         """Measure, and allocate depths to timesteps for every budget."""
@@ -100,7 +100,7 @@ class ElasticSearch:
         cost_M = self._cost_M()
         weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
         weight_T = np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
-        edges = equal_bins(weight_T, config.search.bins)
+        edges = edges_of(parts.noising, config.search.bins, weight_T)
         near = int(np.abs(cost_M - (low + high) / 2).argmin())
         measured, error_MBS = measured_family(config, parts, self.masks_ML, edges, near)
         cost_MB = bin_costs(cost_M, weight_T, edges)
@@ -148,7 +148,7 @@ def experts_of(parts: Parts, masks: np.ndarray, rungs: list[Rung], keep_ratio: f
     budget = parts.budget
     (chosen,) = (rung for rung in rungs if rung.keep_ratio_target == keep_ratio)
     return TemporalExperts.build(masks, chosen.expert_T, parts.cost, keep_ratio, budget.over, budget.timesteps,
-                                 parts.latency, ladder=rungs, measured=measured)
+                                 parts.latency, parts.told_component, rungs, measured)
 
 
 def _forecast(found: Gain, keep_ratio: float, experts: int, space: str) -> str:

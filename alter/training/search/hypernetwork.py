@@ -153,4 +153,4 @@ class HypernetworkSearch:
         """Experts to show, from what `masks` gave."""
         parts, budget = self.parts, self.parts.budget
         return TemporalExperts.build(*masks, parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
-                                     parts.latency)
+                                     parts.latency, parts.told_component)

@@ -10,6 +10,7 @@ from ...backbones.schedules import as_rows, make_sampler, make_solver, set_times
 from ...common.config import Config
 from ...method.budget import Budget
 from ...method.measured import Measured
+from ...method.noising import Flow, edges_of
 from ..probe import Probe, View
 from ..setup.parts import Parts
 
@@ -54,17 +55,10 @@ def ordering_forwards(layers: int, samples: int) -> int:
     return samples * (layers + layers * min(_CANDIDATES, (layers + 1) // 2) + layers)
 
 
-def equal_bins(weight_T: np.ndarray, bins: int) -> np.ndarray:
-    """Borders of at most `bins` intervals of timesteps of about equal weight, int64 [B+1]; none is empty."""
-    passed_T = np.concatenate([[0.0], weight_T.cumsum() / weight_T.sum()])
-    inner = np.searchsorted(passed_T, np.linspace(0, 1, bins + 1)[1:-1] - 1e-9)
-    return np.unique(np.concatenate([[0], inner, [len(weight_T)]]))
-
-
-def early_response(probe: Probe, layers: int, steps: int, bins: int = 10) -> np.ndarray:
+def early_response(probe: Probe, layers: int, bins: int = 10) -> np.ndarray:
     """The response of the dense model's samples to errors in equal bins, as a weight of timesteps, float64 [T]."""
     mask_L = np.arange(layers) % 4 != 1 if layers > 2 else np.arange(layers) != 1
-    edges = np.linspace(0, steps, bins + 1).round().astype(int)
+    edges = edges_of(probe.parts.noising, bins)
     return np.repeat(probe.amplification(mask_L[None], edges), np.diff(edges))
 
 
@@ -88,6 +82,10 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
         solver = make_solver(parts.scheduler, parts.tokens) if budget.sampler in (None, "uniform") else make_sampler(
             str(budget.sampler), "budget.sampler=", parts.scheduler, parts.tokens)
         set_timesteps(solver, steps, parts.tokens)
+        if isinstance(parts.noising, Flow) and parts.noising.within:  # the steps of this one of two backbones
+            own = parts.noising.serves(solver.timesteps)
+            solver.set_begin_index(int(own.nonzero()[0]))
+            solver.timesteps = solver.timesteps[own]
         return solver
 
     solver = prepare()

@@ -100,8 +100,10 @@ def _noise(plan: Plan) -> str:
     noising, name = plan.noising, type(plan.scheduler).__name__
     if isinstance(noising, Betas):
         return f"by betas, prediction type {noising.prediction_type}"
+    trained = noising.trained.tolist()
+    within = f", timesteps {trained[0]} to {trained[-1]}, those of {plan.component}" if noising.within else ""
     return (f"flow matching ({name}), density {noising.density}, shift {noising.shift:.4g}, weighting "
-            f"{noising.weighting}")
+            f"{noising.weighting}{within}")
 
 
 def _averaged(config: Config, plan: Plan) -> str:

@@ -26,7 +26,14 @@ from ...backbones.latency import Latency
 from ...backbones.latents import encode
 from ...backbones.lora import FILE_NAME as ADAPTERS
 from ...backbones.lora import Base, add_adapters, load_adapters, merge_adapters, put_adapters, without_adapters
-from ...backbones.pretrained import DTYPES, component_of, load_backbone, load_vae, local_folder, shift_of
+from ...backbones.pretrained import (
+    DTYPES,
+    load_backbone,
+    load_vae,
+    local_folder,
+    shift_of,
+    told_component,
+)
 from ...backbones.sampling import sample_latents
 from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
@@ -38,18 +45,19 @@ from ...data.base import Source
 from ...data.batches import Fit
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
-from ...method.budget import Budget, nearest, timestep_weights
+from ...method.budget import Budget, rows_of, timestep_weights
 from ...method.hypernetwork import HyperNetwork
 from ...method.noising import Betas, Noising
 from ...method.routers import Times, slow_features
 from .machine import check_machine
-from .plan import by_time, check_teacher, make_plan, open_data, plan_latency, reads_captions
+from .plan import Plan, by_time, check_teacher, make_plan, open_data, plan_latency, reads_captions
 
 
 @dataclass
 class Parts:
     """What a run is made of. `backbone` carries the gates of `simulator`.
 
+    component: what the pipeline in `folder` calls the backbone.
     teacher: the frozen dense model, without gates; `backbone` itself where adapters alone are trained (see `dense`);
         None where a finished run is tuned further and nothing else is named.
     offload: moves the teacher back to host memory (accelerate), or None where it stays on the device.
@@ -64,6 +72,7 @@ class Parts:
     """
 
     folder: Path
+    component: str
     backbone: Backbone
     teacher: Backbone | None
     offload: Any
@@ -100,6 +109,11 @@ class Parts:
         shape = self.latent_shape if self.source.buckets is None else None
         return Fit(shape, null_class(self.backbone) if by_class else None,
                    None if empty is None else tuple(empty.shape))
+
+    @property
+    def told_component(self) -> str | None:
+        """The component as experts.json names it."""
+        return told_component(self.folder, self.component)
 
     @property
     def tokens(self) -> int:
@@ -174,7 +188,7 @@ class Parts:
 
     def _conditioner(self) -> Conditioner:
         return Conditioner(self.folder, self.backbone.device, self.precision, self.size, self.guidance_scale,
-                           self.max_tokens)
+                           self.max_tokens, self.component)
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
@@ -227,48 +241,59 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         latency = latency or plan_latency(config, device)
     plan = make_plan(config, folder, source, latency)
     assert plan.budget is not None
-    backbone = load_backbone(folder, dtype=DTYPES[config.backbone.precision], quantize=config.backbone.quantize)
+    component = plan.component
+    backbone = load_backbone(folder, dtype=DTYPES[config.backbone.precision], quantize=config.backbone.quantize,
+                             component=component)
     tie_embedders(backbone)
-    former = _former_adapters(config)
+    former = _former_adapters(config, component)
     if former and config.lora.rank is None:
-        put_adapters(backbone, former, component_of(folder)[1])
+        put_adapters(backbone, former, component)
         merge_adapters(backbone)
     dtype = DTYPES[config.train.mixed_precision]
     size, guidance = pixel_size(folder, config.data.resolution, config.data.frames), config.evaluate.guidance_scale
     tokens = config.data.max_tokens
-    conditioner = Conditioner(folder, device, dtype, size, guidance, tokens) if reads_captions(source) else None
+    conditioner = Conditioner(folder, device, dtype, size, guidance, tokens, component) if reads_captions(
+        source) else None
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)
     teacher, offload = _load_teacher(config, folder, backbone, device)
     choose_trained(backbone, config)
     if former and config.lora.rank is not None:
-        load_adapters(backbone, former, component_of(folder)[1])
+        load_adapters(backbone, former, component)
     if config.backbone.channels_last:
         backbone.to(memory_format=torch.channels_last)
     hypernetwork = None
     if config.search.method == "hypernetwork":
-        hypernetwork = _make_hypernetwork(config, backbone, plan.cost, plan.noising, plan.budget).to(device)
-    return Parts(folder, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device), dtype, vae,
-                 conditioner, size, guidance, tokens, hypernetwork, plan.cost, plan.budget, source,
+        hypernetwork = _make_hypernetwork(config, backbone, plan).to(device)
+    return Parts(folder, component, backbone.to(device), teacher, offload, plan.scheduler, plan.noising.to(device),
+                 dtype, vae, conditioner, size, guidance, tokens, hypernetwork, plan.cost, plan.budget, source,
                  plan.latent_shape, plan.experts, plan.latency)
 
 
-def _former_adapters(config: Config) -> dict[str, Tensor]:
+def _former_adapters(config: Config, component: str) -> dict[str, Tensor]:
     """Those of the finished run that `backbone.pretrained` names, if it holds adapters alone."""
     folder = Path(str(config.backbone.pretrained))
-    return {} if Base.beside(folder) is None else load_file(folder / ADAPTERS)
+    base = Base.beside(folder)
+    if base is None:
+        return {}
+    if base.component != component:
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: holds adapters of {base.component}, and "
+                         f"the run trains {component}: name a whole pipeline, such as that of a run with lora.merge")
+    return load_file(folder / ADAPTERS)
 
 
-def _make_hypernetwork(config: Config, backbone: Backbone, cost: CostTable, noising: Noising,
-                       budget: Budget) -> HyperNetwork:
+def _make_hypernetwork(config: Config, backbone: Backbone, plan: Plan) -> HyperNetwork:
     torch.manual_seed(config.seed)
-    experts, count = config.experts, noising.num_timesteps
+    assert plan.budget is not None
+    experts, noising, count = config.experts, plan.noising, plan.noising.num_timesteps
     features_TD = slow_features(count) if experts.router == "smooth" else timestep_features(backbone, count)
     log_snr_T = noising.log_snr(noising.at(torch.arange(count)))
-    if noising.visited is not None:  # timesteps that are not trained have the expert of the nearest
-        nearest_T = torch.from_numpy(nearest(count, noising.rows(torch.tensor(noising.visited)).numpy()))
+    trained = noising.trained
+    if len(trained) < count:  # timesteps that are not trained have the expert of the nearest
+        assert plan.budget.timesteps is not None
+        nearest_T = trained[torch.from_numpy(rows_of(trained.numpy(), plan.budget.timesteps, count))]
         features_TD, log_snr_T = features_TD[nearest_T], log_snr_T[nearest_T]
-    times = Times(features_TD, log_snr_T, timestep_weights(count, budget.timesteps))
-    return HyperNetwork(experts.count, len(cost.sites), times, experts.router, experts.tau, experts.offset)
+    times = Times(features_TD, log_snr_T, timestep_weights(count, plan.budget.timesteps))
+    return HyperNetwork(experts.count, len(plan.cost.sites), times, experts.router, experts.tau, experts.offset)
 
 
 def _load_teacher(config: Config, folder: Path, backbone: Backbone,
@@ -277,7 +302,7 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
     if config.teacher.pretrained is not None:
         place = local_folder(config.teacher.pretrained, field="teacher.pretrained")
         check_teacher(config, place, backbone)
-        teacher = load_backbone(place, "teacher.pretrained")
+        teacher = load_backbone(place, "teacher.pretrained", component=config.backbone.component)
         tie_embedders(teacher, "teacher.pretrained")
     elif config.lora.rank is not None and not _tuned(config, folder):
         return backbone, None
@@ -297,9 +322,10 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
 
 def _tuned(config: Config, folder: Path) -> bool:
     """Whether the weights were trained under experts; adapters that are trained further are not counted."""
+    file = folder / (told_component(folder, config.backbone.component) or "") / EXPERTS
     if Base.beside(str(config.backbone.pretrained)) is not None:
-        return config.lora.rank is None or (folder / EXPERTS).is_file()
-    return (folder / EXPERTS).is_file() or config.experts.pretrained == config.backbone.pretrained
+        return config.lora.rank is None or file.is_file()
+    return file.is_file() or config.experts.pretrained == config.backbone.pretrained
 
 
 def choose_trained(backbone: Backbone, config: Config) -> None:

@@ -17,13 +17,14 @@ from ...backbones.latency import Latency, measure_latency
 from ...backbones.lora import Base
 from ...backbones.pretrained import (
     DTYPES,
-    check_one_backbone,
     check_text,
+    component_of,
     condition_of,
     local_folder,
     meta_backbone,
     root,
     set_tf32,
+    told_component,
 )
 from ...backbones.schedules import as_rows, image_tokens, load_scheduler
 from ...backbones.sites import named_sites
@@ -39,7 +40,7 @@ from ...method.budget import Budget
 from ...method.noising import Noising
 from .encoding import check_encoding
 from .machine import check_machine
-from .noise import check_noise, sampled_timesteps, trained_noising
+from .noise import check_noise, sampled_timesteps, take_shift, trained_noising
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Plan:
     """A configuration, understood.
 
     Attributes:
-        folder: of the backbone's JSON configuration, with or without weights.
+        folder: of the backbone's JSON configuration, with or without weights. component: its sub-folder.
         backbone: on the meta device.
         scheduler: the pipeline's, by whose noise samples are drawn. noising: by what is trained.
         latent_shape: of one sample, as the scheduler steps it.
@@ -58,6 +59,7 @@ class Plan:
     """
 
     folder: Path
+    component: str
     backbone: Backbone
     cost: CostTable
     scheduler: Any
@@ -78,9 +80,8 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     Raises:
         InputError: for whatever does not fit.
     """
-    faults, backbone = Faults(), meta_backbone(folder)
-    with faults.caught():
-        check_one_backbone(folder)
+    faults, component = Faults(), component_of(folder, wanted=config.backbone.component)[1]
+    backbone = meta_backbone(folder, component=component)
     size, scheduler, budget, experts = 0, None, None, None
     with faults.caught():
         if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
@@ -118,16 +119,18 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     tokens = image_tokens(shape, backbone.config.get("patch_size"))
     with faults.caught():
         check_noise(config, folder, scheduler)
-    noising = None
+    noising, asked = None, None
     with faults.caught():
-        noising = trained_noising(config, folder, scheduler, tokens)
+        asked = take_shift(config, folder, scheduler)
+        noising = trained_noising(config, folder, scheduler, tokens, asked)
     cost = count_cost(backbone, size, frames)
     with faults.caught():
-        if latency is not None or not by_time(config):
-            budget, experts = _plan_budget(config, folder, backbone, cost, size, tokens, scheduler, latency)
+        if noising is not None and (latency is not None or not by_time(config)):
+            visited = sampled_timesteps(config, folder, scheduler, tokens, noising, asked)
+            budget, experts = _plan_budget(config, folder, backbone, cost, size, scheduler, noising, visited, latency)
     faults.refuse()
     assert noising is not None
-    return Plan(folder, backbone, cost, scheduler, noising, shape, budget, experts,
+    return Plan(folder, component, backbone, cost, scheduler, noising, shape, budget, experts,
                 experts.latency if experts else latency, source)
 
 
@@ -200,7 +203,7 @@ def measure(config: Config, device: torch.device | str) -> Latency:
     The hub is asked for the configuration of a backbone that is not known here.
     """
     folder = known_folder(config) or local_folder(str(config.backbone.pretrained), config.backbone.revision)
-    backbone: Any = meta_backbone(folder)
+    backbone: Any = meta_backbone(folder, component=config.backbone.component)
     check_latents(folder, backbone, config.data.resolution)
     set_tf32(config.train.tf32)
     with torch.device(device):
@@ -217,11 +220,17 @@ def reads_captions(source: Source) -> bool:
 
 
 def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTable, size: int,
-                 tokens: int, scheduler: Any, latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
-    """The budget, of time if `latency` is given, and the experts of `experts.pretrained`, which then bring theirs."""
+                 scheduler: Any, noising: Noising, visited: np.ndarray | None,
+                 latency: Latency | None) -> tuple[Budget, TemporalExperts | None]:
+    """The budget, of time if `latency` is given, averaged over the `visited` timesteps, and the experts of
+    `experts.pretrained`, which then bring theirs."""
     budget, given = config.budget, config.experts.pretrained
     if given is not None:
-        experts = TemporalExperts.from_pretrained(given)
+        component = told_component(folder, config.backbone.component)
+        experts = TemporalExperts.from_pretrained(given, component=component)
+        if experts.component != component:
+            raise InputError(f"experts.pretrained={given!r}: its experts are of {experts.component}: set "
+                             f"backbone.component={experts.component}")
         named_sites(backbone, experts.sites, f"experts.pretrained={given!r}")
         if len(experts.expert_T) != scheduler.config.num_train_timesteps:
             raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
@@ -230,8 +239,8 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
-    visited = sampled_timesteps(config, folder, scheduler, tokens)
-    timesteps = None if visited is None else as_rows(visited, scheduler)
+    trained = noising.trained.numpy()
+    timesteps = None if visited is None else as_rows(visited, scheduler).clip(trained[0], trained[-1])
     if latency is not None and latency.sites != cost.sites:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: its {len(latency.sites)} sites are not the "
                          f"{len(cost.sites)} of this backbone: measure them with `alter latency`")
@@ -252,7 +261,7 @@ def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:
         raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: holds adapters of a run alone: name the "
                          "pipeline that they belong to")
     shapes = [{name: value for name, value in model.config.items() if not name.startswith("_")}
-              for model in (meta_backbone(folder, "teacher.pretrained"), backbone)]
+              for model in (meta_backbone(folder, "teacher.pretrained", config.backbone.component), backbone)]
     if shapes[0] != shapes[1]:
         raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the backbone's: "
                          "name a pipeline of the same one")
