@@ -30,11 +30,13 @@ from ..common.files import write_text
 from ..common.load import CONFIGS
 from ..data import shapes
 from ..data.batches import GlobalBatches, Order, make_loader, split
+from ..data.glyphs import write_glyphs
 from ..data.open import open_source
 from ..method import losses
 from ..method.diffusion import draw, generator
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_WRITERS = {"shapes": shapes.write_shapes, "scenes": shapes.write_scenes, "glyphs": write_glyphs}
 _DATA_SETTINGS = ("source", "resolution", "label_dropout", "holdout")  # that the dense model depends on
 
 
@@ -52,14 +54,26 @@ def make_demo(config: Config, device: torch.device) -> None:
     if made:
         _check_record(record, settings, folder)
     if config.data.path is not None and not Path(config.data.path).exists():
-        write = shapes.write_scenes if config.data.source == "latents" else shapes.write_shapes
-        write(Path(config.data.path), config.demo.images, config.seed)
+        _write_data(Path(config.data.path), config)
     if made:
         return
     torch.manual_seed(config.seed)
     make = _make_text_to_image if [*template.glob("text_encoder*")] else _make_dit
     make(config, folder, template, device)
     write_text(record, json.dumps(settings, indent=1) + "\n")
+
+
+def drawn_kind(config: Config) -> str:
+    """What `demo.model` was made to draw, the last part of its name: shapes, scenes, glyphs or digits."""
+    return str(config.demo.model).rpartition("-")[2]
+
+
+def _write_data(folder: Path, config: Config) -> None:
+    kind = drawn_kind(config)
+    if kind not in _WRITERS:
+        raise InputError(f"data.path={str(folder)!r} does not exist, and demo.model={config.demo.model!r} draws "
+                         f"nothing: set data.path to your data, or demo.model to one for {', '.join(_WRITERS)}")
+    _WRITERS[kind](folder, config.demo.images, config.seed)
 
 
 def _check_record(record: Path, settings: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -21,10 +21,12 @@ from ..common.load import load_config
 from ..common.process import on_main_process
 from ..data import shapes
 from ..data.base import Source
+from ..data.glyphs import draw_glyphs
 from ..data.open import Digits
 from ..evaluation.classifier import SmallClassifier, train_classifier
 from ..evaluation.networks import Demo, file_digest
 from ..experts.artefact import TemporalExperts
+from .demo import drawn_kind
 from .setup.parts import build
 
 _SEED = 1_000_000  # of the drawings to compare with: the same for runs of every seed, none of them training data
@@ -51,6 +53,8 @@ def demo_reference(config: Config, source: Source) -> DemoReference | None:
         return _classes(source.images, source.labels, count)
     if config.demo.model is None:
         return None
+    if drawn_kind(config) == "glyphs":
+        return _classes(*draw_glyphs(8 * count, _SEED), count)
     if source.encoded:
         samples = [source[0, i] for i in range(len(source))]
         return _classes(torch.stack([sample["latents"] for sample in samples]),

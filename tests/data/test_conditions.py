@@ -100,7 +100,7 @@ def test_held_out_by_default(tmp_path):
     assert len(pairs) == 2 and pairs[1] == pairs[0] + 1
     assert len(split(half_broken(tmp_path), None, 0)[1]) == 0
     assert DataConfig().holdout is None
-    for name in ("demo_dit", "ablation_dit", "ablation_sd"):  # their published numbers
+    for name in ("demo_dit", "demo_sd", "ablation_dit", "ablation_sd", "ablation_glyphs"):  # their published numbers
         assert load_config(name).data.holdout == 256
 
 

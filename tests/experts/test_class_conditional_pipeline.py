@@ -145,7 +145,7 @@ def test_bad_arguments_are_refused(arguments, message):
         make_pipe()(**arguments)
 
 
-@pytest.mark.parametrize("name", ["dit-digits", "dit-scenes"])
+@pytest.mark.parametrize("name", ["dit-digits", "dit-glyphs", "dit-scenes"])
 def test_what_a_demo_exports_is_loaded(tmp_path, name):
     template = CONFIGS / "models/demo" / name
     torch.manual_seed(0)
