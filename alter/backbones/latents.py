@@ -1,6 +1,8 @@
 """Images to latents, by the VAE of a pipeline, in the layout that its scheduler steps."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,3 +83,23 @@ def _laid_out(pipe: Any, latents: Tensor) -> Tensor:
     if len(names) == 1:  # FLUX.2
         return pack(latents)
     return pack(latents, len(latents), latents.shape[1], *latents.shape[-2:])
+
+
+@contextmanager
+def decoded(vae: Any) -> Iterator[list[Tensor]]:
+    """The latents that `vae.decode` is given inside the block, float32 on the CPU, a row a sample; of None nothing."""
+    seen: list[Tensor] = []
+    if vae is None:
+        yield seen
+        return
+    decode = vae.decode
+
+    def listening(latents: Tensor, *arguments: Any, **options: Any) -> Any:
+        seen.extend(latents.detach().float().cpu())
+        return decode(latents, *arguments, **options)
+
+    vae.decode = listening
+    try:
+        yield seen
+    finally:
+        del vae.decode

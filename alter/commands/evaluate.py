@@ -14,22 +14,36 @@ import torch
 from accelerate import PartialState
 
 from ..common.errors import InputError
-from ..common.files import check_writable, read_lines, read_text
+from ..common.files import check_writable, read_lines, read_text, write_text
 from ..common.process import this_process
-from ..evaluation.image_sets import ImageSet
-from ..evaluation.networks import HUB, INCEPTION_FILE, ClipVision, Dino, Inception, Network, OpenClip
+from ..evaluation.against import PAIRS, compare
+from ..evaluation.image_sets import ImageSet, read_manifest
+from ..evaluation.networks import (
+    ALEXNET_FILE,
+    HUB,
+    INCEPTION_FILE,
+    ClipVision,
+    Dino,
+    Inception,
+    Lpips,
+    Network,
+    OpenClip,
+)
+from ..evaluation.pictures import AGAINST, save_pairs
 from ..evaluation.preferences import PREFERENCES, preference_scores
 from ..evaluation.suite import METRICS, Features, Reference, evaluate, table
 from .options import check_least, user_path
 
 _COMPARED = ("protocol", "images_protocol", "network", "reference", "images")  # what columns must have in common
+USUAL = ["fid", "kid", "is", "prc"]
 CACHE = Path.home() / ".cache" / "alter"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     protocols = {name: metric.protocol for name, metric in METRICS.items()} | PREFERENCES
-    known = "\n".join(f"  {name:12} {protocol}" for name, protocol in protocols.items())
-    parser.epilog = f"metrics:\n{known}"
+    known, paired = ("\n".join(f"  {name:13} {protocol}" for name, protocol in those.items())
+                     for those in (protocols, PAIRS))
+    parser.epilog = f"metrics:\n{known}\nmetrics with --against:\n{paired}"
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=user_path, metavar="DIR", help="folder, or .npz with arr_0")
     source.add_argument("--run", type=user_path, metavar="DIR",
@@ -38,13 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="show these metrics.json side by side")
     parser.add_argument("--reference", type=user_path, metavar="PATH",
                         help="folder, ADM reference batch (.npz) or saved statistics")
-    parser.add_argument("--metrics", nargs="+", choices=protocols, default=["fid", "kid", "is", "prc"],
-                        metavar="NAME", help="see below (default fid kid is prc)")
+    parser.add_argument("--against", type=user_path, metavar="DIR",
+                        help="compare pairs of one seed and prompt with these images of the dense model, that `alter "
+                        "sample --original` drew; with --run: dense, which draws them")
+    parser.add_argument("--metrics", nargs="+", choices=[*protocols, *PAIRS], metavar="NAME",
+                        help="see below (default fid kid is prc; with --against psnr ssim drift, and drift_latents "
+                        "where both have latents)")
     parser.add_argument("--prompts", type=user_path, metavar="FILE",
                         help="a line an image, in the order of the images' names (default: manifest.json of "
                         "`alter sample`, if it is there)")
     parser.add_argument("--out", type=user_path, metavar="FILE",
-                        help="JSON to write (default: <name of the images>-metrics.json beside them)")
+                        help="JSON to write (default: <name of the images>-metrics.json beside them, or -against.json)")
     parser.add_argument("--save-stats", type=user_path, metavar="FILE",
                         help="write the reference's statistics to this .npz")
     parser.add_argument("--num", type=int, help="refuse another number of images")
@@ -60,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dinov2-weights", type=user_path, metavar="FILE",
                         default=HUB / "vit_large_patch14_dinov2.lvd142m.safetensors")
     parser.add_argument("--dinov2-model", default="vit_large_patch14_dinov2", metavar="NAME", help="timm's name")
+    parser.add_argument("--lpips-weights", type=user_path, default=HUB / ALEXNET_FILE, metavar="FILE")
     parser.add_argument("--clip-model", default="ViT-g-14", metavar="NAME",
                         help="open_clip's name: ViT-g-14 (laion2b, as APTP and ALTER) or ViT-L-14-quickgelu (openai)")
     parser.add_argument("--clip-model-path", type=user_path, metavar="FILE",
@@ -95,6 +114,12 @@ def _check(arguments: argparse.Namespace) -> None:
     check_writable(arguments.cache, "--cache", folder=True)
     if arguments.out is not None:
         check_writable(arguments.out, "--out")
+    others = [name for name in arguments.metrics or [] if (name in PAIRS) != (arguments.against is not None)]
+    if others:
+        raise InputError(f"--metrics {others[0]}: " + ("--against measures pairs: choose among " + ", ".join(PAIRS)
+                         if arguments.against else "needs --against, the dense model's images"))
+    if arguments.against and (arguments.reference or arguments.save_stats or arguments.prompts):
+        raise InputError("--against: measures pairs alone: leave --reference, --save-stats and --prompts out")
     if arguments.save_stats is not None:
         check_writable(arguments.save_stats, "--save-stats")
         if arguments.save_stats.suffix != ".npz":
@@ -103,41 +128,52 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
     source, reference_source, out = arguments.images, arguments.reference, arguments.out
-    prompts_file = arguments.prompts
+    prompts_file, against = arguments.prompts, arguments.against
     if arguments.run:
         from ..training.demo_images import draw_run
 
+        if against is not None and str(against) != "dense":
+            raise InputError(f"--against {against}: with --run, dense is all that can be drawn: use dense, or --images")
         run = arguments.run if (arguments.run / "config.yaml").is_file() else arguments.run / "latest"
         if not (run / "config.yaml").is_file():
             raise InputError(f"--run {arguments.run}: no run: it has no config.yaml")
         check_writable(run / "evaluation", "--run", folder=True)
-        drawn = draw_run(run, run / "evaluation", state)
+        drawn = draw_run(run, run / "evaluation", state, against is not None)
         source, reference_source = drawn / "images", reference_source or drawn / "real"
+        against = against and drawn / "dense"
         prompts_file = prompts_file or drawn / "prompts.txt"
-        out = out or run / "metrics.json"
+        out = out or run / (f"{AGAINST}.json" if against else "metrics.json")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = ImageSet(source, arguments.resize)
-    file = out or images.source.absolute().with_name(f"{images.source.absolute().name}-metrics.json")
+    ending = f"{AGAINST if against else 'metrics'}.json"
+    file = out or images.source.absolute().with_name(f"{images.source.absolute().name}-{ending}")
     check_writable(file, "--out")
     if arguments.num is not None and len(images) != arguments.num:
         raise InputError(f"--images {source}: holds {len(images)} images, not --num {arguments.num}")
     features = Features(lambda key: _network(key, arguments, state), arguments.cache, arguments.batch,
                         arguments.workers, state)
-    reference = Reference(reference_source, features, arguments.resize) if reference_source else None
-    results = evaluate(
-        images, arguments.metrics, features, reference, _prompts(prompts_file, images), arguments.bootstrap,
-        lambda name, prompts: preference_scores(name, images, prompts, state.device, arguments.pickscore_path))
+    reference = Reference(reference_source, features, arguments.resize) if reference_source and not against else None
+    if against:
+        check_writable(file.with_suffix(".png"), "--out")
+        results, worst = compare(images, ImageSet(against, arguments.resize), arguments.metrics, features,
+                                 lambda: Lpips(arguments.lpips_weights))
+    else:
+        results = evaluate(
+            images, arguments.metrics or USUAL, features, reference, _prompts(prompts_file, images),
+            arguments.bootstrap,
+            lambda name, prompts: preference_scores(name, images, prompts, state.device, arguments.pickscore_path))
     if not state.is_main_process:
         return
     for line in dict.fromkeys(features.warnings):
         print(f"warning: {line}", file=sys.stderr)
-    partial = file.with_name(f".{file.name}")
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(file, json.dumps(results, indent=2) + "\n")
     print(table({images.source.name: results}))
     print(f"written to {file}")
+    if against:
+        save_pairs(worst, file.with_suffix(".png"))
+        print(f"the pairs that differ most, dense above: {file.with_suffix('.png')}")
     if arguments.save_stats and reference is not None:
-        reference.save(arguments.save_stats, [METRICS[name] for name in arguments.metrics if name in METRICS])
+        reference.save(arguments.save_stats, [METRICS[name] for name in arguments.metrics or USUAL if name in METRICS])
 
 
 def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Network:
@@ -160,15 +196,10 @@ def _network(key: str, arguments: argparse.Namespace, state: PartialState) -> Ne
 def _prompts(file: Path | None, images: ImageSet) -> list[str] | None:
     if file is not None:
         return read_lines(file, "--prompts")
-    manifest = images.source / "manifest.json"
-    if not manifest.is_file():
+    found = read_manifest(images.source, "give --prompts")
+    if found is None or not set(images.names) <= found[1].keys():
         return None
-    try:
-        content = json.loads(read_text(manifest, "--images"))
-        conditions = {image["file"]: image["condition"] for image in content["images"]}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{manifest}: not as `alter sample` writes it ({error}): give --prompts") from None
-    return [str(conditions[name]) for name in images.names] if set(images.names) <= conditions.keys() else None
+    return [str(found[1][name]["condition"]) for name in images.names]
 
 
 def _differences(results: dict[str, dict]) -> list[str]:
@@ -201,4 +232,4 @@ def _is_result(name: str, result: Any) -> bool:
     numbers = [result["value"], *(result.get(key) for key in ("precision", "recall") if name == "prc")]
     interval = result.get("ci95", [0, 0])
     return isinstance(interval, list) and len(interval) == 2 and all(
-        isinstance(number, (int, float)) for number in (*numbers, *interval))
+        isinstance(number, (int, float)) or number == "inf" for number in (*numbers, *interval))

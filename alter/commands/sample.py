@@ -33,9 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="images of one call on one process (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--dense", action="store_true", help="without experts: the fine-tuned weights run dense")
+    dense = parser.add_mutually_exclusive_group()
+    dense.add_argument("--dense", action="store_true", help="without experts: the fine-tuned weights run dense")
+    dense.add_argument("--original", action="store_true",
+                       help="with the dense model that the run started from, as its config.yaml names it, in place of "
+                       "tuned weights and experts")
+    dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
+                       help="--original, with the backbone of this pipeline")
     parser.add_argument("--keep", type=float, metavar="RATIO", help="of the experts' ladder, the rung of this keep "
                         "ratio or the next lower one (default: the one that experts.json names)")
+    parser.add_argument("--latents", action="store_true",
+                        help="keep what the VAE decodes beside each image (.npy), to compare by")
     parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
 
 
@@ -43,9 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     conditions = arguments.labels or _read_prompts(arguments.prompts)
     announce_loading()
+    import numpy as np
     import torch
     from tqdm import tqdm
 
+    from ..backbones.latents import decoded
     from ..common.process import this_process
 
     state, out = this_process(), arguments.out
@@ -75,8 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
             batch = missing[first : first + arguments.batch]
             generators = [torch.Generator().manual_seed(image["seed"]) for image in batch]
             torch.manual_seed(batch[0]["seed"])
-            drawn = pipe([image["condition"] for image in batch], num_inference_steps=arguments.steps,
-                         generator=generators, **extra).images
+            with decoded(pipe.vae if arguments.latents else None) as latents:
+                drawn = pipe([image["condition"] for image in batch], num_inference_steps=arguments.steps,
+                             generator=generators, **extra).images
+            for image, row in zip(batch, latents, strict=True) if arguments.latents else ():
+                np.save((out / image["file"]).with_suffix(".npy"), row.numpy())
             for image, picture in zip(batch, drawn, strict=True):
                 partial = out / f".partial-{image['file']}"
                 picture.save(partial)
@@ -91,7 +104,7 @@ def _load(arguments: argparse.Namespace) -> Any:
     from diffusers import DiTPipeline
 
     from ..backbones.dit import null_class
-    from ..backbones.pretrained import local_folder
+    from ..backbones.pretrained import component_of, load_backbone, local_folder
     from ..backbones.schedules import is_flow, load_scheduler, make_sampler, scheduler_class, tokens_of
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
@@ -106,8 +119,13 @@ def _load(arguments: argparse.Namespace) -> Any:
     if not any((parts / part).is_dir() for part in ("vae", "transformer")):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
     dtype = getattr(torch, DTYPES[arguments.dtype])
-    pipe: Any = (load_dense(folder, torch_dtype=dtype) if arguments.dense else
-                 load_pipeline(folder, keep_ratio=arguments.keep, torch_dtype=dtype))
+    if arguments.original or arguments.dense_pipeline:
+        original, field = _original(arguments, parts)
+        backbone = {component_of(parts)[1]: load_backbone(original, field, dtype).eval()}
+        pipe: Any = load_dense(parts, torch_dtype=dtype, **backbone)
+    else:
+        pipe = (load_dense(folder, torch_dtype=dtype) if arguments.dense else
+                load_pipeline(folder, keep_ratio=arguments.keep, torch_dtype=dtype))
     by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
     if by_class != (arguments.labels is not None):
         wanted = "--labels" if by_class else "--prompts"
@@ -118,12 +136,40 @@ def _load(arguments: argparse.Namespace) -> Any:
     if by_class and pipe.vae is None and pipe.transformer.config.in_channels not in (1, 3):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE, and {pipe.transformer.config.in_channels} "
                          "channels are no picture: add the folder vae/ to it, and name it in model_index.json")
+    if arguments.latents and getattr(pipe, "vae", None) is None:
+        raise InputError(f"--latents: {folder} has no VAE: its images are all there is: leave it out")
     if arguments.scheduler is not None:
         pipe.scheduler = make_sampler(arguments.scheduler, "--scheduler ", pipe.scheduler, tokens_of(parts, None))
     most = pipe.scheduler.config.num_train_timesteps
     if arguments.steps > most:
         raise InputError(f"--steps {arguments.steps}: the model has {most} timesteps: choose at most that")
     return pipe
+
+
+def _original(arguments: argparse.Namespace, parts: Path) -> tuple[Path, str]:
+    """The folder of the dense model's pipeline, and what names it."""
+    from ..backbones.pretrained import local_folder, meta_backbone
+    from ..common.load import load_config
+    from ..training.setup.parts import dense_folder
+
+    if arguments.dense_pipeline is not None:
+        field = "--dense-pipeline"
+        folder = local_folder(str(arguments.dense_pipeline), field=field)
+        if (folder / "experts.json").is_file():
+            raise InputError(f"{field} {folder}: its weights were tuned under experts: name the original pipeline")
+    else:
+        field, run = "--original", arguments.run.resolve()
+        file = next((place / "config.yaml" for place in (run, run.parent) if (place / "config.yaml").is_file()), None)
+        if file is None:
+            raise InputError(f"--original: {arguments.run} has no config.yaml that says what it started from: use "
+                             "--dense-pipeline")
+        folder = dense_folder(load_config(file))
+    ours, theirs = ({name: value for name, value in meta_backbone(place, field).config.items() if name[0] != "_"}
+                    for place in (parts, folder))
+    if ours != theirs:
+        raise InputError(f"{field}: {folder} is of another architecture than {parts}: name the pipeline that the run "
+                         "started from")
+    return folder, field
 
 
 def _experts_digest(run: Path) -> str | None:

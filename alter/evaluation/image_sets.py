@@ -1,6 +1,7 @@
 """Image sets to be measured: a folder, or the images of a reference batch in one .npz file."""
 
 import hashlib
+import json
 import re
 from collections import Counter
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.errors import InputError
-from ..common.files import folder_fault
+from ..common.files import folder_fault, read_text
 from ..data.base import IMAGE_SUFFIXES, list_images
 from ..data.images import decode, square
 
@@ -100,6 +101,23 @@ class ImageSet:
 def _by_number(name: str) -> list[str | int]:
     """Splits at numbers, so that names sort by them."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def read_manifest(folder: Path, remedy: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
+    """What `alter sample` wrote beside its images: settings, and "condition" and "seed" by file; None without it.
+
+    Raises:
+        InputError: ending in `remedy`, if it is anything else.
+    """
+    file = folder / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(read_text(file, "manifest"))
+        images = {image["file"]: {key: image[key] for key in ("condition", "seed")} for image in content["images"]}
+        return dict(content["settings"]), images
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not as `alter sample` writes it ({error}): {remedy}") from None
 
 
 def load_npz(file: Path) -> dict[str, np.ndarray]:

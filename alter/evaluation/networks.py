@@ -22,6 +22,7 @@ from .classifier import SmallClassifier
 
 HUB = Path(torch.hub.get_dir()) / "checkpoints"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"  # of torchvision
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -174,6 +175,36 @@ class OpenClip(nn.Module):
         parts = [self.net.encode_text(self._tokenize(captions[first : first + 64]).to(device)).float().cpu()
                  for first in range(0, len(captions), 64)]
         return torch.cat(parts).numpy()
+
+
+class Lpips(nn.Module):
+    """LPIPS (arXiv 1801.03924), version 0.1 with AlexNet: distances float32 [B] of images [B, 3, H, W] in [-1, 1].
+
+    Its linear layers come with torchmetrics.
+
+    Args:
+        weights: state dict of torchvision's AlexNet (`ALEXNET_FILE`).
+    """
+
+    SMALLEST = 32  # sides in pixels that reach the last layer
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        from torchmetrics.functional.image.lpips import _LPIPS
+
+        state = read_weights(weights, "--lpips-weights", f"torchvision's {ALEXNET_FILE}")
+        self.net = _LPIPS(net="alex", pnet_rand=True)
+        try:
+            for part in self.net.net.children():
+                part.load_state_dict({name: state[f"features.{name}"] for name in part.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"--lpips-weights {weights}: other weights than {ALEXNET_FILE} "
+                             f"({' '.join(str(error).split())[:200]})") from None
+        self.name, self.digest = "LPIPS 0.1, AlexNet", file_digest(weights)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor, dense: Tensor) -> Tensor:
+        return self.net(images, dense).flatten()
 
 
 class Demo(nn.Module):

@@ -185,7 +185,7 @@ def evaluate(images: ImageSet, names: Sequence[str], features: Features, referen
             results[name] = _one(METRICS[name], images, features, reference, prompts, resamples)
         else:
             assert prefer is not None and prompts is not None
-            results[name] = _preference(name, prefer, prompts) | _common(images, features.peaks)
+            results[name] = _preference(name, prefer, prompts) | about(images, features.peaks)
     return results
 
 
@@ -219,7 +219,7 @@ def _one(metric: Metric, images: ImageSet, features: Features, reference: Refere
         "reference": {"source": reference.source, "images": reference.count(metric)} if reference and (
             metric.against in ("statistics", "features")) else None,
         "network": {"name": network.name, "sha256": network.digest}, "seconds": time.perf_counter() - started,
-        "seconds_of_features": features.seconds[metric.network], **_common(images, features.peaks),
+        "seconds_of_features": features.seconds[metric.network], **about(images, features.peaks),
     }
 
 
@@ -232,7 +232,8 @@ def _preference(name: str, prefer: Callable[[str, list[str]], list[float]], prom
             "seconds": time.perf_counter() - started}
 
 
-def _common(images: ImageSet, peaks: list[tuple[int, int]]) -> dict[str, Any]:
+def about(images: ImageSet, peaks: list[tuple[int, int]]) -> dict[str, Any]:
+    """What every result says of the images, the memory that the features took (of each process), and the libraries."""
     main, gpu = (max(values) for values in zip(peak_memory(), *peaks, strict=True))
     return {
         "images": len(images), "images_protocol": images.protocol, "peak_memory_bytes": main,
@@ -259,4 +260,4 @@ def _cell(result: dict[str, Any] | None, key: str) -> str:
     if result is None:
         return "-"
     interval = f" ± {(result['ci95'][1] - result['ci95'][0]) / 2:.3g}" if "ci95" in result and key == "value" else ""
-    return f"{result[key]:.5g}{interval}"
+    return f"{float(result[key]):.5g}{interval}"

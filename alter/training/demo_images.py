@@ -14,6 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..backbones.family import Backbone
+from ..backbones.latents import decoded
+from ..backbones.pretrained import component_of, load_backbone
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import write_text
@@ -27,7 +30,7 @@ from ..evaluation.classifier import SmallClassifier, train_classifier
 from ..evaluation.networks import Demo, file_digest
 from ..experts.artefact import TemporalExperts
 from .demo import drawn_kind
-from .setup.parts import build
+from .setup.parts import Parts, build, dense_folder
 
 _SEED = 1_000_000  # of the drawings to compare with: the same for runs of every seed, none of them training data
 
@@ -71,37 +74,62 @@ def _classes(images: Tensor, labels: Tensor, count: int) -> DemoReference:
     return DemoReference(images, labels, {"labels": asked}, asked, [str(int(label)) for label in asked])
 
 
-def draw_run(run: Path, out: Path, state: PartialState) -> Path:
+def draw_run(run: Path, out: Path, state: PartialState, dense: bool = False) -> Path:
     """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out.
 
+    dense: draw those of the dense model too, of the same seeds and conditions, in out/dense.
+
     Raises:
-        InputError: for a run that has not finished, or is no demo's; on every process.
+        InputError: for a run that has not finished, or is no demo's, or whose dense model is not there; on every
+            process.
     """
-    on_main_process(lambda: _draw_run(run, out, state.device))
+    on_main_process(lambda: _draw_run(run, out, state.device, dense))
     return out
 
 
-def _draw_run(run: Path, out: Path, device: torch.device) -> None:
-    config = own_weights(load_config(run / "config.yaml"), run / "final")
+def _draw_run(run: Path, out: Path, device: torch.device, dense: bool) -> None:
+    started = load_config(run / "config.yaml")
+    config = own_weights(started, run / "final")
+    settings = repr((config.evaluate, config.seed))
+    made_of = {"images": _key(run / "final", settings)}
+    original = dense_folder(started) if dense else None
+    if original is not None:
+        made_of["dense"] = _key(original / component_of(original)[1], settings)
     done = out / "drawn.json"
-    files = sorted(file for file in (run / "final").rglob("*") if file.suffix in (".json", ".safetensors"))
-    made_of = "".join(map(file_digest, files)) + repr((config.evaluate, config.seed))
-    key = hashlib.sha256(made_of.encode()).hexdigest()
-    current = json.dumps({"key": key}) + "\n"
-    if done.is_file() and done.read_bytes() == current.encode():
+    if done.is_file() and made_of.items() <= json.loads(done.read_bytes()).items():
         return
     parts = build(config, 1, device)
     reference = demo_reference(config, parts.source)
     if reference is None:
         raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
     done.unlink(missing_ok=True)
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in reference.batch.items()}
     with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
-        images = parts.draw(parts.backbone.eval(), batch, config.evaluate.sampling_steps, config.seed)
-    _write(images, out / "images")
+        _draw(parts, parts.backbone.eval(), config, reference, out / "images")
+    if original is not None:
+        _draw(parts, load_backbone(original).to(device).eval(), config, reference, out / "dense")
     _write(reference.images, out / "real")
     (out / "prompts.txt").write_text("".join(f"{title}\n" for title in reference.titles), encoding="utf-8")
-    write_text(done, current)
+    write_text(done, json.dumps(made_of) + "\n")
+
+
+def _key(folder: Path, settings: str) -> str:
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors"))
+    return hashlib.sha256(("".join(map(file_digest, files)) + settings).encode()).hexdigest()
+
+
+def _draw(parts: Parts, backbone: Backbone, config: Config, reference: DemoReference, folder: Path) -> None:
+    """Images, their latents, and a manifest.json as `alter sample` writes it."""
+    batch = {name: value.to(backbone.device) if isinstance(value, Tensor) else value
+             for name, value in reference.batch.items()}
+    with decoded(parts.vae) as latents:
+        images = parts.draw(backbone, batch, config.evaluate.sampling_steps, config.seed)
+    files = _write(images, folder)
+    for file, row in zip(files, latents or images, strict=True):  # a model without a VAE draws pixels
+        np.save(file.with_suffix(".npy"), row.numpy())
+    settings = {"steps": config.evaluate.sampling_steps, "guidance": config.evaluate.guidance_scale}
+    listed = [{"file": file.name, "condition": title, "seed": config.seed}
+              for file, title in zip(files, reference.titles, strict=True)]
+    write_text(folder / "manifest.json", json.dumps({"settings": settings, "images": listed}, indent=1) + "\n")
 
 
 def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:
@@ -133,13 +161,15 @@ def own_weights(config: Config, final: Path) -> Config:
     )
 
 
-def _write(images: Tensor, folder: Path) -> None:
+def _write(images: Tensor, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
+    for old in [*folder.glob("*.png"), *folder.glob("*.npy")]:
         old.unlink()
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    for i, image in enumerate(pixels):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{i:06d}.png")
+    files = [folder / f"{i:06d}.png" for i in range(len(images))]
+    for file, image in zip(files, pixels, strict=True):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file)
+    return files
 
 
 def _pixels(images: list[Any]) -> Tensor:

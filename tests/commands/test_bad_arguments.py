@@ -52,6 +52,9 @@ sample --run {0}/text.txt --prompts {0}/text.txt --out o
 sample --run {0}/empty --prompts {0}/text.txt --out o
 sample --run {0}/run --prompts {0}/text.txt --out o
 sample --run {0}/run --prompts {0}/text.txt --out o --dense
+sample --run {0}/run --prompts {0}/text.txt --out o --dense --original
+sample --run {0}/run --prompts {0}/text.txt --out o --original
+sample --run {0}/run --prompts {0}/text.txt --out o --dense-pipeline nowhere
 evaluate
 evaluate --images {0}/images --run {0}/run
 evaluate --images nowhere --cache c
@@ -94,6 +97,13 @@ evaluate --images {0}/images --reference {0}/images --cache c --out /dev/null
 evaluate --images {0}/images --reference {0}/images --cache c --save-stats s.json
 evaluate --images {0}/images --reference {0}/images --cache c --save-stats nowhere/s.npz
 evaluate --images {0}/images --reference {0}/images --cache c --feature-network none
+evaluate --images {0}/images --against nowhere --cache c
+evaluate --images {0}/images --against {0}/images --cache c
+evaluate --images {0}/images --against dense --cache c
+evaluate --images {0}/images --against {0}/images --cache c --metrics fid
+evaluate --images {0}/images --against {0}/images --cache c --reference {0}/images
+evaluate --images {0}/images --metrics psnr --cache c
+evaluate --run {0}/run --against {0}/images --cache c
 evaluate --run nowhere --cache c
 evaluate --run {0}/text.txt --cache c
 evaluate --run {0}/run --cache c

@@ -17,6 +17,7 @@ from ...common import schema
 from ...common.config import Config
 from . import figures
 from .html import html_details, html_drawing, html_figure, html_image, html_page, html_table
+from .pairs import pairs_section
 from .records import HISTORY
 from .runs import Run
 from .runs import read_run as read_run
@@ -90,6 +91,8 @@ def _sections(run: Run, prefix: str) -> Iterator[tuple[str, str]]:
 
     samples = run.folder / "samples.png"
     yield "Samples", _samples(samples) if samples.is_file() else absent("samples.png", "images")
+    if run.pairs:
+        yield "Against the dense model", pairs_section(run.pairs, run.worst)
     everything = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in run.summary.items())
     yield "Measurements", _measurements([run], ["Value"]) + (
         html_details("Everything in summary.json", everything) if run.summary

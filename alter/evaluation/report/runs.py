@@ -16,6 +16,7 @@ from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
 from ...method.sensitivity import Sensitivity, verdict
+from ..pictures import AGAINST, read_pairs
 from .records import HISTORY, SENSITIVITY, read_history, read_sensitivity
 from .words import achieved
 
@@ -25,6 +26,7 @@ class Run:
     """A run directory, or a saved folder with an experts.json; what it lacks is None or empty.
 
     final: the folder with experts.json. summary: of summary.json. metrics: values by name, of metrics.json.
+    pairs: of against.json, by metric; worst: of against.png, as `read_pairs` returns it.
     losses: lines of metrics.jsonl. history: as `read_history` returns it. table: of sensitivity.json.
     """
 
@@ -34,6 +36,8 @@ class Run:
     config: Config | None
     summary: dict[str, Any]
     metrics: dict[str, Any]
+    pairs: dict[str, Any]
+    worst: list[Any]
     losses: list[dict[str, Any]]
     history: list[dict[str, Any]]
     table: Sensitivity | None
@@ -106,11 +110,17 @@ def read_run(folder: str | Path) -> Run:
         found = [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         return [line for line in found if "step" in line and {"search/perf", "train/perf"} & line.keys()]
 
+    def pairs(file: Path) -> dict[str, Any]:
+        return {name: {"value": result["value"], "ci95": result.get("ci95"), "protocol": result["protocol"],
+                       "images": result["reference"]["images"], "differs": dict(result["reference"]["differs"])}
+                for name, result in json.loads(file.read_bytes()).items()}
+
     found = Run(
         run, final, experts, read("config.yaml", load_config),
         read("summary.json", lambda file: dict(json.loads(file.read_bytes())), {}),
         read("metrics.json", lambda file: {name: result["value"] for name, result
                                            in json.loads(file.read_bytes()).items()}, {}),
+        read(f"{AGAINST}.json", pairs, {}), read(f"{AGAINST}.png", read_pairs, []),
         read("metrics.jsonl", lines, []),
         read(HISTORY, lambda file: read_history(file, len(experts.expert_T)), []),
         read(SENSITIVITY, read_sensitivity))

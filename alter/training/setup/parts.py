@@ -320,6 +320,21 @@ def _load_teacher(config: Config, folder: Path, backbone: Backbone,
     return teacher.to(device), None
 
 
+def dense_folder(config: Config) -> Path:
+    """The pipeline folder of a run's dense model: of `teacher.pretrained`, or else of `backbone.pretrained`.
+
+    Raises:
+        InputError: if it is not there, or its weights were tuned under experts.
+    """
+    if config.teacher.pretrained is not None:
+        return local_folder(config.teacher.pretrained, field="teacher.pretrained")
+    folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
+    if _tuned(config, folder):
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run, whose weights are no "
+                         "dense model: name the original pipeline")
+    return folder
+
+
 def _tuned(config: Config, folder: Path) -> bool:
     """Whether the weights were trained under experts; adapters that are trained further are not counted."""
     file = folder / (told_component(folder, config.backbone.component) or "") / EXPERTS
