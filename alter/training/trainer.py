@@ -160,7 +160,7 @@ class Trainer:
         else:
             self.readout.read()
         masks = self.masks()
-        each = self.search.drawn(batches) if self.search and self.experts is None else None
+        each = self.search.drawn(batches) if self.search and self.experts is None else self._rungs(batches)
         if not searching or self.config.train.schedule == "joint":
             self.update_backbone(batches, *masks, each)
         self._masks = masks
@@ -231,18 +231,22 @@ class Trainer:
                 **(self.search.updates if self.search else {})}
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks bool [M, L] for the next update of the weights, and which of them each timestep has, int64 [T]: those
-        of the search or, once these are frozen, at each timestep those of a tuned rung drawn for this iteration."""
-        if self.experts is None:
-            assert self.search is not None
-            return self.search.masks()
-        ladder = getattr(self.experts, "ladder", [])
-        routes = np.stack([rung.expert_T for rung in ladder if rung.tuned] or [self.experts.expert_T])
-        if len(routes) == 1:
-            return self.experts.mask_EL, routes[0]
-        count = routes.shape[1]
-        drawn = np.random.default_rng([self.config.seed, self.step, 8]).integers(len(routes), size=count)
-        return self.experts.mask_EL, routes[drawn, np.arange(count)]
+        """Masks bool [M, L] for the next update of the weights, and which of them each timestep has, int64 [T]: the
+        frozen ones, or those of the search."""
+        if self.experts is not None:
+            return self.experts.mask_EL, self.experts.expert_T
+        assert self.search is not None
+        return self.search.masks()
+
+    def _rungs(self, batches: list[Batch]) -> list[Tensor] | None:
+        """Where several rungs are tuned: for each sample of the micro-batches the masks of one, bool [B, L]."""
+        assert self.experts is not None
+        routes_RT = torch.from_numpy(np.stack([rung.expert_T for rung in self.experts.ladder if rung.tuned]))
+        if len(routes_RT) == 1:
+            return None
+        masks_EL = torch.from_numpy(self.experts.mask_EL)
+        drawn = [(len(routes_RT) * batch.drawn.uniform((), stream=1)).long() for batch in batches]
+        return [masks_EL[routes_RT[rung_B, batch.rows]] for rung_B, batch in zip(drawn, batches, strict=True)]
 
     def freeze(self) -> None:
         """T_end: take the experts that the search has found."""

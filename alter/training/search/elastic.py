@@ -62,17 +62,20 @@ class ElasticSearch:
         return {}
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """A depth for each timestep, drawn anew in each iteration: likelier near the budget, the full one included."""
+        """The mask of the budget, around which samples have depths of their own."""
+        return self.tried()
+
+    def drawn(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """A depth for each sample of the micro-batches, likelier near the budget, the full one included: bool [B, L]."""
         low, high = self.config.budget.range
         cost_M = self._cost_M()
         away_M = np.maximum(np.maximum(low - cost_M, cost_M - high), 0)
         likely_M = np.exp(-0.5 * (away_M / _SPREAD) ** 2)
-        source = np.random.default_rng([self.config.seed, self.trainer.step, 7])
-        return self.masks_ML, source.choice(len(cost_M), size=self.parts.noising.num_timesteps,
-                                            p=likely_M / likely_M.sum())
-
-    def drawn(self, batches: list[Batch]) -> None:
-        """Depths go by timesteps."""
+        passed_M = torch.from_numpy(likely_M.cumsum() / likely_M.sum())
+        masks_ML = torch.from_numpy(self.masks_ML)
+        depths = [torch.searchsorted(passed_M, batch.drawn.uniform((), stream=1).double(), right=True)
+                  for batch in batches]
+        return [masks_ML[depth_B.clamp(max=len(cost_M) - 1)] for depth_B in depths]
 
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
         """One mask, of the budget, at all timesteps."""
