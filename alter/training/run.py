@@ -32,6 +32,7 @@ from .checkpoint import UNWRITTEN, step_of
 from .demo import make_demo
 from .probe import check_blocks
 from .resume import find_run_dir, open_run_dir
+from .search.elastic import remeasure
 from .setup.parts import build
 from .setup.plan import by_time, check, plan_latency
 from .state import check_inputs, restore_state
@@ -98,6 +99,8 @@ def train(config: Config) -> FinishedRun:
         restore_state(trainer, resume_from)
     experts = trainer.run()
     trainer.close()
+    if experts.measured is not None and parts.experts is None and accelerator.is_main_process:
+        experts = remeasure(config, parts, experts)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         try:

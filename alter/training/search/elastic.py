@@ -1,6 +1,7 @@
 """The measured search: layers are ordered once, the weights train at random depths of this order, and depths over time
 are allocated by their errors, for every budget at once."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from ...common.config import Config
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
 from ...method.allocation import Frontier, Gain, gain
@@ -66,7 +68,7 @@ class ElasticSearch:
         return self.tried()
 
     def drawn(self, batches: list[Batch]) -> list[torch.Tensor]:
-        """A depth for each sample of the micro-batches, likelier near the budget, the full one included: bool [B, L]."""
+        """A depth for each sample of the micro-batches, likelier near the budget, full depth included: bool [B, L]."""
         low, high = self.config.budget.range
         cost_M = self._cost_M()
         away_M = np.maximum(np.maximum(low - cost_M, cost_M - high), 0)
@@ -124,6 +126,27 @@ class ElasticSearch:
     def _cost_M(self) -> np.ndarray:
         budget = self.parts.budget
         return budget.fixed + self.masks_ML @ budget.share_L / budget.scale
+
+
+def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> TemporalExperts:
+    """The same masks with the errors of the finished weights, and the rungs that were not tuned allocated by them."""
+    assert experts.measured is not None
+    weight_T = parts.budget.weight_T(len(experts.expert_T))
+    edges = np.array(experts.measured.edges)
+    error_MBS = Probe(config, parts, config.search.samples).against_teacher(experts.mask_EL, edges)
+    measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2))
+    tuned = {rung.keep_ratio_target: rung.expert_T for rung in experts.ladder if rung.tuned}
+    budget = parts.budget
+    cost_M = budget.fixed + experts.mask_EL @ budget.share_L / budget.scale
+    cost_MB = bin_costs(cost_M, np.ones(edges[-1]) if weight_T is None else weight_T, edges)
+    rungs, bins = [], np.arange(len(edges) - 1)
+    for rung in ladder(measured, cost_MB, config.experts.count, (min(tuned), max(tuned))):
+        if rung.tuned:
+            routes = tuned[rung.keep_ratio_target]
+            lost = float(measured.loss_MB[routes[edges[:-1]], bins].sum())
+            rung = dataclasses.replace(rung, expert_T=routes, error=lost)
+        rungs.append(rung)
+    return experts_of(parts, experts.mask_EL, rungs, experts.keep_ratio_target, measured)
 
 
 def bin_costs(cost_M: np.ndarray, weight_T: np.ndarray, edges: np.ndarray) -> np.ndarray:
