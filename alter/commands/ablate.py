@@ -1,14 +1,15 @@
-"""Compare the method with its ablations and with other ways to choose layers, over several seeds:
+"""Compare ways to choose layers and steps at equal MACs, over several seeds:
 
-`alter ablate --config ablation_dit [key.path=value ...] [--variants alter static]`
+`alter ablate --config ablation_glyphs [key.path=value ...] [--variants hypernetwork elastic]`
 
-All variants share the dense model, the number of training iterations, the keep ratio (every_second has its own) and the
-sampler. A row is written as soon as it is known; started again, what is there is not run again. Rows of overridden keys
-are further variants, named by these. At the end it prints a table of means and standard deviations, and draws the
-rows beside FILE.
+All variants share the dense model, the number of training iterations (`elastic_range`, which serves every budget, has
+half as many more), the MACs of all denoising steps, and the sampler. `dense` trains nothing and takes fewer steps;
+`elastic_range` also gives the rows `planned`. Rows are written as soon as they are known; started again, what is there
+is not run again. At the end it prints a table of means and standard deviations, and draws the rows beside FILE.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,27 +18,29 @@ from typing import Any
 import torch
 
 from ..backbones.latency import device_name
+from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import check_writable, read_text, write_text
 from ..common.load import load_config
-from ..evaluation.report.figures import plot_quality
-from ..training.ablation import UNSEARCHED, ablation_table, time_ratio, unsearched_experts
+from ..evaluation.report.figures import plot_fronts
+from ..training.ablation import UNSEARCHED, ablation_table, dense_rows, run_rows, unsearched_experts
 from ..training.demo import make_demo
+from ..training.judge import Judge
 from ..training.run import train
 from ..training.setup.parts import build
 from .options import add_config, check_keep, user_path
 
-PAPER = ["experts.start=dense", "experts.offset=4"]  # where the search starts, whatever the file's own start
+_RANGE = (0.35, 1.0)  # of keep ratios, that one elastic run serves
 SEARCHED = {
-    "alter": [], "static": ["experts.count=1"], "manual": ["experts.router=uniform"],
-    "two_stage": ["train.schedule=two_stage"], "no_distillation": ["loss.output_kd=0", "loss.feature_kd=0"],
-    "experts_2": ["experts.count=2"], "experts_10": ["experts.count=10"], "low_balance": ["loss.balance=0.1"],
-    "slow_search": ["optim.hypernetwork_lr=1.0e-3"], "long_search": ["train.search_steps=400"],
-    "gradual": ["budget.descent=0.75"], "gradual_static": ["budget.descent=0.75", "experts.count=1"],
-    "started": ["experts.start=greedy", "experts.offset=2"],
-    "started_static": ["experts.start=greedy", "experts.offset=2", "experts.count=1"],
+    "paper": ["paper=true"], "two_stage": ["paper=true", "train.schedule=two_stage"],
+    "manual": ["paper=true", "experts.router=uniform"],
+    "hypernetwork": ["paper=true", "search.draws=sample", "search.supernet=true", "experts.router=ordered",
+                     "experts.start=measured", "experts.offset=2"],
+    "elastic": ["paper=true", "search.method=elastic"],
+    "elastic_one": ["paper=true", "search.method=elastic", "experts.count=1"],
+    "elastic_range": ["paper=true", "search.method=elastic", f"budget.keep_ratio={list(_RANGE)}"],
 }
-_KEY = {"variant", "seed", "keep_ratio_target"}  # what tells rows apart
+_KEY = {"variant", "seed", "budget", "run"}  # what tells rows apart
 VARIANTS = ("dense", *SEARCHED, *UNSEARCHED)
 
 
@@ -62,16 +65,17 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(out, "--out")
     check_writable(arguments.runs, "--runs", folder=True)
     rows = _rows_of(out) if out.is_file() else []
-    for keep, seed, variant in itertools.product(arguments.keep, arguments.seeds, arguments.variants):
+    for seed, keep, variant in itertools.product(arguments.seeds, arguments.keep, arguments.variants):
+        if variant in ("dense", "elastic_range"):  # of all budgets
+            keep = 1.0
         name = " ".join((variant, *arguments.overrides))
-        if any((row["variant"], row["seed"], row["keep_ratio_target"]) == (name, seed, keep) for row in rows):
+        if any((row["run"], row["seed"], row["budget"]) == (name, seed, keep) for row in rows):
             continue
         print(f"== {name}, keep ratio {keep}, seed {seed}", flush=True)
-        rows += [{"variant": name, "seed": seed, "keep_ratio_target": keep, **row}
-                 for row in _rows(_train(arguments, variant, name, keep, seed))]
+        rows += _rows(arguments, variant, name, keep, seed)
         write_text(out, json.dumps(rows, indent=1) + "\n")
     print(ablation_table(rows))
-    plot_quality(rows, out.with_suffix(".png"))
+    plot_fronts(rows, out.with_suffix(".png"))
 
 
 def _rows_of(file: Path) -> list[dict[str, Any]]:
@@ -85,47 +89,39 @@ def _rows_of(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _train(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> Path:
-    """Train the variant, unless that is done; returns the run directory."""
-    folder = arguments.runs / f"{Path(arguments.config).stem}-{name.replace('/', '_')}-{keep}-{seed}"
-    run = folder / "run"
-    if (run / "summary.json").is_file():
-        return run
-    settings = [*PAPER, *arguments.overrides, f"seed={seed}", f"budget.keep_ratio={keep}", f"output_dir={run}",
-                f"evaluate.dense={'true' if variant == 'dense' else 'false'}"]
-    config, device = load_config(arguments.config, settings), _device()
-    if config.demo.model:
-        make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
-    if variant in UNSEARCHED or variant == "dense":
-        chosen = "dense_tuned" if variant == "dense" else variant
-        unsearched_experts(chosen, config, build(config, device=device), seed).save_pretrained(folder / "experts")
-        settings.append(f"experts.pretrained={folder / 'experts'}")
-        if variant == "dense":
-            settings += ["train.steps=1", "optim.warmup_steps=1"]  # a step at rate 0
+def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> list[dict[str, Any]]:
+    """Train the variant, unless that is done, and rate it."""
+    stem, device = Path(arguments.config).stem, _device()
+    folder = arguments.runs / f"{stem}-{name.replace('/', '_')}-{keep}-{seed}"
+    settings = [*arguments.overrides, f"seed={seed}", f"output_dir={folder / 'run'}"]
+    config = load_config(arguments.config, settings)
+    make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
+    if variant != "dense" and not (folder / "run" / "summary.json").is_file():
+        _train(arguments, config, variant, folder, [*settings, *SEARCHED.get(variant, ["paper=true"])], keep, seed)
+    judge = Judge(config, build(config, device=device), arguments.runs / f"{stem}-judge")
+    steps, total = config.evaluate.sampling_steps, judge.parts.cost.macs_total
+    found = dense_rows(judge, steps) if variant == "dense" else run_rows(judge, folder / "run", variant, steps)
+    common = {"run": name, "seed": seed, "budget": keep, "device": device_name(device), "torch": torch.__version__,
+              "samples": config.evaluate.samples}
+    return [{**common, **row, "share": row["macs"] / (steps * total)} for row in found]
+
+
+def _train(arguments: argparse.Namespace, config: Config, variant: str, folder: Path, settings: list[str], keep: float,
+           seed: int) -> None:
+    """Without the samples that a demo draws at its end: the judge draws its own."""
+    settings += ["evaluate.dense=false", "evaluate.samples=100"]
+    if variant == "elastic_range":
+        settings += [f"train.{name}={value * 3 // 2}" for name, value in (
+            ("steps", config.train.steps), ("search_steps", config.train.t_end))]
     else:
-        settings += SEARCHED[variant]
-    if any((run / "checkpoints").glob("step-*")):
+        settings.append(f"budget.keep_ratio={keep}")
+    if variant in UNSEARCHED:
+        asked = dataclasses.replace(config, budget=dataclasses.replace(config.budget, keep_ratio=keep))
+        unsearched_experts(variant, asked, build(asked, device=_device()), seed).save_pretrained(folder / "experts")
+        settings.append(f"experts.pretrained={folder / 'experts'}")
+    if any((folder / "run" / "checkpoints").glob("step-*")):
         settings.append("resume=latest")
-    return train(load_config(arguments.config, settings)).run_dir
-
-
-def _rows(run: Path) -> list[dict[str, Any]]:
-    """What was measured of a run; twice of the dense model, with the steps of the experts and with 50."""
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    common = {"device": device_name(_device()), "torch": torch.__version__, "samples": summary["samples"]}
-    if "fd_dense" in summary:
-        nothing_lost = {"output_error": 0.0, "denoise_error": summary["denoise_error"],
-                        "denoise_error_by_timestep": summary["denoise_error_by_timestep"]}
-        return [{**common, "keep_ratio": 1.0, "sampling_steps": steps, "fd": summary[f"fd_{name}"],
-                 "fd_halves": summary[f"fd_halves_{name}"], "accuracy": summary[f"accuracy_{name}"],
-                 "macs": summary["macs_dense"], "time_ratio": steps / summary["sampling_steps"], **nothing_lost}
-                for name, steps in (("dense", summary["sampling_steps"]), ("dense_50", 50))]
-    errors = {name: summary[name] for name in ("output_error", "denoise_error", "output_error_by_timestep",
-                                               "denoise_error_by_timestep")}
-    return [{**common, "keep_ratio": summary["keep_ratio"], "sampling_steps": summary["sampling_steps"],
-             "fd": summary["fd_experts"], "fd_halves": summary["fd_halves_experts"],
-             "accuracy": summary["accuracy_experts"], "macs": summary["macs_experts"],
-             "time_ratio": time_ratio(run, _device()), "experts_used": summary["experts_used"], **errors}]
+    train(load_config(arguments.config, settings))
 
 
 def _device() -> torch.device:

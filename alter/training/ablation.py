@@ -1,30 +1,35 @@
-"""Experts found otherwise than by the search, to compare it with: random, by rule, by measured influence or error."""
+"""Experts found otherwise than by a search, to compare it with; and the rows of an ablation."""
 
-import dataclasses
+import json
 import statistics
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..backbones.family import predict
+from ..backbones.schedules import make_solver, visited_rows
 from ..backbones.sites import Site
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.load import load_config
 from ..experts.artefact import TemporalExperts
+from ..experts.load import load_dense
+from ..experts.plan import Planner
 from ..method.budget import Budget
 from ..method.hypernetwork import Logits
-from ..method.sensitivity import allocate
-from .demo_images import demo_reference, own_weights
-from .measure import measure_sensitivity
+from ..method.noising import Betas
+from .demo_images import own_weights
+from .judge import Judge
 from .probe import Probe
+from .search.measuring import early_response, order_layers
 from .setup.parts import Parts, build
 
-UNSEARCHED = ("dense_tuned", "random", "every_second", "block_influence", "greedy", "greedy_static")
+UNSEARCHED = ("dense_tuned", "random", "every_second", "block_influence", "one_mask")
+_SHARES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.8)  # of the MACs of all dense steps, for which steps and depth are planned
+_PLANNED_ON = 24  # images drawn to plan
 
 
 def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) -> TemporalExperts:
@@ -32,8 +37,7 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
 
     dense_tuned: every layer, so that what tuning alone brings is seen. random: one mask, drawn with `seed`.
     every_second: the layers with even numbers. block_influence: the layers with the highest ShortGPT score
-    (arXiv 2403.03853). greedy: `config.experts.count` masks by the measured errors of the dense model;
-    greedy_static: one such mask.
+    (arXiv 2403.03853). one_mask: the layers that the order measured on the dense model leaves.
 
     Raises:
         InputError: for another name.
@@ -48,9 +52,11 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
         masks = _one_mask(np.random.default_rng([seed, 11]).standard_normal(sites), budget, routes)
     elif variant == "block_influence":
         masks = _one_mask(block_influence(config, parts), budget, routes)
-    elif variant in ("greedy", "greedy_static"):
-        count = 1 if variant == "greedy_static" else config.experts.count
-        masks = allocate(measure_sensitivity(config, parts), budget, count)
+    elif variant == "one_mask":
+        weight_T = early_response(Probe(config, parts, 16), sites, parts.noising.num_timesteps)
+        family = order_layers(Probe(config, parts, 32), budget, 0.0, weight_T)
+        nearest = np.abs(budget.fixed + family @ budget.share_L / budget.scale - budget.keep_ratio).argmin()
+        masks = family[nearest][None], routes
     else:
         raise InputError(f"variant {variant!r}: choose one of {', '.join(UNSEARCHED)}")
     return TemporalExperts.build(*masks, parts.cost, budget.measured(*masks), budget.over, budget.timesteps,
@@ -86,49 +92,82 @@ def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[
     return budget.masks(logits, budget.keep_ratio)
 
 
-def time_ratio(run: Path, device: torch.device, images: int = 32, rounds: int = 5) -> float:
-    """Seconds of sampling with a demo run's experts over those with experts that keep every layer; medians, in turn."""
+def dense_rows(judge: Judge, steps: int) -> Iterator[dict[str, Any]]:
+    """Of the dense model, in as many denoising steps as take each share of the MACs of `steps`."""
+    total = judge.parts.cost.macs_total
+    for count in sorted({max(2, round(share * steps)) for share in (*_SHARES, 0.3, 0.4, 0.5, 0.75, 0.9, 1.0)}):
+        yield {"variant": "dense", "rung": round(count / steps, 3), "steps": count, "macs": count * total,
+               "keep_ratio": 1.0,
+               **judge.rate(judge.dense(count))}
+
+
+def run_rows(judge: Judge, run: Path, variant: str, steps: int) -> Iterator[dict[str, Any]]:
+    """Of a finished run: its experts in `steps` denoising steps; of a ladder all tuned rungs, and plans of steps and
+    depth for several shares of the MACs of that many dense steps."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
-    parts = build(config, device=device)
-    few = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, samples=images))
-    reference = demo_reference(few, parts.source)
-    assert parts.experts is not None and reference is not None, "a demo's run"
-    everything_kept = dataclasses.replace(parts.experts, mask_EL=np.ones_like(parts.experts.mask_EL))
-    batch: Any = {name: value.to(device) if isinstance(value, Tensor) else value
-                  for name, value in reference.batch.items()}
-    parts.simulator.remove()
-    parts.backbone.eval()
+    parts = build(config)
+    experts = parts.experts
+    assert experts is not None
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    tuned = [rung for rung in experts.ladder if rung.tuned]
+    for rung in tuned:
+        row = {"variant": variant, "steps": steps, **_cost(experts.choose(rung), parts, steps)}
+        if rung == experts.rung and summary["output_error"] is not None:
+            errors = summary["output_error_by_timestep"]
+            row |= {"output_error": summary["output_error"], "weighted_error": judge.weighted(errors)}
+        if len(tuned) > 1:
+            row["rung"] = rung.keep_ratio_target
+        yield row | judge.rate(judge.drawn(parts, experts.choose(rung), steps))
+    if len(tuned) > 1:
+        yield from _planned_rows(judge, run, parts, steps)
 
-    def seconds(experts: TemporalExperts) -> float:
-        with experts.apply(parts.backbone):
-            started = time.perf_counter()
-            parts.draw(parts.backbone, batch, config.evaluate.sampling_steps, config.seed)
-            return time.perf_counter() - started
 
-    pairs = [(seconds(parts.experts), seconds(everything_kept)) for _ in range(rounds + 1)][1:]  # the first warms up
-    ours, dense = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return ours / dense
+def _planned_rows(judge: Judge, run: Path, parts: Parts, steps: int) -> Iterator[dict[str, Any]]:
+    experts = parts.experts
+    assert experts is not None
+    pipe: Any = load_dense(run / "final").to(parts.backbone.device)
+    pipe.set_progress_bar_config(disable=True)
+    if isinstance(parts.noising, Betas):
+        pipe.scheduler = make_solver(parts.scheduler, parts.tokens)
+    call: dict[str, Any] = {"guidance_scale": parts.guidance_scale}
+    some = {name: value[:_PLANNED_ON] for name, value in judge.batch.items()}
+    call |= {"class_labels": some["labels"].tolist()} if "labels" in some else {"prompt": some["captions"]}
+    planner = Planner(experts, pipe, call, steps)
+    for share in _SHARES:
+        plan = planner.plan(macs=share * steps * experts.macs_total)
+        images = judge.drawn(parts, experts.only(plan.rung), plan.steps)
+        depths = [int(experts.mask_EL[expert].sum()) for expert in plan.rung.expert_T[planner.visited[plan.steps]]]
+        yield {"variant": "planned", "rung": share, "steps": plan.steps, "macs": plan.macs, "depths": depths,
+               "keep_ratio": plan.macs / plan.steps / experts.macs_total, "predicted": plan.error,
+               "discretisation": plan.discretisation, "measured": planner.check(plan), **judge.rate(images)}
+
+
+def _cost(experts: TemporalExperts, parts: Parts, steps: int) -> dict[str, float]:
+    visited = visited_rows(make_solver(parts.scheduler, parts.tokens), steps, parts.tokens)
+    return {"macs": float(experts.macs_T[visited].sum()), "keep_ratio": experts.keep_ratio}
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over the seeds of every variant at every keep ratio, best output first."""
+    """Markdown: mean ± standard deviation over the seeds of every variant at every budget, the least drift first."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["keep_ratio_target"], row["variant"], row["sampling_steps"]), []).append(row)
-    heads = ("keep ratio asked", "variant", "steps", "seeds", "output error ×10³", "denoising error ×10³", "FD",
-             "accuracy", "MACs kept", "time")
+        groups.setdefault((row["budget"], row["variant"], row.get("rung")), []).append(row)
+    heads = ("MACs asked", "variant", "steps", "seeds", "MACs", "Fréchet distance", "drift", "weighted error",
+             "output error ×10³", "accuracy")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
     def cell(group: list[dict[str, Any]], name: str, scale: float, digits: int) -> str:
-        values = [scale * row[name] for row in group]
+        values = [scale * row[name] for row in group if name in row]
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
+        return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
 
-    order = sorted(groups, key=lambda key: (-key[0], statistics.mean(row["output_error"] for row in groups[key])))
-    for keep, variant, steps in order:
-        group = groups[keep, variant, steps]
-        cells = (keep, variant, steps, len(group), cell(group, "output_error", 1e3, 2),
-                 cell(group, "denoise_error", 1e3, 2), cell(group, "fd", 1, 2), cell(group, "accuracy", 1, 3),
-                 cell(group, "keep_ratio", 1, 3), cell(group, "time_ratio", 1, 2))
+    for budget, variant, rung in sorted(groups, key=lambda key: (-key[0], statistics.mean(
+            row["drift"] for row in groups[key]))):
+        group = groups[budget, variant, rung]
+        steps = sorted({row["steps"] for row in group})
+        cells = (budget, variant + ("" if rung is None else f" at {rung:g}"), "-".join(map(str, {
+            steps[0]: 0, steps[-1]: 0})), len(group), cell(group, "share", 1, 3), cell(group, "fd", 1, 2),
+            cell(group, "drift", 1, 3), cell(group, "weighted_error", 1, 2), cell(group, "output_error", 1e3, 2),
+            cell(group, "accuracy", 1, 3))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

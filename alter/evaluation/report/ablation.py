@@ -1,4 +1,4 @@
-"""The figure of an ablation: quality against measured time."""
+"""The figure of an ablation: quality against the MACs of all denoising steps."""
 
 from pathlib import Path
 from typing import Any
@@ -8,39 +8,40 @@ from matplotlib.figure import Figure
 
 from .drawing import EXPERTS, INK, WIDTH, styled
 
+_SERIES = {  # in the order in which they take colours, after the dense model
+    "planned": "steps and depth planned", "elastic_range": "elastic, one run", "elastic": "elastic",
+    "elastic_one": "elastic, one mask", "hypernetwork": "hypernetwork", "one_mask": "one measured mask",
+    "paper": "paper's search",
+}
+
 
 @styled
-def quality_figure(rows: list[dict[str, Any]]) -> Figure:
-    """A column per keep ratio and a point per variant, with the standard deviation over its seeds."""
-    experts = [row for row in rows if row["variant"] != "dense"]
-    variants, keeps = sorted({row["variant"] for row in experts}), sorted({row["keep_ratio_target"] for row in experts})
-    figure = Figure((2 * WIDTH, 6), layout="constrained")
-    axes, drawn = figure.subplots(2, len(keeps), sharex="col", sharey="row", squeeze=False), {}
-    for column, keep in zip(axes.T, keeps, strict=True):
-        for axis, name in zip(column, ("output_error", "fd"), strict=True):
-            for index, variant in enumerate(variants):
-                points = np.array([(row["time_ratio"], row[name]) for row in experts
-                                   if (row["variant"], row["keep_ratio_target"]) == (variant, keep)])
-                if len(points):
-                    (x, y), (wide, high) = points.mean(0), points.std(0, ddof=1) if len(points) > 1 else (0, 0)
-                    drawn[variant.replace("_", " ")] = axis.errorbar(
-                        x, y, high, wide, marker="osD^v<>ph*XPd"[index % 13], markersize=4.5, linestyle="",
-                        elinewidth=0.5, color=EXPERTS[index % len(EXPERTS)])
-            axis.set(ylim=(0, None))
-            axis.grid()
-        steps = {row["sampling_steps"] for row in experts}
-        dense = [row["fd"] for row in rows if row["variant"] == "dense" and row["sampling_steps"] in steps]
-        if dense:
-            drawn["dense"] = column[1].axhline(np.mean(dense), color=INK, linewidth=0.8)
-        column[0].set_title(f"keep ratio {keep:g}")
-        column[1].set_xlabel("measured time (dense: 1)")
-    for axis, label in zip(axes[:, 0], ("output error", "Fréchet distance"), strict=True):
-        axis.set_ylabel(label)
-    columns = max(1, 90 // (6 + max(map(len, drawn))))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=columns)
+def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Fréchet distance and drift over the share of the MACs of all dense steps: a line per variant, named at its end,
+    with the standard deviation over seeds as a band; the dense model with fewer steps is the line to beat."""
+    figure = Figure((2 * WIDTH, 3.4), layout="constrained")
+    for axis, name, label in zip(figure.subplots(1, 2), ("fd", "drift"),
+                                 ("Fréchet distance", "drift from 50 dense steps"), strict=True):
+        for index, (variant, title) in enumerate({"dense": "dense, fewer steps", **_SERIES}.items()):
+            chosen = [row for row in rows if row["variant"] == variant and row["share"] <= 1.001]
+            places = {(row["budget"], row.get("rung")) for row in chosen}
+            groups = [[(row["share"], row[name]) for row in chosen if (row["budget"], row.get("rung")) == place]
+                      for place in places]
+            if not groups:
+                continue
+            points = np.array([(*np.mean(group, axis=0), np.std(group, axis=0)[1]) for group in groups])
+            x, y, spread = points[np.argsort(points[:, 0])].T
+            color = INK if variant == "dense" else EXPERTS[(index - 1) % len(EXPERTS)]
+            axis.plot(x, y, color=color, linewidth=2 if variant == "dense" else 1.2, marker=".", markersize=5)
+            axis.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
+            axis.annotate(title, (x[0], y[0]), (-3, 3), textcoords="offset points", fontsize=6, color=color,
+                          ha="right" if len(x) > 1 else "center", va="bottom")
+        axis.set(xlabel="MACs of all steps (20 dense steps: 1)", ylabel=label, yscale="log")
+        axis.margins(x=0.2)
+        axis.grid()
     return figure
 
 
-def plot_quality(rows: list[dict[str, Any]], path: Path) -> None:
-    """An ablation's rows (see `scripts/ablate.py`): output error and Fréchet distance against measured time."""
-    quality_figure(rows).savefig(path, facecolor="white", dpi=160)
+def plot_fronts(rows: list[dict[str, Any]], path: Path) -> None:
+    """An ablation's rows (see `alter ablate`), as a picture."""
+    fronts_figure(rows).savefig(path, facecolor="white", dpi=160)

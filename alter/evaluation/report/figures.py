@@ -1,6 +1,6 @@
 """All that a report draws: functions `..._figure` return a matplotlib Figure, functions `plot_...` write a PNG."""
 
-from .ablation import plot_quality, quality_figure
+from .ablation import fronts_figure, plot_fronts
 from .drawing import EXPERTS, INK, layers
 from .experts import (
     frequency_figure,
@@ -26,8 +26,8 @@ from .search import (
 from .words import summary_table
 
 __all__ = [
-    "EXPERTS", "INK", "LOSSES", "evolution_figure", "frequency_figure", "kept_frequency", "layers", "losses_figure",
-    "macs_figure", "mask_history_figure", "masks_figure", "plot_experts", "plot_quality", "plot_samples",
-    "plot_sensitivity", "quality_figure", "routes_figure", "routing_figure", "samples_figure", "sensitivity_figure",
+    "EXPERTS", "INK", "LOSSES", "evolution_figure", "frequency_figure", "fronts_figure", "kept_frequency", "layers", "losses_figure",
+    "macs_figure", "mask_history_figure", "masks_figure", "plot_experts", "plot_fronts", "plot_samples",
+    "plot_sensitivity", "routes_figure", "routing_figure", "samples_figure", "sensitivity_figure",
     "similarity", "similarity_figure", "steps_figure", "summary_table",
 ]

@@ -1,0 +1,101 @@
+"""By which numbers an ablation ranks its runs: those that follow what is sampled.
+
+Fréchet distance to real images, with its own noise; drift from the dense model's samples of the same seeds; and the
+held-out error weighted by the response of samples. All in the features of one classifier, the same for all runs.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..common.config import Config
+from ..evaluation.classifier import SmallClassifier, accuracy, train_classifier
+from ..evaluation.distances import frechet_distance
+from ..evaluation.pairs import drift
+from ..experts.artefact import TemporalExperts
+from .demo_images import demo_reference
+from .probe import Probe
+from .search.measuring import measure_response
+from .setup.parts import Parts
+
+MANY_STEPS = 50  # of the dense samples from which drift is measured
+_BINS = 20  # of the held-out errors in summary.json
+_RESAMPLES = 50
+
+
+class Judge:
+    """Rates samples of runs of one configuration, whose seed is that of the samples.
+
+    Args:
+        config, parts: of the dense model, with a teacher. folder: where what was computed once is kept.
+    """
+
+    def __init__(self, config: Config, parts: Parts, folder: Path) -> None:
+        reference = demo_reference(config, parts.source)
+        assert reference is not None, "a demo's run"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config, self.parts, self.folder, self.reference = config, parts, folder, reference
+        targets = reference.targets
+        classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
+        self.classifier = SmallClassifier(reference.images.shape[1], reference.images.shape[-1], classes)
+        self.classifier.load_state_dict(self._once("classifier", lambda: train_classifier(
+            reference.images, targets, 0).state_dict()))
+        self.classifier.eval().requires_grad_(False)
+        self.real = self.classifier.features(reference.images).numpy()
+        self.batch: dict[str, Any] = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
+                                      for name, value in reference.batch.items()}
+
+    def dense(self, steps: int) -> Tensor:
+        """Samples of the dense model, float32 [N, C, H, W]."""
+        def draw() -> dict[str, Tensor]:
+            with self.parts.dense() as backbone:
+                return {"images": self.parts.draw(backbone, self.batch, steps, self.config.seed)}
+
+        return self._once(f"dense-{self.config.seed}-{steps}", draw)["images"]
+
+    def drawn(self, parts: Parts, experts: TemporalExperts, steps: int) -> Tensor:
+        """Samples of a run with its experts, float32 [N, C, H, W]."""
+        with experts.serving(parts.simulator):
+            return parts.draw(parts.backbone.eval(), self.batch, steps, self.config.seed)
+
+    def rate(self, images: Tensor) -> dict[str, float]:
+        """Fréchet distance with the standard deviation of bootstrapped samples, accuracy, and drift with its error."""
+        features = self.classifier.features(images)
+        source, count = np.random.default_rng(0), len(features)
+        resampled = [frechet_distance(features.numpy()[source.integers(count, size=count)], self.real)
+                     for _ in range(_RESAMPLES)]
+        moved = drift(features, self.classifier.features(self.dense(MANY_STEPS)))
+        return {"fd": frechet_distance(features.numpy(), self.real), "fd_noise": float(np.std(resampled, ddof=1)),
+                "accuracy": accuracy(self.classifier, images, self.reference.asked), "drift": moved.value,
+                "drift_noise": moved.error}
+
+    def weighted(self, error_by_timestep: list[float]) -> float:
+        """Held-out errors of `summary.json` as the squared displacement of features that they cause, if this follows
+        errors linearly."""
+        edges = np.linspace(0, self.parts.noising.num_timesteps, _BINS + 1).round().astype(int)
+
+        def measure() -> dict[str, Tensor]:
+            mask_L = np.arange(len(self.parts.simulator.sites)) % 3 != 1
+            probe = Probe(self.config, self.parts, 32)
+            error_B = probe.against_teacher(mask_L[None], edges).mean(axis=2)[0]
+            response, _, _ = measure_response(self.config, self.parts, probe, mask_L, edges, error_B,
+                                              {"features": self._features})
+            return {"response": torch.from_numpy(response["features"])}
+
+        return float(self._once("response", measure)["response"].numpy() @ np.array(error_by_timestep))
+
+    def _features(self, latents: Tensor) -> Tensor:
+        return self.classifier.features(self.parts.images(latents))
+
+    def _once(self, name: str, compute: Any) -> Mapping[str, Tensor]:
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            partial = file.with_name(f".{file.name}")
+            save_file({key: value.contiguous() for key, value in compute().items()}, partial)
+            partial.replace(file)
+        return load_file(file)
