@@ -26,8 +26,8 @@ from .search import (
 from .words import summary_table
 
 __all__ = [
-    "EXPERTS", "INK", "LOSSES", "evolution_figure", "frequency_figure", "fronts_figure", "kept_frequency", "layers", "losses_figure",
-    "macs_figure", "mask_history_figure", "masks_figure", "plot_experts", "plot_fronts", "plot_samples",
-    "plot_sensitivity", "routes_figure", "routing_figure", "samples_figure", "sensitivity_figure",
+    "EXPERTS", "INK", "LOSSES", "evolution_figure", "frequency_figure", "fronts_figure", "kept_frequency", "layers",
+    "losses_figure", "macs_figure", "mask_history_figure", "masks_figure", "plot_experts", "plot_fronts",
+    "plot_samples", "plot_sensitivity", "routes_figure", "routing_figure", "samples_figure", "sensitivity_figure",
     "similarity", "similarity_figure", "steps_figure", "summary_table",
 ]
