@@ -28,7 +28,7 @@ from .search.measuring import early_response, order_layers
 from .setup.parts import Parts, build
 
 UNSEARCHED = ("dense_tuned", "random", "every_second", "block_influence", "one_mask")
-_SHARES = (0.25, 0.35, 0.45, 0.55, 0.65, 0.8)  # of the MACs of all dense steps, for which steps and depth are planned
+_SHARES = (0.25, 0.35, 0.5, 0.65, 0.8)  # of the MACs of all dense steps, at which fronts are drawn
 _PLANNED_ON = 24  # images drawn to plan
 
 
@@ -95,22 +95,22 @@ def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[
 def dense_rows(judge: Judge, steps: int) -> Iterator[dict[str, Any]]:
     """Of the dense model, in as many denoising steps as take each share of the MACs of `steps`."""
     total = judge.parts.cost.macs_total
-    for count in sorted({max(2, round(share * steps)) for share in (*_SHARES, 0.3, 0.4, 0.5, 0.75, 0.9, 1.0)}):
+    for count in sorted({max(2, round(share * steps)) for share in (*_SHARES, 1.0)}):
         yield {"variant": "dense", "rung": round(count / steps, 3), "steps": count, "macs": count * total,
                "keep_ratio": 1.0,
                **judge.rate(judge.dense(count))}
 
 
 def run_rows(judge: Judge, run: Path, variant: str, steps: int) -> Iterator[dict[str, Any]]:
-    """Of a finished run: its experts in `steps` denoising steps; of a ladder all tuned rungs, and plans of steps and
-    depth for several shares of the MACs of that many dense steps."""
+    """Of a finished run: its experts in `steps` denoising steps; of a ladder several tuned rungs, and plans of steps
+    and depth, for _SHARES of the MACs of that many dense steps."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
     parts = build(config)
     experts = parts.experts
     assert experts is not None
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     tuned = [rung for rung in experts.ladder if rung.tuned]
-    for rung in tuned:
+    for rung in (rung for rung in tuned if len(tuned) == 1 or rung.keep_ratio_target in _SHARES):
         row = {"variant": variant, "steps": steps, **_cost(experts.choose(rung), parts, steps)}
         if rung == experts.rung and summary["output_error"] is not None:
             errors = summary["output_error_by_timestep"]
