@@ -240,9 +240,9 @@ class Experts:
 
     def summary(self) -> str:
         """A few lines for the terminal: the chosen rung's experts, and the ladder if it has several rungs."""
-        unused = len(self.mask_EL) - len(self.used)
-        lines = [f"{len(self.used)} experts over {len(self.sites)} sites" + f" ({unused} more unused)" * bool(unused)
-                 + f", {self.keep_ratio:.1%} of all MACs"]
+        count, unused = len(self.used), len(self.mask_EL) - len(self.used)
+        lines = [f"{count} expert{'s' * (count > 1)} over {len(self.sites)} sites"
+                 + f" ({unused} more unused)" * bool(unused) + f", {self.keep_ratio:.1%} of all MACs"]
         if self.latency is not None:
             lines[0] += f", {self.time_ratio:.1%} of the time ({self.latency.place})"
         for expert in self.used:

@@ -142,7 +142,7 @@ def test_a_page_of_everything(run):
     assert "seed00" not in text and "holdout: 8" in text
     labels = " ".join(attributes["aria-label"] for attributes in page.all("svg"))
     for e, mask_L in enumerate(loaded.experts.mask_EL):
-        assert f"Expert {e} keeps {mask_L.sum()} of 4 layers" in labels
+        assert (f"Expert {e} keeps {mask_L.sum()} of 4 layers and" in labels) == (e in loaded.experts.used)
     assert build_page([read_run(run)]) == build_page([loaded])  # nothing random, no date
 
 

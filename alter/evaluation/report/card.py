@@ -52,7 +52,7 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
     averaged = "the training timesteps" if experts.timesteps is None else f"{len(experts.timesteps)} sampling steps"
     if experts.latency is not None:
         averaged += f", and {experts.time_ratio:.1%} of its time ({experts.latency.place})"
-    several = ""
+    count, several = len(experts.used), ""
     if len(experts.ladder) > 1:
         several = (f"\n\nThe same weights serve {len(experts.ladder)} budgets: `experts.apply(pipe, keep_ratio=...)` "
                    "chooses another, `with experts.at(...):` for one call.")
@@ -74,7 +74,7 @@ def model_card(config: Config, experts: TemporalExperts, summary: dict[str, Any]
 
 # {config.name}: temporal experts of {base}
 
-[ALTER](https://arxiv.org/abs/2505.21817): {opening} {len(experts.used)} temporal experts. Each serves
+[ALTER](https://arxiv.org/abs/2505.21817): {opening} {count} temporal expert{'s' * (count > 1)}. Each serves
 some of the denoising timesteps and skips some of the layers. They keep {experts.keep_ratio:.1%} of the dense model's
 multiply-accumulate operations (MACs) per step ({round(experts.macs_mean):,} of {experts.macs_total:,}), averaged over
 {averaged}.{several}
