@@ -23,9 +23,9 @@ PAIRS = {
     "psnr": "peak signal-to-noise ratio of 8-bit images in dB, mean over the pairs that differ",
     "ssim": "structural similarity, Gaussian window of 1.5 pixels, mean over pairs",
     "lpips": "LPIPS 0.1 with AlexNet, mean over pairs",
-    "drift": f"{_DRIFT}: Inception's pool features, clean-fid's resizing",
-    "drift_dinov2": f"{_DRIFT}: DINOv2's class tokens",
-    "drift_latents": f"{_DRIFT}: latents before the VAE's decoder",
+    "drift": f"{_DRIFT}: pool features, clean-fid's resizing",
+    "drift_dinov2": f"{_DRIFT}: class tokens",
+    "drift_latents": f"{_DRIFT}: what the VAE decodes",
 }
 USUAL = ("psnr", "ssim", "drift")  # and drift_latents where there are latents
 _FEATURES = {"drift": ("clean", "pool"), "drift_dinov2": ("dinov2", "token")}
