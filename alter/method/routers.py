@@ -22,7 +22,8 @@ class Times:
     Attributes:
         features_TD: what a learned router sees, float32 [T, D]: the backbone's sinusoidal embedding, or
             `slow_features` for a smooth one.
-        log_snr_T: log signal-to-noise ratio, which does not rise with the timestep, float32 [T].
+        log_snr_T: log signal-to-noise ratio, float32 [T], which does not rise from one trained timestep to the next; of
+            one that is not trained, that of the timestep whose expert serves it.
         weight_T: of the budget (`timestep_weights`), of sum 1, float64 [T].
     """
 
@@ -97,7 +98,7 @@ class OrderedRouter(nn.Module):
 
     P(e | x) = F((x - c_e) / s) - F((x - c_{e+1}) / s), with F the logistic distribution function, c_0 = -∞ and c_E = ∞
     (McCullagh 1980, "Regression Models for Ordinal Data", Sec. 2). The logistic density is log-concave, so for two
-    experts the ratio of their probabilities is monotone in x: the most probable expert never falls with the timestep.
+    experts the ratio of their probabilities is monotone in x: the most probable expert never falls as x rises.
     Cut points are ordered since each adds a positive distance to the one before. Lengths are in units of √12·std(x)/E,
     an expert's interval if x were uniform; s is a quarter of this, or of the least distance of the first cut points if
     that is less, and is not trained. What is trained begins at zero.
@@ -121,7 +122,7 @@ class OrderedRouter(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("start_K", torch.zeros(experts - 1))
         self.moved_K = nn.Parameter(torch.zeros(experts - 1))
-        self.place(_equal(self._borders().numpy(), times.weight_T, experts))
+        self.place(self._equal(times.weight_T, experts))
 
     def place(self, borders: Sequence[int]) -> None:
         """Begin with expert k serving the timesteps from borders[k - 1] up to, not including, borders[k], as nearly as
@@ -141,6 +142,17 @@ class OrderedRouter(nn.Module):
         possible = (self.x_T.diff() > 0).nonzero().flatten() + 1
         return possible if len(possible) else torch.tensor([len(self.x_T) - 1], device=self.x_T.device)
 
+    def _equal(self, weight_T: np.ndarray, experts: int) -> list[int]:
+        """The borders, distinct as far as there are enough, that split the weights most evenly: [E - 1]."""
+        possible = self._borders().numpy()
+        passed = weight_T @ (self.x_T[:, None] < self.x_T[possible]).numpy()
+        chosen: list[int] = []
+        for k in range(1, experts):
+            first = min(chosen[-1] + 1 if chosen else 0, len(possible) - 1)
+            last = max(len(possible) - (experts - 1 - k), first + 1)
+            chosen.append(first + int(np.abs(passed[first:last] - k / experts).argmin()))
+        return possible[chosen].tolist()
+
     def forward(self) -> Tensor:
         first, widths = (self.start_K + self.moved_K).split([1, len(self.start_K) - 1])
         widths = softplus(widths) + _LEAST_WIDTH
@@ -149,14 +161,3 @@ class OrderedRouter(nn.Module):
         # F(a) - F(b) = F(a)·F(-b)·(1 - exp(b - a)), which loses no digits in the tails.
         between = (-(-widths / self.scale).expm1()).log()
         return pad(logsigmoid(z_TK), (1, 0)) + pad(logsigmoid(-z_TK), (0, 1)) + pad(between, (1, 1))
-
-
-def _equal(possible: np.ndarray, weight_T: np.ndarray, experts: int) -> list[int]:
-    """The possible borders, distinct as far as there are enough, that split the weights most evenly: [E - 1]."""
-    passed = weight_T.cumsum()[possible - 1]
-    chosen: list[int] = []
-    for k in range(1, experts):
-        first = min(chosen[-1] + 1 if chosen else 0, len(possible) - 1)
-        last = max(len(possible) - (experts - 1 - k), first + 1)
-        chosen.append(first + int(np.abs(passed[first:last] - k / experts).argmin()))
-    return possible[chosen].tolist()

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import logistic
 
-from alter.method.budget import timestep_weights
+from alter.method.budget import rows_of, timestep_weights
 from alter.method.noising import Betas, Flow
-from alter.method.routers import SLOW, OrderedRouter, make_router, slow_features
+from alter.method.routers import SLOW, OrderedRouter, Times, make_router, slow_features
 
 NOISINGS = {
     "linear": Betas(DDPMScheduler().alphas_cumprod), "cosine": Betas(DDPMScheduler(
@@ -81,6 +81,21 @@ def test_cut_points_go_where_they_are_put(noising):
     assert [routes(router)[t] for t in (100, 300, 500, 700, 900)] == [0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("low, high", [(875, 1001), (0, 875)])
+@pytest.mark.parametrize("experts", [2, 3])
+def test_one_of_two_backbones_has_cut_points_at_its_own_timesteps(low, high, experts):
+    """The other's timesteps are served as the nearest of those that its sampler visits."""
+    noising = Flow(1000, within=(low, high))
+    visited = np.arange(5, 1000, 10)[(np.arange(5, 1000, 10) >= low) & (np.arange(5, 1000, 10) < high)]
+    own = noising.trained.numpy()
+    times = times_of(noising, visited)
+    served = torch.from_numpy(own[rows_of(own, visited, 1000)])
+    times = Times(times.features_TD, times.log_snr_T[served], times.weight_T)
+    expert_T = routes(make_router("ordered", experts, times))
+    assert (np.diff(expert_T[own]) >= 0).all()
+    assert np.abs(np.bincount(expert_T, times.weight_T, experts) * experts - 1).max() < 0.25
+
+
 def test_one_expert_or_one_timestep_needs_no_cut_points():
     assert not list(make_router("ordered", 1, times_of(Flow(1000))).parameters())
     router = make_router("ordered", 3, times_of(Flow(1000), np.array([999]), only=True))
@@ -96,7 +111,7 @@ def test_the_smooth_router_sees_only_slow_sinusoids_and_starves_nobody():
     for weight_T in (timestep_weights(1000, None), timestep_weights(1000, np.array([900, 950, 990]))):
         torch.manual_seed(0)
         times = times_of(NOISINGS["linear"], features_TD=features_TD)
-        times = type(times)(times.features_TD, times.log_snr_T, weight_T)
+        times = Times(times.features_TD, times.log_snr_T, weight_T)
         router = make_router("smooth", 4, times)
         assert np.allclose(weight_T @ router().detach().double().numpy(), 0, atol=1e-6)
         switches = (np.diff(routes(router)) != 0).sum()
