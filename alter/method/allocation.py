@@ -74,14 +74,14 @@ class Frontier:
             ValueError: if every choice costs more.
         """
         allowed = np.where(self._spent_RMG <= budget * (1 + 1e-9), self._loss_RMG, np.inf)
-        run, m, g = np.unravel_index(int(allowed.argmin()), allowed.shape)
+        run, m, g = map(int, np.unravel_index(int(allowed.argmin()), allowed.shape))
         if not np.isfinite(allowed[run, m, g]):
             raise ValueError(f"budget={budget}: the cheapest choice costs {self._cost_MB.min(axis=0).sum()}")
         masks = []
         for b in reversed(range(self._loss_MB.shape[1])):
-            masks.append(int(m))
+            masks.append(m)
             before = int(self._before[b, run, m, g])
-            g -= self._width_MB[m, b]
+            g -= int(self._width_MB[m, b])
             run -= int(before != m and not self._free)
             m = before
         mask_B = np.array(masks[::-1], dtype=np.int64)

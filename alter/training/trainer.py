@@ -29,7 +29,7 @@ from .batch import Batch
 from .journal import Journal
 from .readout import Readout
 from .resume import link_latest
-from .search.make import make_search
+from .search.make import Search, make_search
 from .setup.parts import Parts
 from .state import fingerprint, save_state
 from .update import Update, keep_gradient, make_update
@@ -99,7 +99,7 @@ class Trainer:
             if self.validator and self.step == 0:
                 self._validate_start(self.validator)
             while self.step < train.steps:
-                started, searching = time.perf_counter(), self.experts is None
+                started, search = time.perf_counter(), self.experts is None
                 metrics = self.iteration(micro_batches)
                 self.step += 1
                 bar.update()
@@ -107,7 +107,7 @@ class Trainer:
                 if self.step % config.log.every == 0 or last:
                     self.readout.read()
                     self._log(metrics, seconds, bar)
-                if searching and (self.step % config.log.masks_every == 0 or self.step == train.t_end):
+                if search and (self.step % config.log.masks_every == 0 or self.step == train.t_end):
                     self.journal.masks(self.step, metrics["keep_ratio"], self._present_experts())
                 if self.validator and self.step % self.validator.every == 0:
                     self._validate(self.validator)
@@ -150,18 +150,17 @@ class Trainer:
         """One iteration of Algorithm 1, on one global batch, with one host read: it brings the search's masks and what
         `readout` has noted, θ's losses of the former iteration included. (A loss scaler reads once more an update.)"""
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator(self.config.seed, self.step, 2))))
-        searching, metrics = self.experts is None, {}
+        search, metrics = self.experts is None, {}
         batches = self._prepare(micro_batches)
-        if searching:
-            assert self.search is not None
-            metrics = self.search.update(batches)
+        if search:
+            metrics = searching(self).update(batches)
             if self.step + 1 == self.config.train.t_end:
                 self.freeze()
         else:
             self.readout.read()
         masks = self.masks()
-        each = self.search.drawn(batches) if self.search and self.experts is None else self._rungs(batches)
-        if not searching or self.config.train.schedule == "joint":
+        each = searching(self).drawn(batches) if self.experts is None else self._rungs(batches)
+        if not search or self.config.train.schedule == "joint":
             self.update_backbone(batches, *masks, each)
         self._masks = masks
         metrics["keep_ratio"] = self.parts.budget.measured(*masks)
@@ -235,8 +234,7 @@ class Trainer:
         frozen ones, or those of the search."""
         if self.experts is not None:
             return self.experts.mask_EL, self.experts.expert_T
-        assert self.search is not None
-        return self.search.masks()
+        return searching(self).masks()
 
     def _rungs(self, batches: list[Batch]) -> list[Tensor] | None:
         """Where several rungs are tuned: for each sample of the micro-batches the masks of one, bool [B, L]."""
@@ -250,8 +248,7 @@ class Trainer:
 
     def freeze(self) -> None:
         """T_end: take the experts that the search has found."""
-        assert self.search is not None
-        self.experts = self.search.finish()
+        self.experts = searching(self).finish()
         if self.accelerator.is_main_process:
             missed = self.parts.budget.measured(self.experts.mask_EL, self.experts.expert_T) - \
                 self.experts.keep_ratio_target
@@ -263,8 +260,8 @@ class Trainer:
         """The frozen ones, or those of the last iteration."""
         if self.experts is not None:
             return self.experts
-        assert self._masks is not None and self.search is not None
-        return self.search.present(self._masks)
+        assert self._masks is not None
+        return searching(self).present(self._masks)
 
     def _validate_start(self, validator: Callable) -> None:
         """Images to compare with: of the dense model, or of the finished run that is tuned further."""
@@ -310,3 +307,9 @@ class Trainer:
         rates = {name.replace("update", "lr"): update.lr for name, (update, _) in self.updates.items()}
         found = {**self.readout.metrics, **metrics, **self.readout.counts}
         self.journal.metrics(self.step, {**found, "seconds_per_step": seconds, **rates}, bar)
+
+
+def searching(trainer: Trainer) -> Search:
+    """The search of a trainer whose experts were not given."""
+    assert trainer.search is not None
+    return trainer.search

@@ -8,7 +8,7 @@ import torch
 
 from ..common.errors import InputError
 from ..common.process import forget_peak, peak_memory
-from .trainer import Trainer
+from .trainer import Trainer, searching
 from .validation import Validator
 
 
@@ -86,9 +86,9 @@ def _iterate(trainer: Trainer, phase: str, optimizers: list) -> tuple[np.ndarray
     masks = trainer.masks()
     _stand_still(optimizers)
     if phase == "search":
-        trainer.search.update(batches)
+        searching(trainer).update(batches)
     elif trainer.experts is None:
-        masks = trainer.search.tried()
+        masks = searching(trainer).tried()
     if phase == "tuning" or trainer.config.train.schedule == "joint":
         trainer.update_backbone(batches, *masks)
     trainer.readout.read()

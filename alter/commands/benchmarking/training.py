@@ -28,7 +28,7 @@ from ...data.batches import collate
 from ...training import trainer as trainer_module
 from ...training.run import make_accelerator
 from ...training.setup.parts import build
-from ...training.trainer import Trainer
+from ...training.trainer import Trainer, searching
 from ...training.update import Update
 from . import CASES
 from .cases import T, draw_mask
@@ -117,7 +117,7 @@ def _compare(trainer: Trainer, raw: dict[str, Any], keep: float, kind: str, runs
     def iterate(way: str) -> None:
         prepared = trainer._prepare({**raw} for _ in itertools.count())
         if kind == "train_search":
-            trainer.search.update(prepared)
+            searching(trainer).update(prepared)
             trainer.masks()
             if way == "dense":
                 prepared = trainer._prepare({**raw} for _ in itertools.count())
