@@ -3,6 +3,7 @@
 import statistics
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,19 @@ def sample_rows(run: Run, conditions: list[Any]) -> list[Row]:
         if name != "dense_50":
             parts[-1] += f" ({slowest / taken:.1f}× as fast)"
         rows.append(Row(torch.stack(images[name]), " · ".join([*parts, *filter(None, [quality(run.summary, name)])])))
+    return rows
+
+
+def strip_rows(run: Run, conditions: list[Any], keep_ratios: Sequence[float]) -> list[Row]:
+    """Images of these prompts or classes at several rungs of a ladder, from the same seeds."""
+    assert run.config is not None
+    steps, rows = run.config.evaluate.sampling_steps, []
+    model = _Model(run.final, run, run.config.evaluate.guidance_scale)
+    with run.experts.apply(model.target):
+        for keep_ratio in keep_ratios:
+            with run.experts.at(keep_ratio) as rung:
+                images = [model.draw(condition, steps, seed) for seed, condition in enumerate(conditions)]
+            rows.append(Row(torch.stack(images), f"{run.experts.choose(rung).keep_ratio:.0%} of the MACs"))
     return rows
 
 
