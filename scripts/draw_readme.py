@@ -1,7 +1,8 @@
 """README's pictures, from finished runs: `python scripts/draw_readme.py --run outputs/demo_sd/latest`.
 
-Writes samples-{light,dark}.png, map-{light,dark}.png and, for --ladder, strip-{light,dark}.png to docs/images/. The images are drawn and timed on this
-machine, so that nothing else should run on it. Start it in the folder in which the run was started.
+Writes samples-{light,dark}.png, map-{light,dark}.png and, for --ladder, strip-{light,dark}.png to docs/images/. The
+images are drawn and timed on this machine, so that nothing else should run on it. Start it in the folder in which the
+run was started.
 """
 
 import argparse

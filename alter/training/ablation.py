@@ -113,8 +113,12 @@ def run_rows(judge: Judge, run: Path, variant: str, steps: int) -> Iterator[dict
     for rung in (rung for rung in tuned if len(tuned) == 1 or rung.keep_ratio_target in _SHARES):
         row = {"variant": variant, "steps": steps, **_cost(experts.choose(rung), parts, steps)}
         if rung == experts.rung and summary["output_error"] is not None:
-            errors = summary["output_error_by_timestep"]
+            errors = np.array(summary["output_error_by_timestep"])
             row |= {"output_error": summary["output_error"], "weighted_error": judge.weighted(errors)}
+        if experts.measured is not None:
+            edges = np.array(experts.measured.edges)
+            error_B = experts.measured.error_MB[rung.expert_T[edges[:-1]], np.arange(len(edges) - 1)]
+            row["rung_error"] = judge.weighted(error_B, edges)
         if len(tuned) > 1:
             row["rung"] = rung.keep_ratio_target
         yield row | judge.rate(judge.drawn(parts, experts.choose(rung), steps))

@@ -74,20 +74,24 @@ class Judge:
                 "accuracy": accuracy(self.classifier, images, self.reference.asked), "drift": moved.value,
                 "drift_noise": moved.error}
 
-    def weighted(self, error_by_timestep: list[float]) -> float:
-        """Held-out errors of `summary.json` as the squared displacement of features that they cause, if this follows
-        errors linearly."""
-        edges = np.linspace(0, self.parts.noising.num_timesteps, _BINS + 1).round().astype(int)
+    def weighted(self, error_B: np.ndarray, edges: np.ndarray | None = None) -> float:
+        """Errors of the output as the squared displacement of features that they cause, if this follows errors linearly.
+
+        Args:
+            error_B: in bins of timesteps, [B]. edges: their borders [B+1]; None: as in summary.json.
+        """
+        equal = np.linspace(0, self.parts.noising.num_timesteps, _BINS + 1).round().astype(int)
 
         def measure() -> dict[str, Tensor]:
             mask_L = np.arange(len(self.parts.simulator.sites)) % 3 != 1
             probe = Probe(self.config, self.parts, 32)
-            error_B = probe.against_teacher(mask_L[None], edges).mean(axis=2)[0]
-            response, _, _ = measure_response(self.config, self.parts, probe, mask_L, edges, error_B,
+            caused_B = probe.against_teacher(mask_L[None], equal).mean(axis=2)[0]
+            response, _, _ = measure_response(self.config, self.parts, probe, mask_L, equal, caused_B,
                                               {"features": self._features})
             return {"response": torch.from_numpy(response["features"])}
 
-        return float(self._once("response", measure)["response"].numpy() @ np.array(error_by_timestep))
+        density_T = np.repeat(self._once("response", measure)["response"].numpy() / np.diff(equal), np.diff(equal))
+        return float(density_T @ np.repeat(error_B, np.diff(equal if edges is None else edges)))
 
     def _features(self, latents: Tensor) -> Tensor:
         return self.classifier.features(self.parts.images(latents))
