@@ -75,7 +75,7 @@ class Judge:
                 "drift_noise": moved.error}
 
     def weighted(self, error_B: np.ndarray, edges: np.ndarray | None = None) -> float:
-        """Errors of the output as the squared displacement of features that they cause, if this follows errors linearly.
+        """Errors of the output as the squared displacement of features that they cause, if it follows them linearly.
 
         Args:
             error_B: in bins of timesteps, [B]. edges: their borders [B+1]; None: as in summary.json.
