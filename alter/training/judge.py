@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..common.config import Config
-from ..evaluation.classifier import SmallClassifier, accuracy, train_classifier
+from ..evaluation.classifier import accuracy
 from ..evaluation.distances import frechet_distance
 from ..evaluation.pairs import drift
 from ..experts.artefact import TemporalExperts
-from .demo_images import demo_reference
+from .demo_images import demo_classifier, demo_reference
 from .probe import Probe
 from .search.measuring import measure_response
 from .setup.parts import Parts
@@ -40,12 +40,7 @@ class Judge:
         assert reference is not None, "a demo's run"
         folder.mkdir(parents=True, exist_ok=True)
         self.config, self.parts, self.folder, self.reference = config, parts, folder, reference
-        targets = reference.targets
-        classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
-        self.classifier = SmallClassifier(reference.images.shape[1], reference.images.shape[-1], classes)
-        self.classifier.load_state_dict(self._once("classifier", lambda: train_classifier(
-            reference.images, targets, 0).state_dict()))
-        self.classifier.eval().requires_grad_(False)
+        self.classifier = demo_classifier(config, reference)
         self.real = self.classifier.features(reference.images).numpy()
         self.batch: dict[str, Any] = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                                       for name, value in reference.batch.items()}

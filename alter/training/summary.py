@@ -20,7 +20,7 @@ from ..backbones.schedules import make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
 from ..data.batches import WithSubstitutes, collate, of_one_shape, split
-from ..evaluation.classifier import accuracy, errors_by_timestep, train_classifier
+from ..evaluation.classifier import accuracy, errors_by_timestep
 from ..evaluation.distances import frechet_distance
 from ..evaluation.report.card import model_card
 from ..evaluation.report.figures import plot_experts, plot_samples
@@ -28,7 +28,7 @@ from ..evaluation.report.words import achieved, row_label
 from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
 from ..experts.load import pipeline_class
-from .demo_images import DemoReference, demo_reference
+from .demo_images import DemoReference, demo_classifier, demo_reference
 from .setup.parts import Parts
 
 _SHOWN = 12  # images per row of samples.png, at most
@@ -114,7 +114,7 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
                     run_dir: Path) -> dict[str, Any]:
     """Fréchet distances and accuracies, dense and experts, from the same seeds and conditions."""
     evaluate, device = config.evaluate, parts.backbone.device
-    classifier = train_classifier(demo.images, demo.targets, 0)  # the same for runs of every seed
+    classifier = demo_classifier(config, demo)
     real = classifier.features(demo.images).numpy()
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in demo.batch.items()}
     steps = evaluate.sampling_steps
