@@ -39,7 +39,7 @@ def brief_runs():
     gc.freeze()  # what is imported by now is never garbage; looking through it takes a third of a second
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alter.training.setup.plan, "count_cost", known_cost)
-        patch.setattr(alter.training.summary, "train_classifier", functools.partial(train_classifier, steps=20))
+        patch.setattr(alter.training.judge, "train_classifier", functools.partial(train_classifier, steps=20))
         patch.setattr(alter.training.summary, "errors_by_timestep", functools.partial(errors_by_timestep, bins=4))
         for module, name, _ in _PICTURES:
             patch.setattr(module, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))

@@ -132,25 +132,8 @@ def _draw(parts: Parts, backbone: Backbone, config: Config, reference: DemoRefer
     write_text(folder / "manifest.json", json.dumps({"settings": settings, "images": listed}, indent=1) + "\n")
 
 
-def demo_classifier(config: Config, reference: DemoReference) -> SmallClassifier:
-    """The classifier by which a demo's samples are rated: of the real images, the same for runs of every seed.
-
-    It is trained once, and kept beside the run's pretrained model.
-    """
-    images, targets = reference.images, reference.targets
-    trained_on = hashlib.sha256(images.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()[:16]
-    file = Path(str(config.backbone.pretrained)).with_name(f"classifier-{trained_on}.safetensors")
-    if not file.is_file():
-        trained = train_classifier(images, targets, 0)
-        _save(trained, file)
-        return trained
-    classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
-    classifier = SmallClassifier(images.shape[1], images.shape[-1], classes)
-    classifier.load_state_dict(load_file(file))
-    return classifier.eval().requires_grad_(False)
-
-
-def _save(classifier: SmallClassifier, file: Path) -> None:
+def save_classifier(classifier: SmallClassifier, file: Path) -> None:
+    """Write its weights, complete or not at all."""
     partial = file.with_name(f".{file.name}")
     save_file(classifier.state_dict(), partial)
     partial.replace(file)
@@ -165,7 +148,7 @@ def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:
         trained = train_classifier(digits.images, digits.labels, seed)
         torch.set_num_threads(threads)
         cache.mkdir(parents=True, exist_ok=True)
-        _save(trained, file)
+        save_classifier(trained, file)
     state.wait_for_everyone()
     classifier = SmallClassifier(digits.images.shape[1], digits.images.shape[-1], len(digits.labels.unique()))
     classifier.load_state_dict(load_file(file))

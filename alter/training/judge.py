@@ -4,6 +4,7 @@ Fréchet distance to real images, with its own noise; drift from the dense model
 held-out error weighted by the response of samples. All in the features of one classifier, the same for all runs.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..common.config import Config
-from ..evaluation.classifier import accuracy
+from ..evaluation.classifier import SmallClassifier, accuracy, train_classifier
 from ..evaluation.distances import frechet_distance
 from ..evaluation.pairs import drift
 from ..experts.artefact import TemporalExperts
-from .demo_images import demo_classifier, demo_reference
+from .demo_images import DemoReference, demo_reference, save_classifier
 from .probe import Probe
 from .search.measuring import measure_response
 from .setup.parts import Parts
@@ -98,3 +99,21 @@ class Judge:
             save_file({key: value.contiguous() for key, value in compute().items()}, partial)
             partial.replace(file)
         return load_file(file)
+
+
+def demo_classifier(config: Config, reference: DemoReference) -> SmallClassifier:
+    """The classifier by which a demo's samples are rated: of the real images, the same for runs of every seed.
+
+    It is trained once, and kept beside the run's pretrained model.
+    """
+    images, targets = reference.images, reference.targets
+    trained_on = hashlib.sha256(images.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()[:16]
+    file = Path(str(config.backbone.pretrained)).with_name(f"classifier-{trained_on}.safetensors")
+    if not file.is_file():
+        trained = train_classifier(images, targets, 0)
+        save_classifier(trained, file)
+        return trained
+    classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
+    classifier = SmallClassifier(images.shape[1], images.shape[-1], classes)
+    classifier.load_state_dict(load_file(file))
+    return classifier.eval().requires_grad_(False)

@@ -28,7 +28,8 @@ from ..evaluation.report.words import achieved, row_label
 from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
 from ..experts.load import pipeline_class
-from .demo_images import DemoReference, demo_classifier, demo_reference
+from .demo_images import DemoReference, demo_reference
+from .judge import demo_classifier
 from .setup.parts import Parts
 
 _SHOWN = 12  # images per row of samples.png, at most
