@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import alter.training.journal
+import alter.training.judge
 import alter.training.setup.plan
 import alter.training.summary
 from alter.common.load import CONFIGS, load_config

@@ -12,7 +12,7 @@ LEVELS = {
     "data": 4,  # data sets of every kind
     "experts": 4,  # the artefact, and what it does to a pipeline
     "evaluation": 5,  # metrics of images
-    "evaluation.report": 5,  # pictures of experts and runs
+    "evaluation.report": 6,  # pictures of experts and runs
     "training.setup": 6,  # what a configuration means
     "training": 7,  # Algorithm 1 and the run around it
     "commands": 8,  # the command line
