@@ -293,23 +293,17 @@ def test_a_strip_keeps_its_images_and_captions(tmp_path, channels):
 
 
 def test_the_figure_of_an_ablation():
-    rows = [{"variant": variant, "sampling_steps": 20, "keep_ratio_target": keep, "time_ratio": time,
-             "output_error": error, "fd": 1e4 * error}
-            for variant, keep, time, error in (("alter", 0.5, 0.5, 0.002), ("alter", 0.5, 0.6, 0.004),
-                                               ("alter", 0.65, 0.7, 0.001), ("two_stage", 0.5, 0.52, 0.003))]
-    rows.append({"variant": "dense", "sampling_steps": 20, "keep_ratio_target": 0.5, "fd": 7.0})
-    figure = report.quality_figure(rows)
+    rows = [{"variant": variant, "budget": 1.0, "rung": rung, "seed": seed, "share": share, "fd": fd, "drift": fd / 100}
+            for variant, rung, seed, share, fd in (
+                ("dense", 0.5, 0, 0.5, 6.0), ("dense", 0.5, 1, 0.5, 8.0), ("dense", 1.0, 0, 1.0, 4.0),
+                ("planned", 0.5, 0, 0.48, 5.0), ("planned", 0.25, 0, 0.25, 9.0))]
+    figure = report.fronts_figure(rows)
     figure.canvas.draw()
-    error, wider, distance, _ = figure.axes
-    assert [axis.get_title("left") for axis in (error, wider)] == ["keep ratio 0.5", "keep ratio 0.65"]
-    for axis, scale in ((error, 1), (distance, 1e4)):
-        points = [bars.lines[0].get_xydata()[0] for bars in axis.containers]
-        assert np.allclose(points, [(0.55, 0.003 * scale), (0.52, 0.003 * scale)])
-        across, upright = (bars.get_segments()[0] for bars in axis.containers[0].lines[2])
-        assert np.ptp(across[:, 0]) == pytest.approx(2 * np.sqrt(0.005))
-        assert np.ptp(upright[:, 1]) == pytest.approx(2 * np.sqrt(2e-6) * scale)
-    assert distance.lines[-1].get_ydata() == [7.0, 7.0]
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.texts] == ["alter", "two stage", "dense"]
-    labels = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels(which="both")]
-    assert labels and not any("$" in label for label in labels)
+    distance, drift = figure.axes
+    for axis, scale in ((distance, 1), (drift, 0.01)):
+        dense, planned = (line.get_xydata() for line in axis.lines)
+        assert np.allclose(dense, [(0.5, 7 * scale), (1, 4 * scale)])
+        assert np.allclose(planned, [(0.25, 9 * scale), (0.48, 5 * scale)])
+        band = axis.collections[0].get_paths()[0].vertices
+        assert np.allclose((band[:, 1].min(), band[:, 1].max()), (4 * scale, 8 * scale))
+        assert {text.get_text() for text in axis.texts} == {"dense, fewer steps", "steps and depth planned"}

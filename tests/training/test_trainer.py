@@ -135,7 +135,7 @@ def test_masks_do_not_change_after_the_search(small_config, tmp_path):
     original = trainer.update_backbone
     trainer.update_backbone = lambda batches, *masks: (frozen.append(masks), original(batches, *masks))[1]
     trainer.run()
-    assert all(np.array_equal(m, frozen[3][0]) and np.array_equal(e, frozen[3][1]) for m, e in frozen[2:])
+    assert all(np.array_equal(m, frozen[3][0]) and np.array_equal(e, frozen[3][1]) for m, e, _ in frozen[2:])
 
 
 def test_a_run_repeats_bit_for_bit(small_config):
