@@ -9,9 +9,8 @@ import diffusers
 import torch
 
 from ..common.errors import InputError
-from .conditioning import hollow
 from .family import COMPONENTS
-from .pretrained import component_of, read_config
+from .pretrained import component_of, hollow, read_config
 
 _LENGTH = 8  # of a text, and of its states' width: any that is not one
 

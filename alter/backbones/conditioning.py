@@ -5,6 +5,7 @@ backbone: the arguments that it gives there are the conditioning. So no family o
 """
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ..common.errors import InputError
 from ..method.diffusion import generator
 from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
-from .pretrained import absent_parts, component_of, load_backbone, variant_of
+from .pretrained import absent_parts, component_of, hollow, load_backbone, precision, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
@@ -145,8 +146,7 @@ class Conditioner:
         """The pipeline with `backbone` in it, and with the weights of a second one that it has; tensors change their
         precision where theirs differ."""
         inside, outside = floating_dtype(backbone), floating_dtype(self.backbone)
-        hollows = {name: getattr(self.pipe, name) for name in COMPONENTS
-                   if isinstance(getattr(self.pipe, name, None), nn.Module)}
+        hollows = _backbones(self.pipe)
         lent = {name: backbone if name == self.component else load_backbone(
             self.folder, dtype=inside, component=name).requires_grad_(False).eval().to(backbone.device)
             for name in hollows}
@@ -161,6 +161,7 @@ class Conditioner:
                     lambda module, args, kwargs: recast((args, kwargs), outside, inside), with_kwargs=True),
                 each.register_forward_hook(lambda module, args, output: recast(output, inside, outside)))]
         scheduler = self.pipe.scheduler
+        backbone._alter_drawn_by = weakref.ref(self.pipe)  # whose scheduler knows timesteps before they are rounded
         for name, each in lent.items():
             setattr(self.pipe, name, each)
         try:
@@ -168,6 +169,7 @@ class Conditioner:
         finally:
             for name, each in hollows.items():
                 setattr(self.pipe, name, each)
+            del backbone._alter_drawn_by
             self.pipe.scheduler = scheduler
             for hook in hooks:
                 hook.remove()
@@ -229,8 +231,8 @@ def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype,
         parts = [path for path in folder.iterdir() if path.is_dir() and path.name not in found and variant_of(path)]
         # DiffusionPipeline itself would load a backbone that the pipeline's own class calls optional (Wan).
         kind: Any = getattr(diffusers, index["_class_name"], DiffusionPipeline)
-        pipe: Any = kind.from_pretrained(folder, torch_dtype=dtype, variant="fp16" if parts else None, **hollows,
-                                         **unwanted)
+        pipe: Any = kind.from_pretrained(folder, variant="fp16" if parts else None, **hollows, **unwanted,
+                                         **precision({"dtype": dtype}))
         pipe.to(device)
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"backbone.pretrained: {folder}: its pipeline cannot be loaded "
@@ -251,18 +253,8 @@ def _check_vocabulary(folder: Path, name: str, tokenizer: Any, encoder: Any) -> 
                          "use the tokenizer it was trained with")
 
 
-def hollow(cls: Any, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Backbone:
-    """A backbone whose parameters have no elements, on `device`, for pipelines that only ask where and what it is."""
-    with torch.device("meta"):
-        backbone = cls.from_config(cls.load_config(folder))
-    for module in backbone.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), False)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = torch.empty(0, dtype=value.dtype, device=device)
-    return backbone
+def _backbones(pipe: Any) -> dict[str, Any]:
+    return {name: getattr(pipe, name) for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)}
 
 
 class _Stopped(BaseException):
@@ -282,8 +274,7 @@ def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any]) -> di
         told.update({**dict(zip(names, args, strict=False)), **kwargs})
         raise _Stopped
 
-    others = [getattr(pipe, name) for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)]
-    hooks = [other.register_forward_pre_hook(stop, with_kwargs=True) for other in others]
+    hooks = [each.register_forward_pre_hook(stop, with_kwargs=True) for each in _backbones(pipe).values()]
     try:
         pipe(**given)
     except _Stopped:

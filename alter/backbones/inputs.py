@@ -32,11 +32,11 @@ _TEXT_TOKENS = {  # as their pipelines pad them; Qwen-Image and Z-Image do not: 
     "HunyuanVideoTransformer3DModel": 256, "MochiTransformer3DModel": 256, "HiDreamImageTransformer2DModel": 128,
 }
 _USUAL_TOKENS = 512
-# How a pipeline lays out latents: packed by 2 x 2 into tokens; as tokens of a video; as a video; frames first.
-_PACKED = {"BriaFiboTransformer2DModel", "BriaTransformer2DModel", "ChromaTransformer2DModel",
-           "Flux2Transformer2DModel", "Flux3Transformer2DModel", "FluxTransformer2DModel",
-           "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
+# How a pipeline lays out latents: packed by 2 x 2 into tokens; as tokens; as those of a video; frames first.
+_PACKED = {"BriaTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel",
+           "FluxTransformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
            "OvisImageTransformer2DModel", "QwenImageTransformer2DModel"}
+_AS_TOKENS = {"BriaFiboTransformer2DModel"}
 _PACKED_VIDEO = {"LTXVideoTransformer3DModel"}
 _FRAMES_FIRST = {"CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"}
 
@@ -142,6 +142,8 @@ class _Inputs:
             raise InputError(f"backbone.pretrained: alter does not know the latents of a {name}: use another backbone")
         if name in _PACKED:
             return (height // 2) * (width // 2), channels
+        if name in _AS_TOKENS:
+            return height * width, channels
         if name in _PACKED_VIDEO:
             return self.frames * height * width, channels
         if name in _FRAMES_FIRST:
@@ -170,7 +172,7 @@ class _Inputs:
             return None if pooled is None else self.zeros(batch, pooled)
         if name == "guidance" and config.get("guidance_embeds"):
             return self.zeros(batch)
-        if name in ("img_ids", "txt_ids") and self.cls.__name__ in _PACKED:
+        if name in ("img_ids", "txt_ids") and self.cls.__name__ in _PACKED | _AS_TOKENS:
             axes = len(config.get("axes_dims_rope") or (1, 1, 1))
             return self.zeros(self.shape()[0] if name == "img_ids" else self.tokens, axes)
         if name == "timestep_cond" and config.get("time_cond_proj_dim"):

@@ -74,6 +74,8 @@ def _statistics(vae: Any) -> tuple[Any, Any]:
 
 def _laid_out(pipe: Any, latents: Tensor) -> Tensor:
     """As the scheduler steps them."""
+    if hasattr(pipe, "_pack_latents_no_patch"):  # BRIA FIBO
+        return pipe._pack_latents_no_patch(latents.squeeze(2), len(latents), latents.shape[1], *latents.shape[-2:])
     pack = getattr(pipe, "_pack_latents", None)
     if pack is None:
         return latents.transpose(1, 2) if type(pipe).__name__.startswith("CogVideoX") else latents

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -196,6 +197,20 @@ def load_backbone(folder: Path, field: str = "backbone.pretrained", dtype: torch
     return _load(cls, folder / component, dtype, field, **_quantized(quantize, dtype))
 
 
+def hollow(cls: Any, folder: Path, device: torch.device | str, dtype: torch.dtype) -> Backbone:
+    """A backbone whose parameters have no elements, on `device`, for pipelines that only ask where and what it is."""
+    with torch.device("meta"):
+        backbone = cls.from_config(cls.load_config(folder))
+    for module in backbone.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(0, dtype=dtype, device=device), False)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = torch.empty(0, dtype=value.dtype, device=device)
+    return backbone
+
+
 def _quantized(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of diffusers' `from_pretrained`."""
     if kind == "int8":
@@ -238,6 +253,13 @@ def check_text(folder: Path, width: int) -> None:
                          f"max_position_embeddings={most}: use the tokenizer it was trained with")
 
 
+def precision(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for diffusers' `from_pretrained`, in which the precision has the name that this diffusers knows."""
+    known, other = ("dtype", "torch_dtype") if Version(diffusers.__version__) >= Version("0.40") else (
+        "torch_dtype", "dtype")
+    return {known if name == other else name: value for name, value in arguments.items()}
+
+
 def variant_of(folder: Path) -> str | None:
     """"fp16" for a model folder whose only weights are of this variant, else None."""
     names = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
@@ -247,8 +269,8 @@ def variant_of(folder: Path) -> str | None:
 def _load(cls: Any, folder: Path, dtype: torch.dtype, field: str = "backbone.pretrained", **options: Any) -> Any:
     """A diffusers model, with all of its weights; diffusers would fill missing ones at random."""
     try:
-        model, info = cls.from_pretrained(folder, torch_dtype=dtype, variant=variant_of(folder),
-                                          output_loading_info=True, **options)
+        model, info = cls.from_pretrained(folder, variant=variant_of(folder), output_loading_info=True, **options,
+                                          **precision({"dtype": dtype}))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{field}: {folder} cannot be loaded "
                          f"({' '.join(str(error).split())[:300]})") from None

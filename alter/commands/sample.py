@@ -122,10 +122,10 @@ def _load(arguments: argparse.Namespace) -> Any:
     if arguments.original or arguments.dense_pipeline:
         original, field = _original(arguments, parts)
         backbone = {component_of(parts)[1]: load_backbone(original, field, dtype).eval()}
-        pipe: Any = load_dense(parts, torch_dtype=dtype, **backbone)
+        pipe: Any = load_dense(parts, dtype=dtype, **backbone)
     else:
-        pipe = (load_dense(folder, torch_dtype=dtype) if arguments.dense else
-                load_pipeline(folder, keep_ratio=arguments.keep, torch_dtype=dtype))
+        pipe = (load_dense(folder, dtype=dtype) if arguments.dense else
+                load_pipeline(folder, keep_ratio=arguments.keep, dtype=dtype))
     by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
     if by_class != (arguments.labels is not None):
         wanted = "--labels" if by_class else "--prompts"

@@ -3,14 +3,21 @@
 import codecs
 import contextlib
 import errno
+import fcntl
 import gzip
 import os
 import re
+import socket
+import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import TextIO
 
 from .errors import InputError
+
+LOCK = ".lock"  # of POSIX, which children do not inherit and which ends with its process
+_held: list[TextIO] = []
 
 
 def decode_text(content: bytes) -> str:
@@ -94,6 +101,43 @@ def check_writable(path: Path, field: str, folder: bool = False) -> None:
             pass
     except OSError as error:
         raise InputError(f"{field}: {path}: cannot be written ({error.strerror}): choose another place") from None
+
+
+def claim(folder: Path, field: str) -> None:
+    """Keep other processes from claiming a folder until this one ends or calls `release`, on NFS too.
+
+    Where the file system keeps no locks, a warning says so.
+
+    Args:
+        field: what named the folder, for the message.
+
+    Raises:
+        InputError: if another process has claimed it.
+    """
+    release()
+    held = open(folder / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        held.seek(0)
+        other = held.read().strip() or "another process"
+        held.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"{field}: {folder}: {other} is writing there: wait for it or end it, or choose another "
+                             "folder") from None
+        print(f"warning: {folder}: its file system keeps no locks ({error.strerror}): nothing hinders a second run "
+              "from writing there", file=sys.stderr)
+        return
+    held.truncate(0)
+    held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    held.flush()
+    _held.append(held)
+
+
+def release() -> None:
+    """Give up what this process has claimed."""
+    while _held:
+        _held.pop().close()
 
 
 def _nearest(path: Path) -> Path:

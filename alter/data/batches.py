@@ -71,28 +71,42 @@ class WithSubstitutes:
         """The sample at (epoch, index), or its substitute, which is a function of (seed, epoch, index).
 
         Raises:
-            InputError: if none of SPARE_DRAWS substitutes can be read either.
+            InputError: if none of SPARE_DRAWS substitutes, or of the data in buckets, can be read either.
         """
         epoch, index = key
         reasons: dict[int, str] = {}
-        candidate = index
-        others: np.ndarray | None = None
-        for attempt in range(SPARE_DRAWS + 1):
+        for candidate in self._candidates(epoch, index):
+            if candidate in reasons:
+                continue
             try:
                 sample = self.source[epoch, candidate]
                 if self.fit is not None:
                     self.fit.check(sample)
-                if self.source.buckets is not None and sample.get("bucket", self.source.buckets[index]) != \
-                        self.source.buckets[index]:
+                if self.source.buckets is not None and sample.get("bucket", self.source.buckets[candidate]) != \
+                        self.source.buckets[candidate]:
                     raise Unreadable("is of another shape than its header says")
                 return {**sample, "skipped": list(reasons.values())}
             except Unreadable as error:
                 reasons[candidate] = f"{self.source.describe(candidate)}: {error}"
-            others = self._others(index) if others is None else others
-            draw = np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(others))
-            candidate = int(others[draw])
         raise InputError(f"data.path: none of {len(reasons)} samples can be used: correct the data set; the first "
                          f"was {reasons[index]}")
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The sample and its substitutes, in order.
+
+        Where none of a small bucket can be used, all batches of it take their samples from the same next bucket.
+        """
+        yield index
+        others, buckets = self._others(index), self.source.buckets
+        for attempt in range(SPARE_DRAWS):
+            yield int(others[np.random.default_rng([self.seed, 5, epoch, index, attempt]).integers(len(others))])
+        if buckets is None or np.count_nonzero(buckets == buckets[index]) > SPARE_DRAWS:
+            return
+        shapes = np.unique(buckets)
+        start = int(np.random.default_rng([self.seed, 6, epoch, index]).integers(len(buckets)))
+        for bucket in np.roll(shapes, -int(np.searchsorted(shapes, buckets[index]))):
+            same = np.flatnonzero(buckets == bucket)
+            yield from np.roll(same, -start).tolist()
 
     def _others(self, index: int) -> np.ndarray:
         """Substitutes for a sample: of its shape where there are several, if need be from all of the data."""

@@ -253,7 +253,8 @@ class _Chooser:
 
     def _unrounded(self, values: list[float], eps: float) -> list[float]:
         """The scheduler's present timestep, if `values` are it but for rounding."""
-        scheduler: Any = getattr(self.pipeline() if self.pipeline else None, "scheduler", None)
+        pipeline = self.pipeline or vars(self.simulator.backbone).get("_alter_drawn_by")  # of validation images
+        scheduler: Any = getattr(pipeline() if pipeline else None, "scheduler", None)
         timesteps, step = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
         if not isinstance(timesteps, Tensor):
             return values

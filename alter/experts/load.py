@@ -12,7 +12,7 @@ from torch import nn
 from ..backbones.family import COMPONENTS
 from ..backbones.lora import BASE, Base, put_adapters
 from ..backbones.lora import FILE_NAME as ADAPTERS
-from ..backbones.pretrained import absent_parts
+from ..backbones.pretrained import absent_parts, precision
 from ..common.errors import InputError
 from .artefact import NoExperts, TemporalExperts, fetch
 from .pipeline import ClassConditionalPipeline
@@ -30,7 +30,8 @@ def load_pipeline(source: str | Path, base: str | Path | None = None, keep_ratio
         source: a folder or a hub id; where it holds the adapters of a run alone, they are added to their base pipeline.
         base: of such adapters, if it is not where base.json beside them says: a folder or a hub id.
         keep_ratio: as of `TemporalExperts.apply`.
-        kwargs: passed to diffusers' `from_pretrained`, for example `torch_dtype`.
+        kwargs: passed to diffusers' `from_pretrained`, for example `dtype` (or `torch_dtype`, its
+            former name; this diffusers is given the one that it knows).
 
     Raises:
         InputError: if there is no `experts.json`, it does not fit the backbone, it has no rung that low, or there is no
@@ -97,7 +98,7 @@ def _load(source: str | Path, kwargs: dict[str, Any]) -> Any:
         ours = pipeline_class(source, **_hub(kwargs)) == ClassConditionalPipeline.__name__
         cls: Any = ClassConditionalPipeline if ours else DiffusionPipeline
         index = DiffusionPipeline.load_config(str(source), **_hub(kwargs))
-        return cls.from_pretrained(str(source), **{**absent_parts(index), **kwargs})
+        return cls.from_pretrained(str(source), **absent_parts(index) | precision(kwargs))
     except (AttributeError, KeyError, OSError, ValueError) as error:
         raise InputError(f"{source}: no pipeline can be loaded ({' '.join(str(error).split())[:200]}): give a finished "
                          "run's final/, or a diffusers pipeline") from None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..common.config import Config
 from ..common.errors import InputError
-from ..common.files import check_writable, write_text
+from ..common.files import LOCK, check_writable, claim, write_text
 from ..common.load import as_yaml, flatten, load_config, save_config
 from ..common.process import on_main_process
 from ..evaluation.report.records import HISTORY
@@ -69,14 +69,20 @@ def _new_run_dir(config: Config) -> Path:
         return run_dir
     run_dir = Path(config.output_dir)
     check_writable(run_dir, "output_dir", folder=True)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if _refuse_used(config, run_dir):
+        tqdm.write(f"{run_dir}: this run was stopped before its first checkpoint: it begins anew")
+    return run_dir
+
+
+def _refuse_used(config: Config, run_dir: Path) -> bool:
+    """Refuse a folder with anything in it but this very run, stopped early; whether it is one of those."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(path.name != LOCK for path in run_dir.iterdir())):
         if _stopped_early(config, run_dir):
-            tqdm.write(f"{run_dir}: this run was stopped before its first checkpoint: it begins anew")
-            return run_dir
+            return True
         resumable = run_dir.is_dir() and checkpoints(run_dir / "checkpoints")
         remedy = "set resume=latest" if resumable else "empty it: it holds no checkpoint to go on from"
         raise InputError(f"output_dir={config.output_dir!r} is not empty: choose another, or {remedy}")
-    return run_dir
+    return False
 
 
 def _stopped_early(config: Config, run_dir: Path) -> bool:
@@ -130,10 +136,18 @@ def _changes(recorded: Config, config: Config) -> tuple[list[str], list[str]]:
     return refused, taken
 
 
+def _claim(config: Config, run_dir: Path, resume_from: Path | None) -> None:
+    """For this run, unless another has begun there while models and data were loaded."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    claim(run_dir, "output_dir" if config.output_dir else "resume")
+    if resume_from is None and config.output_dir is not None:
+        _refuse_used(config, run_dir)
+
+
 def open_run_dir(config: Config, accelerator: Accelerator, run_dir: Path, resume_from: Path | None) -> None:
     """Write the resolved configuration before the first step, and start the tracker."""
+    on_main_process(lambda: _claim(config, run_dir, resume_from))
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / CONFIG)
         print(f"run directory: {run_dir}", flush=True)
         step = step_of(resume_from) if resume_from else 0

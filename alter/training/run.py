@@ -24,7 +24,7 @@ from ..backbones.latency import Latency
 from ..backbones.pretrained import set_tf32
 from ..common.config import Config
 from ..common.errors import InputError
-from ..common.files import write_text
+from ..common.files import release, write_text
 from ..common.process import on_main_process
 from ..evaluation.report.figures import summary_table
 from ..experts.artefact import TemporalExperts
@@ -60,6 +60,13 @@ def train(config: Config) -> FinishedRun:
         InputError: for bad input, before anything is written.
         NonFiniteLoss, Interrupted: see `Trainer.run`.
     """
+    try:
+        return _train(config)
+    finally:
+        release()
+
+
+def _train(config: Config) -> FinishedRun:
     started = time.perf_counter()
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):

@@ -1,5 +1,7 @@
 """What conditions a backbone, against what the pipeline itself makes of its answer."""
 
+import warnings
+
 import pytest
 import torch
 from pipelines import PIPELINES, PROMPTS, VIDEOS, backbones, make_pipeline, received
@@ -7,6 +9,8 @@ from pipelines import PIPELINES, PROMPTS, VIDEOS, backbones, make_pipeline, rece
 from alter.backbones.conditioning import Conditioner, join
 from alter.backbones.family import predict
 from alter.backbones.inputs import timestep_features
+from alter.backbones.pretrained import load_backbone
+from alter.experts.load import load_dense
 
 TO_ROUNDING = ("sdxl", "z_image")
 
@@ -84,3 +88,14 @@ def test_neighbouring_timesteps_have_like_features(name, tmp_path):
     features = timestep_features(backbone, 1000)
     alike = torch.cosine_similarity(features[1:], features[:-1], dim=1)
     assert features.shape[0] == 1000 and alike.mean() > 0.8
+
+
+def test_parts_are_loaded_without_a_warning_about_their_precision(tmp_path):
+    make_pipeline("flux", tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*dtype.*")
+        conditioner = make_conditioner("flux", tmp_path)
+        backbone = load_backbone(tmp_path, dtype=torch.bfloat16)
+        pipes = [load_dense(tmp_path, **{name: torch.bfloat16}) for name in ("dtype", "torch_dtype")]
+    assert conditioner.pipe.vae.dtype == torch.float32 and backbone.dtype == torch.bfloat16
+    assert [pipe.transformer.dtype for pipe in pipes] == [torch.bfloat16] * 2

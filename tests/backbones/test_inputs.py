@@ -61,7 +61,8 @@ def test_equal_layers_are_counted_once(name):
 
 
 @pytest.mark.parametrize("name, shape", [
-    ("FluxTransformer2DModel", (12, 4)), ("SanaTransformer2DModel", (4, 4, 12)), ("UNetSDXL", (4, 4, 12)),
+    ("FluxTransformer2DModel", (12, 4)), ("BriaFiboTransformer2DModel", (48, 4)),
+    ("SanaTransformer2DModel", (4, 4, 12)), ("UNetSDXL", (4, 4, 12)),
     ("WanTransformer3DModel", (4, 2, 4, 12)), ("ZImageTransformer2DModel", (4, 4, 12)),
     ("LTXVideoTransformer3DModel", (96, 4)), ("CogVideoXTransformer3DModel", (2, 4, 4, 12)),
 ])

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -44,6 +45,20 @@ def test_latents_are_those_that_the_pipeline_decodes(name):
             found = decoded(pipe, name, mean + ratio * std)
             torch.testing.assert_close(found, expected.clamp(0, 1), rtol=1e-4, atol=1e-5)
     assert (std == 0).all() if name == "sana" else (std > 0).all()
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "BriaFiboPipeline"), reason="this diffusers has no such pipeline")
+def test_latents_that_are_tokens_without_packing():
+    cls, vae = diffusers.BriaFiboPipeline, make_pipeline("wan").vae
+    pipe = SimpleNamespace(vae=vae, _pack_latents=cls._pack_latents, _pack_latents_no_patch=cls._pack_latents_no_patch)
+    mean, std = encode(pipe, pictures("flux"))
+    assert mean.shape == std.shape == (2, (32 // 8) ** 2, 4)
+    latents = cls._unpack_latents_no_patch(mean, 32, 32, 8).unsqueeze(2)
+    shift, scale = (torch.tensor(values).view(1, -1, 1, 1, 1)
+                    for values in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        expected = vae.encode(pictures("flux").unsqueeze(2)).latent_dist.mean
+    torch.testing.assert_close(latents * scale + shift, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_tiny_autoencoder_has_no_posterior():

@@ -104,6 +104,28 @@ def test_an_unusable_sample_is_replaced_by_one_of_its_shape(tmp_path):
     assert tuple(sample["images"].shape[1:]) == source.framing.sizes[source.buckets[1]] == (24, 48)
 
 
+def test_a_shape_of_which_no_sample_can_be_used(tmp_path):
+    """Its batches are of one other shape, of all its samples."""
+    config = bucket_config(tmp_path, "sd")
+    files = sorted(Path(config.data.path).glob("*.png"))
+    for i in (0, 4):  # a shape of two samples
+        Image.open(files[i]).resize((96, 32)).save(files[i])
+    source = open_source(config)
+    two = np.flatnonzero(source.buckets == source.buckets[0])
+    assert two.tolist() == [0, 4]
+    for i in two:
+        files[i].write_bytes(files[i].read_bytes()[:120])
+    usable = WithSubstitutes(source, np.arange(24), 0)
+    found = [usable[epoch, int(index)] for epoch in range(6) for index in two]
+    assert len({sample["images"].shape for sample in found}) == len({sample["bucket"] for sample in found}) == 1
+    assert found[0]["bucket"] != source.buckets[0] and all(len(sample["skipped"]) == 2 for sample in found)
+    assert len({sample["images"].sum().item() for sample in found}) > 1
+    for file in files:
+        file.write_bytes(file.read_bytes()[:120])
+    with pytest.raises(InputError, match="none of 24 samples can be used"):
+        usable[0, 0]
+
+
 @pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow)
                                             for name in ("sdxl", "qwen", "sd"))])
 def test_encoded_batches_are_those_of_images(tmp_path, name):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from by_hand import compare, make_experts
 from PIL import Image
-from pipelines import backbones, draw, make_pipeline, randomise
+from pipelines import PROMPTS, SIZE, backbones, draw, make_pipeline, randomise
 from torch import nn
 
 from alter import InputError
+from alter.backbones.conditioning import Conditioner
+from alter.backbones.gates import Simulator
+from alter.method.diffusion import generator
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 
@@ -26,6 +29,20 @@ def test_the_expert_of_the_timestep_before_it_was_rounded(name):
     changed = [expert_T[min(round(float(one)), 999)] != expert_T[min(round(float(two)), 999)]
                for one, two in zip(exact, rounded, strict=True)]
     assert any(changed)
+
+
+def test_images_of_a_conditioner_are_those_of_a_pipeline_with_experts(tmp_path):
+    """In bfloat16, with another expert at every timestep: validation images have the expert that users will have."""
+    pipe = make_pipeline("flux", tmp_path).to(torch.bfloat16)
+    experts = make_experts(pipe.transformer, expert_T=np.arange(1000) % 4)
+    conditioner = Conditioner(tmp_path, "cpu", torch.bfloat16, (32, 32), guidance=3.5)
+    with experts.apply(pipe):
+        expected = pipe(prompt=PROMPTS, **SIZE, num_inference_steps=8, guidance_scale=3.5, output_type="pt",
+                        generator=[generator(0, i, 7) for i in range(2)]).images
+    with experts.serving(Simulator(pipe.transformer)):
+        found = conditioner.draw(pipe.transformer, PROMPTS, 8, 3.5, 0)
+    assert torch.equal(found, expected.float() * 2 - 1)
+    assert not hasattr(pipe.transformer, "_alter_drawn_by")
 
 
 IMAGE_TO_IMAGE = {"sd": "StableDiffusionImg2ImgPipeline", "sdxl": "StableDiffusionXLImg2ImgPipeline",

@@ -11,7 +11,9 @@ from helpers import make_trainer
 from test_trained_families import family_config as family_config
 
 from alter import InputError, TemporalExperts, load_pipeline, train
+from alter.evaluation.classifier import errors_by_timestep
 from alter.method.diffusion import draw
+from alter.method.noising import Flow
 from alter.training.setup.plan import check
 
 ALONE = {"loss": {"denoise": 0.0, "output_kd": 1.0, "feature_kd": 0.0}, "budget": {"sampling_steps": 4},
@@ -77,3 +79,14 @@ def test_noise_by_betas_needs_a_sampler(small_config, tmp_path):
     trainer = make_trainer(small_config("dit", **changes), tmp_path)
     rows = draw(trainer.parts.noising, 100, 0.0, 0, 0).timesteps
     assert rows.dtype == torch.int64 and set(rows.tolist()) == {0, 500}
+
+
+def test_errors_are_measured_where_it_is_trained():
+    visited, seen = (999.0, 750.0, 500.0, 250.0), []
+
+    def model(noisy, timesteps, conditioning):
+        seen.append(float(timesteps[0]))
+        return noisy
+
+    errors = errors_by_timestep(model, model, Flow(1000, visited=visited), torch.randn(2, 4), {}, 0)
+    assert sorted(set(seen)) == sorted(visited) and errors.shape == (2, 4)
