@@ -150,7 +150,7 @@ def _original(arguments: argparse.Namespace, parts: Path) -> tuple[Path, str]:
     """The folder of the dense model's pipeline, and what names it."""
     from ..backbones.pretrained import local_folder, meta_backbone
     from ..common.load import load_config
-    from ..training.setup.parts import dense_folder
+    from ..training.setup.teacher import dense_folder
 
     if arguments.dense_pipeline is not None:
         field = "--dense-pipeline"
