@@ -118,6 +118,16 @@ class Parts:
         """Of an image, by which dynamic shifts of flows go."""
         return image_tokens(self.latent_shape, self.backbone.config.get("patch_size"))
 
+    @property
+    def free_guidance(self) -> float:
+        """The scale of classifier-free guidance; 1, without, where the backbone is told its guidance instead."""
+        return 1.0 if self.backbone.config.get("guidance_embeds") else self.guidance_scale
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether what `images` gives are pixels."""
+        return (self.folder / "vae").is_dir() or self.latent_shape[0] in (1, 3)
+
     @contextmanager
     def dense(self) -> Iterator[Backbone]:
         """The teacher, for forwards inside the block: of the backbone itself, without adapters and with open gates."""
