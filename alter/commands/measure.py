@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=32, help="drawn; prompts repeat (default 32)")
     parser.add_argument("--resolution", type=int, help="in pixels (default: the backbone's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights")
     parser.add_argument("--keep", type=float, nargs="+", metavar="RATIO",
                         help="budgets to draw at (default 0.7 0.85 0.55)")
 
@@ -87,7 +87,7 @@ def _apply(arguments: argparse.Namespace) -> None:
         assert given is not None
         config, source = _config_of(arguments, given), Drawn(given)
     dense_folder(config)
-    parts = build(config, device=_device(), source=source, frozen=DTYPES[arguments.dtype])
+    parts = build(config, device=_device(), source=source, frozen=DTYPES[arguments.dtype or config.backbone.precision])
     keeps = check(config, parts, list(dict.fromkeys(arguments.keep or _KEEP)))
     conditions = given or conditions_of(parts, arguments.images)
     cost = forwards(config, parts, len(conditions), keeps)
@@ -116,7 +116,7 @@ def _config_of(arguments: argparse.Namespace, conditions: list[Any]) -> Config:
     from ..backbones.sizes import usual_resolution
     from ..experts.load import usual_guidance
 
-    folder = local_folder(arguments.pipeline, field="--pipeline ")
+    folder = local_folder(arguments.pipeline, field="--pipeline")
     by_class = condition_of(folder) == "class"
     if by_class != (arguments.labels is not None):
         raise InputError(f"--pipeline {arguments.pipeline}: its backbone is conditioned on "
@@ -128,12 +128,13 @@ def _config_of(arguments: argparse.Namespace, conditions: list[Any]) -> Config:
     if resolution is None:
         raise InputError(f"--pipeline {arguments.pipeline}: does not say for which size it was made: name "
                          "--resolution")
+    precision = "no" if arguments.dtype in (None, "fp32") else arguments.dtype
     return load_config({
         "backbone": {"pretrained": arguments.pipeline}, "seed": arguments.seed,
         "data": {"path": "images that the pipeline draws", "resolution": resolution, "holdout": 0},
         "search": {"method": "elastic", "samples": arguments.images, "bins": arguments.bins},
         "budget": {"keep_ratio": 1.0}, "evaluate": {"guidance_scale": usual_guidance(folder)},
-        "train": {"mixed_precision": {"fp32": "no"}.get(arguments.dtype, arguments.dtype)}}, arguments.overrides)
+        "train": {"mixed_precision": precision}}, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -157,7 +158,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _labels(text: str) -> list[int]:
     """The type of `--labels`: classes, and ranges of them from the first to the last."""
-    found = []
+    found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not (first + last).isdecimal():

@@ -81,7 +81,7 @@ def find_untrained(config: Config, parts: Parts, conditions: Sequence[str] | Seq
         fewer = max(1, round(macs * steps))
         with parts.dense() as backbone:
             drawn = parts.drawn(backbone, batch, fewer, seed, batch_size)
-        lost.append(_compared(parts, f"dense, {fewer} steps", fewer / steps, drawn, dense))
+        lost.append(_compared(parts, f"dense at {fewer} steps", fewer / steps, drawn, dense))
     return experts, lost
 
 
@@ -161,8 +161,8 @@ def verdict(lost: Sequence[Lost]) -> str:
     low, high = sorted((ours.latents, control.latents), key=lambda estimate: estimate.value)
     apart = "" if low.high < high.low else ", which these images cannot tell apart"
     better = "less than" if ours.latents.value < control.latents.value else "no less than"
-    return (f"{ours.name}: without training, latents drift {ours.latents.value:.3f} of the way to another seed's, "
-            f"{better} {control.name} with {control.latents.value:.3f}{apart}")
+    return (f"{ours.name}, without training: latents drift by {ours.latents.value:.3f}, {better} {control.name} "
+            f"({control.latents.value:.3f}){apart}")
 
 
 def _visited(parts: Parts, steps: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def test_two_lines(tmp_path, capsys, name):
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0  # more cost, less error; the dense model, none
     for rung in experts.ladder:
         assert experts.choose(rung).keep_ratio <= rung.keep_ratio_target + 0.006
-    assert experts.table() in said.out and "dense, " in said.out and "drift in latents" in said.out
+    assert experts.table() in said.out and "dense at " in said.out and "drift in latents" in said.out
     backbone = backbones(make_pipeline(name))[component or "transformer"] if name in ("flux", "wan22") else None
     if backbone is not None:
         experts.apply(backbone, keep_ratio=0.75)
@@ -76,7 +76,7 @@ def test_what_is_lost_is_what_the_users_pipeline_loses(tmp_path):
     before = {name: value.clone() for name, value in parts.backbone.state_dict().items()}
     experts, lost = find_untrained(config, parts, prompts, [0.8], batch_size=2)
     assert all(torch.equal(value, before[name]) for name, value in parts.backbone.state_dict().items())
-    assert [one.name for one in lost] == ["keep 0.8", "dense, 3 steps"] and lost[1].macs == 0.75
+    assert [one.name for one in lost] == ["keep 0.8", "dense at 3 steps"] and lost[1].macs == 0.75
 
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 
@@ -97,7 +97,7 @@ def test_what_is_lost_is_what_the_users_pipeline_loses(tmp_path):
     # The prediction's unit: mean squared displacement of an element, relative to that between dense samples.
     between = np.mean([(dense[i] - dense[k]).square().sum().item() for i in range(3) for k in range(3) if i != k])
     assert lost[0].predicted == pytest.approx(experts.rung.error * dense[0].numel() / between, rel=1e-3)
-    assert "less than" in verdict(lost)
+    assert "less than dense at 3 steps" in verdict(lost)
 
 
 def test_final_latents_are_those_of_every_call():
@@ -136,5 +136,5 @@ def test_verdict_says_when_fewer_steps_lose_less():
 
     for ours, control, width, better, told in (
             (0.1, 0.5, 0.05, True, True), (0.5, 0.1, 0.05, False, True), (0.5, 0.4, 0.2, False, False)):
-        said = verdict([lost("keep 0.7", ours, width), lost("dense, 14 steps", control, width)])
-        assert (", less than dense" in said) == better and ("cannot tell apart" not in said) == told
+        said = verdict([lost("keep 0.7", ours, width), lost("dense at 14 steps", control, width)])
+        assert (", less than dense at" in said) == better and ("cannot tell apart" not in said) == told
