@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -105,3 +106,29 @@ def decoded(vae: Any) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         del vae.decode
+
+
+@contextmanager
+def final_latents(scheduler: Any) -> Iterator[list[Tensor]]:
+    """What the last step of a scheduler gives in each call of its pipeline inside the block, [B, ...]."""
+    prepare, step = scheduler.set_timesteps, scheduler.step
+    seen: list[Tensor] = []
+    begun = 0
+
+    @wraps(prepare)
+    def preparing(*arguments: Any, **options: Any) -> Any:
+        nonlocal begun
+        begun = len(seen)
+        return prepare(*arguments, **options)
+
+    @wraps(step)
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        output = step(*arguments, **options)
+        seen[begun:] = [output[0].detach().clone()]
+        return output
+
+    scheduler.set_timesteps, scheduler.step = preparing, stepping
+    try:
+        yield seen
+    finally:
+        del scheduler.set_timesteps, scheduler.step

@@ -22,6 +22,13 @@ def latent_size(folder: Path, resolution: int) -> int:
     return resolution // factor
 
 
+def usual_resolution(folder: Path, component: str | None = None) -> int | None:
+    """Side in pixels of the images that a pipeline's backbone was made for; None where its configuration does not say.
+    """
+    size = read_config(folder / component_of(folder, wanted=component)[1] / "config.json").get("sample_size")
+    return size * vae_factor(folder) if isinstance(size, int) else None
+
+
 def pixel_size(folder: Path, resolution: int, frames: int) -> tuple[int, ...]:
     """(height, width) of a pipeline's images; (frames, height, width) where it makes videos."""
     size = resolution, resolution

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..common.config import Config
 from ..common.errors import InputError
+from ..common.files import read_lines
 
 
-def add_config(parser: argparse.ArgumentParser, meaning: str = "YAML file of the run") -> None:
+def add_config(parser: argparse.ArgumentParser, meaning: str = "YAML file of the run", required: bool = True) -> None:
     """`--config`, and overrides of its keys among the other arguments."""
-    parser.add_argument("--config", metavar="PATH", type=os.path.expanduser, required=True,
+    parser.add_argument("--config", metavar="PATH", type=os.path.expanduser, required=required,
                         help=f"{meaning}, or the name of one that alter brings (demo_dit)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="override keys of the file")
 
@@ -23,6 +24,14 @@ def user_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return Path(os.path.expanduser(text))
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of `--prompts`; raises InputError if there are none."""
+    prompts = read_lines(file, "--prompts")
+    if not prompts:
+        raise InputError(f"--prompts {file}: holds no prompt")
+    return prompts
 
 
 def refuse_dashes(words: Iterable[str]) -> None:

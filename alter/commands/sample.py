@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import InputError
-from ..common.files import check_writable, read_lines, read_text
-from .options import announce_loading, check_least, user_path
+from ..common.files import check_writable, read_text
+from .options import announce_loading, check_least, read_prompts, user_path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # torch's names
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    conditions = arguments.labels or _read_prompts(arguments.prompts)
+    conditions = arguments.labels or read_prompts(arguments.prompts)
     announce_loading()
     import numpy as np
     import torch
@@ -150,7 +150,7 @@ def _original(arguments: argparse.Namespace, parts: Path) -> tuple[Path, str]:
     """The folder of the dense model's pipeline, and what names it."""
     from ..backbones.pretrained import local_folder, meta_backbone
     from ..common.load import load_config
-    from ..training.setup.parts import dense_folder
+    from ..training.setup.teacher import dense_folder
 
     if arguments.dense_pipeline is not None:
         field = "--dense-pipeline"
@@ -191,13 +191,6 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.keep is not None and arguments.dense:
         raise InputError(f"--keep {arguments.keep}: has no meaning with --dense: leave one out")
     check_writable(arguments.out, "--out", folder=True)
-
-
-def _read_prompts(file: Path) -> list[str]:
-    prompts = read_lines(file, "--prompts")
-    if not prompts:
-        raise InputError(f"--prompts {file}: holds no prompt")
-    return prompts
 
 
 def _check_manifest(file: Path, settings: dict[str, Any], images: list[dict[str, Any]]) -> None:

@@ -1,9 +1,11 @@
 """Loading what alter saved."""
 
 import contextlib
+import inspect
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
@@ -12,7 +14,7 @@ from torch import nn
 from ..backbones.family import COMPONENTS
 from ..backbones.lora import BASE, Base, put_adapters
 from ..backbones.lora import FILE_NAME as ADAPTERS
-from ..backbones.pretrained import absent_parts, precision
+from ..backbones.pretrained import absent_parts, meta_backbone, precision
 from ..common.errors import InputError
 from .artefact import NoExperts, TemporalExperts, fetch
 from .pipeline import ClassConditionalPipeline
@@ -115,6 +117,17 @@ def pipeline_class(source: str | Path, **hub: Any) -> str:
     if name == _DIT and not _for_dit_pipeline(str(source), index, hub):
         return ClassConditionalPipeline.__name__
     return name
+
+
+def usual_guidance(folder: Path) -> float:
+    """The guidance scale that a pipeline's class draws with unless told otherwise; 1 where it has none."""
+    name = pipeline_class(folder)
+    cls: Any = ClassConditionalPipeline if name == ClassConditionalPipeline.__name__ else getattr(diffusers, name, None)
+    known = inspect.signature(cls.__call__).parameters if cls is not None else {}
+    told = bool(meta_backbone(folder).config.get("guidance_embeds"))
+    names = ("guidance_scale",) if told else ("true_cfg_scale", "guidance_scale")
+    default = next((known[name].default for name in names if name in known), None)
+    return max(1.0, float(default)) if isinstance(default, int | float) else 1.0
 
 
 def _for_dit_pipeline(source: str, index: dict[str, Any], hub: dict[str, Any]) -> bool:

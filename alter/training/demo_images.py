@@ -30,7 +30,8 @@ from ..evaluation.classifier import SmallClassifier, train_classifier
 from ..evaluation.networks import Demo, file_digest
 from ..experts.artefact import TemporalExperts
 from .demo import drawn_kind
-from .setup.parts import Parts, build, dense_folder
+from .setup.parts import Parts, build
+from .setup.teacher import dense_folder
 
 _SEED = 1_000_000  # of the drawings to compare with: the same for runs of every seed, none of them training data
 

@@ -133,6 +133,17 @@ measure --config demo_dit --out o --samples 0
 measure --config demo_dit --out o --trials 0
 measure --config demo_dit --out o --batch -1
 measure --config demo_dit --out o train.stepz=3
+measure --out o
+measure --config demo_dit --pipeline {0}/run --out o
+measure --pipeline {0}/run --out o
+measure --config demo_dit --keep 0.5 --out o
+measure --apply --pipeline {0}/run --out o
+measure --apply --pipeline {0}/run --labels 0-9 --prompts {0}/text.txt --out o
+measure --apply --pipeline {0}/empty --labels 0-9 --out o
+measure --apply --pipeline nowhere --labels 0-9 --out o
+measure --apply --pipeline {0}/run --labels 0 --images 1 --out o
+measure --apply --pipeline {0}/run --labels 0 --keep 1 --out o
+measure --apply --pipeline {0}/run --prompts nowhere --out o
 latency --config demo_dit
 latency --config nowhere --out o
 latency --config demo_dit --out {0}

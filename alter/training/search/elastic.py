@@ -3,6 +3,7 @@ are allocated by their errors, for every budget at once."""
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,11 +47,10 @@ class ElasticSearch:
         """Order the layers by measurement on the dense model, and say what its errors promise."""
         found: list[Any] = [None]
         if self.trainer.accelerator.is_main_process:
-            config, parts = self.config, self.parts
-            layers, samples = len(parts.cost.sites), min(config.search.samples, _ORDER_SAMPLES)
+            samples = order_samples(self.config)
+            layers = len(self.parts.cost.sites)
             tqdm.write(f"ordering {layers} layers: about {ordering_forwards(layers, samples):,} forwards of one sample")
-            weight_T = early_response(Probe(config, parts, min(samples, _RESPONSE_SAMPLES)), layers)
-            found = [order_layers(Probe(config, parts, samples), parts.budget, config.search.least, weight_T)]
+            found = [ordered(self.config, self.parts)]
             self.trainer.backbone.train()
         self.masks_ML = broadcast_object_list(found)[0]
         cost_M = self._cost_M()
@@ -95,25 +95,9 @@ class ElasticSearch:
         found: list[Any] = [None]
         if self.trainer.accelerator.is_main_process:
             self.trainer.backbone.eval()
-            found = [self._allocated()]
+            found = [allocated(self.config, self.parts, self.masks_ML, self.config.budget.range)]
             self.trainer.backbone.train()
         return broadcast_object_list(found)[0]
-
-    def _allocated(self) -> TemporalExperts:
-        config, parts = self.config, self.parts
-        low, high = config.budget.range
-        cost_M = self._cost_M()
-        weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
-        weight_T = np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
-        edges = edges_of(parts.noising, config.search.bins, weight_T)
-        near = int(np.abs(cost_M - (low + high) / 2).argmin())
-        measured, error_MBS = measured_family(config, parts, self.masks_ML, edges, near)
-        cost_MB = bin_costs(cost_M, weight_T, edges)
-        response_B = measured.response[measured.space]
-        found = gain(error_MBS * response_B[:, None], cost_MB, low + TOLERANCE, config.experts.count, config.seed)
-        tqdm.write(_forecast(found, low, config.experts.count, measured.space))
-        rungs = ladder(measured, cost_MB, config.experts.count, (low, high))
-        return experts_of(parts, self.masks_ML, rungs, low, measured)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for a checkpoint."""
@@ -124,8 +108,45 @@ class ElasticSearch:
         self.masks_ML = tensors["masks_ML"].numpy()
 
     def _cost_M(self) -> np.ndarray:
-        budget = self.parts.budget
-        return budget.fixed + self.masks_ML @ budget.share_L / budget.scale
+        return costs(self.parts, self.masks_ML)
+
+
+def order_samples(config: Config) -> int:
+    """On how many the layers are ordered."""
+    return min(config.search.samples, _ORDER_SAMPLES)
+
+
+def ordered(config: Config, parts: Parts, batch_size: int = 16) -> np.ndarray:
+    """Nested masks bool [M, L] by measurement on the dense model, as `order_layers`."""
+    samples, layers = order_samples(config), len(parts.cost.sites)
+    weight_T = early_response(Probe(config, parts, min(samples, _RESPONSE_SAMPLES), batch_size), layers)
+    return order_layers(Probe(config, parts, samples, batch_size), parts.budget, config.search.least, weight_T)
+
+
+def allocated(config: Config, parts: Parts, masks_ML: np.ndarray, asked: Sequence[float], tuned: bool = True,
+              batch_size: int = 16) -> TemporalExperts:
+    """Measure the masks bool [M, L], and allocate them to timesteps for every budget.
+
+    Args:
+        asked: keep ratios, of which the first is chosen. tuned: whether the weights were trained for those between.
+    """
+    cost_M = costs(parts, masks_ML)
+    weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
+    weight_T = np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
+    edges = edges_of(parts.noising, config.search.bins, weight_T)
+    near = int(np.abs(cost_M - (min(asked) + max(asked)) / 2).argmin())
+    measured, error_MBS = measured_family(config, parts, masks_ML, edges, near, batch_size)
+    cost_MB = bin_costs(cost_M, weight_T, edges)
+    response_B = measured.response[measured.space]
+    found = gain(error_MBS * response_B[:, None], cost_MB, asked[0] + TOLERANCE, config.experts.count, config.seed)
+    tqdm.write(_forecast(found, asked[0], config.experts.count, measured.space))
+    rungs = ladder(measured, cost_MB, config.experts.count, asked, tuned)
+    return experts_of(parts, masks_ML, rungs, asked[0], measured)
+
+
+def costs(parts: Parts, masks_ML: np.ndarray) -> np.ndarray:
+    """The keep ratio of each mask bool [M, L] at all timesteps, float64 [M]."""
+    return parts.budget.fixed + masks_ML @ parts.budget.share_L / parts.budget.scale
 
 
 def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> TemporalExperts:
@@ -136,8 +157,7 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
     error_MBS = Probe(config, parts, config.search.samples).against_teacher(experts.mask_EL, edges)
     measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2))
     tuned = {rung.keep_ratio_target: rung.expert_T for rung in experts.ladder if rung.tuned}
-    budget = parts.budget
-    cost_M = budget.fixed + experts.mask_EL @ budget.share_L / budget.scale
+    cost_M = costs(parts, experts.mask_EL)
     cost_MB = bin_costs(cost_M, np.ones(edges[-1]) if weight_T is None else weight_T, edges)
     rungs, bins = [], np.arange(len(edges) - 1)
     for rung in ladder(measured, cost_MB, config.experts.count, (min(tuned), max(tuned))):
@@ -155,8 +175,12 @@ def bin_costs(cost_M: np.ndarray, weight_T: np.ndarray, edges: np.ndarray) -> np
     return cost_M[:, None] * weight_B
 
 
-def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: tuple[float, float]) -> list[Rung]:
-    """A rung for every budget that the masks allow: all of _RUNGS, and those asked for, which alone are tuned."""
+def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: Sequence[float],
+           tuned: bool = True) -> list[Rung]:
+    """A rung for every budget that the masks allow: all of _RUNGS, and those asked for.
+
+    tuned: whether the weights were trained for the budgets between those asked for.
+    """
     frontier, rungs = Frontier(measured.loss_MB, cost_MB, experts), []
     cheapest = cost_MB.min(axis=0).sum()
     for target in sorted({*np.round(_RUNGS, 2).tolist(), *asked}):
@@ -164,7 +188,7 @@ def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: tuple[f
             continue
         choice = frontier.within(max(target + TOLERANCE, cheapest))
         routes = np.repeat(choice.mask_B, np.diff(measured.edges))
-        rungs.append(Rung(target, routes, asked[0] <= target <= asked[1], choice.loss))
+        rungs.append(Rung(target, routes, tuned and min(asked) <= target <= max(asked), choice.loss))
     return rungs
 
 

@@ -75,7 +75,7 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
 
     Returns: float64 [B] for each view, the sampler's name and its steps.
     """
-    budget, guidance = config.budget, config.evaluate.guidance_scale
+    budget, guidance = config.budget, parts.free_guidance
     steps = config.evaluate.sampling_steps if budget.sampler in (None, "uniform") else budget.sampling_steps
 
     def prepare() -> Any:

@@ -1,6 +1,5 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import cpu_offload_with_hook
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ...backbones.conditioning import Conditioner, Conditioning, join
@@ -23,7 +21,7 @@ from ...backbones.family import Backbone, predict
 from ...backbones.gates import FeatureTap, Simulator
 from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
-from ...backbones.latents import encode
+from ...backbones.latents import encode, final_latents
 from ...backbones.lora import FILE_NAME as ADAPTERS
 from ...backbones.lora import Base, add_adapters, load_adapters, merge_adapters, put_adapters, without_adapters
 from ...backbones.pretrained import (
@@ -43,14 +41,14 @@ from ...common.device import to_device
 from ...common.errors import InputError
 from ...data.base import Source
 from ...data.batches import Fit
-from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget, rows_of, timestep_weights
 from ...method.hypernetwork import HyperNetwork
 from ...method.noising import Betas, Noising
 from ...method.routers import Times, slow_features
 from .machine import check_machine
-from .plan import Plan, by_time, check_teacher, make_plan, open_data, plan_latency, reads_captions
+from .plan import Plan, by_time, make_plan, open_data, plan_latency, reads_captions
+from .teacher import load_teacher
 
 
 @dataclass
@@ -120,6 +118,16 @@ class Parts:
         """Of an image, by which dynamic shifts of flows go."""
         return image_tokens(self.latent_shape, self.backbone.config.get("patch_size"))
 
+    @property
+    def free_guidance(self) -> float:
+        """The scale of classifier-free guidance; 1, without, where the backbone is told its guidance instead."""
+        return 1.0 if self.backbone.config.get("guidance_embeds") else self.guidance_scale
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether what `images` gives are pixels."""
+        return (self.folder / "vae").is_dir() or self.latent_shape[0] in (1, 3)
+
     @contextmanager
     def dense(self) -> Iterator[Backbone]:
         """The teacher, for forwards inside the block: of the backbone itself, without adapters and with open gates."""
@@ -170,7 +178,13 @@ class Parts:
 
     def draw(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int,
              batch_size: int = 250) -> Tensor:
-        """Images float32 [N, C, H, W] in [-1, 1], on the CPU, by the weights of `backbone`.
+        """The images of `drawn`."""
+        return self.drawn(backbone, batch, steps, seed, batch_size)[0]
+
+    def drawn(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int,
+              batch_size: int = 250) -> tuple[Tensor, Tensor]:
+        """Images float32 [N, C, H, W] (of videos [N, F, C, H, W]) in [-1, 1] by the weights of `backbone`, and their
+        latents float32 [N, ...] as the scheduler steps them, both on the CPU.
 
         Args:
             batch: has "labels" long [N], on its device, or "captions" (a list of N), which the pipeline draws itself.
@@ -179,12 +193,17 @@ class Parts:
         """
         if "captions" in batch:
             conditioner = self.conditioner or self._conditioner()
-            solver = make_solver(self.scheduler, self.tokens) if isinstance(self.noising, Betas) else None
-            return conditioner.draw(backbone, batch["captions"], steps, self.guidance_scale, seed, solver, batch_size)
+            solver = make_solver(self.scheduler, self.tokens) if isinstance(
+                self.noising, Betas) else conditioner.pipe.scheduler
+            with final_latents(solver) as latents:
+                images = conditioner.draw(backbone, batch["captions"], steps, self.guidance_scale, seed, solver,
+                                          batch_size)
+            return images, torch.cat(latents).float().cpu()
         everything = torch.ones(len(batch["labels"]), dtype=torch.bool)
         given, nothing = self.conditioning(batch, ~everything), self.conditioning(batch, everything)
-        return self.images(sample_latents(backbone, self.scheduler, self.latent_shape, given, nothing, steps, seed,
-                                           self.guidance_scale, batch_size))
+        found = sample_latents(backbone, self.scheduler, self.latent_shape, given, nothing, steps, seed,
+                               self.guidance_scale, batch_size)
+        return self.images(found), found.cpu()
 
     def _conditioner(self) -> Conditioner:
         return Conditioner(self.folder, self.backbone.device, self.precision, self.size, self.guidance_scale,
@@ -225,25 +244,27 @@ class Parts:
 
 
 def build(config: Config, processes: int = 1, device: torch.device | str = "cpu",
-          latency: Latency | None = None) -> Parts:
+          latency: Latency | None = None, source: Source | None = None, frozen: torch.dtype | None = None) -> Parts:
     """Load everything that `plan.make_plan` has found to fit; the same for equal configurations (Φ is seeded).
 
     Args:
         latency: for `budget.cost=latency`, where it is known already; None: read or measured here.
+        source: in place of the data that `config` names.
+        frozen: the weights are not trained: the backbone has this dtype, and is its own teacher.
 
     Raises:
         InputError: for whatever does not exist or does not fit.
     """
     check_machine(config, processes)
     folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
-    source = open_data(config, folder)
+    source = open_data(config, folder) if source is None else source
     if by_time(config):
         latency = latency or plan_latency(config, device)
     plan = make_plan(config, folder, source, latency)
     assert plan.budget is not None
     component = plan.component
-    backbone = load_backbone(folder, dtype=DTYPES[config.backbone.precision], quantize=config.backbone.quantize,
-                             component=component)
+    backbone = load_backbone(folder, dtype=frozen or DTYPES[config.backbone.precision],
+                             quantize=config.backbone.quantize, component=component)
     tie_embedders(backbone)
     former = _former_adapters(config, component)
     if former and config.lora.rank is None:
@@ -255,7 +276,7 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
     conditioner = Conditioner(folder, device, dtype, size, guidance, tokens, component) if reads_captions(
         source) else None
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)
-    teacher, offload = _load_teacher(config, folder, backbone, device)
+    teacher, offload = load_teacher(config, folder, backbone, device, frozen is not None)
     choose_trained(backbone, config)
     if former and config.lora.rank is not None:
         load_adapters(backbone, former, component)
@@ -294,53 +315,6 @@ def _make_hypernetwork(config: Config, backbone: Backbone, plan: Plan) -> HyperN
         features_TD, log_snr_T = features_TD[nearest_T], log_snr_T[nearest_T]
     times = Times(features_TD, log_snr_T, timestep_weights(count, plan.budget.timesteps))
     return HyperNetwork(experts.count, len(plan.cost.sites), times, experts.router, experts.tau, experts.offset)
-
-
-def _load_teacher(config: Config, folder: Path, backbone: Backbone,
-                  device: torch.device | str) -> tuple[Backbone | None, Any]:
-    """The frozen dense model, `backbone` as it is now or that of `teacher.pretrained`; its offloading hook or None."""
-    if config.teacher.pretrained is not None:
-        place = local_folder(config.teacher.pretrained, field="teacher.pretrained")
-        check_teacher(config, place, backbone)
-        teacher = load_backbone(place, "teacher.pretrained", component=config.backbone.component)
-        tie_embedders(teacher, "teacher.pretrained")
-    elif config.lora.rank is not None and not _tuned(config, folder):
-        return backbone, None
-    elif not _tuned(config, folder):
-        teacher = copy.deepcopy(backbone)
-    elif config.loss.distils:  # weights that were tuned under experts make no dense model
-        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run: set "
-                         "teacher.pretrained to the original model, or loss.output_kd and loss.feature_kd to 0")
-    else:
-        return None, None
-    nn.Module.to(teacher, DTYPES[config.teacher.precision])  # past diffusers' warning of modules to keep in fp32: none
-    teacher.requires_grad_(False).eval()
-    if config.teacher.offload or not config.loss.distils:
-        return cpu_offload_with_hook(teacher, device)
-    return teacher.to(device), None
-
-
-def dense_folder(config: Config) -> Path:
-    """The pipeline folder of a run's dense model: of `teacher.pretrained`, or else of `backbone.pretrained`.
-
-    Raises:
-        InputError: if it is not there, or its weights were tuned under experts.
-    """
-    if config.teacher.pretrained is not None:
-        return local_folder(config.teacher.pretrained, field="teacher.pretrained")
-    folder = local_folder(str(config.backbone.pretrained), config.backbone.revision)
-    if _tuned(config, folder):
-        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run, whose weights are no "
-                         "dense model: name the original pipeline")
-    return folder
-
-
-def _tuned(config: Config, folder: Path) -> bool:
-    """Whether the weights were trained under experts; adapters that are trained further are not counted."""
-    file = folder / (told_component(folder, config.backbone.component) or "") / EXPERTS
-    if Base.beside(str(config.backbone.pretrained)) is not None:
-        return config.lora.rank is None or file.is_file()
-    return file.is_file() or config.experts.pretrained == config.backbone.pretrained
 
 
 def choose_trained(backbone: Backbone, config: Config) -> None:
