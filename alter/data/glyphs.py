@@ -18,7 +18,7 @@ _SCALE = 4  # drawn larger and averaged, for smooth edges
 
 @cache
 def fonts() -> tuple[Path, ...]:
-    """The files, in order of their names, whose glyphs of A-Z and a-z are these letters, not symbols in their places."""
+    """The files, in order of their names, whose glyphs of A-Z and a-z are these letters, not symbols instead."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
 
