@@ -25,14 +25,13 @@ def test_a_seed_draws_the_same_letters_of_all_classes():
     assert -1 <= images.min() and images.max() <= 1
     assert set(labels.tolist()) == set(range(len(CLASSES)))
     assert len({image.numpy().tobytes() for image in (*images, *others)}) == 800
-    assert (images.flatten(1).std(1) > 0.05).all(), "a letter can be seen in every image"
+    assert (images.flatten(1).amax(1) > 0).all(), "a letter can be seen in every image"
 
 
 def test_no_letter_is_cut_off_at_the_border():
     images, _ = draw_glyphs(400, 0)
-    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)[:, 0]
-    paper = border.median(1, keepdim=True).values
-    assert ((border - paper).abs() > 0.1).float().mean() < 0.01
+    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)
+    assert (border > 0).float().mean() < 0.01
 
 
 def test_a_classifier_learns_the_labels():
