@@ -129,14 +129,15 @@ def run_rows(judge: Judge, run: Path, variant: str, steps: int) -> Iterator[dict
 def _planned_rows(judge: Judge, run: Path, parts: Parts, steps: int) -> Iterator[dict[str, Any]]:
     experts = parts.experts
     assert experts is not None
-    pipe: Any = load_dense(run / "final").to(parts.backbone.device)
-    pipe.set_progress_bar_config(disable=True)
-    if isinstance(parts.noising, Betas):
-        pipe.scheduler = make_solver(parts.scheduler, parts.tokens)
+    pipes: list[Any] = [load_dense(folder).to(parts.backbone.device) for folder in (run / "final", judge.parts.folder)]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        if isinstance(parts.noising, Betas):
+            pipe.scheduler = make_solver(parts.scheduler, parts.tokens)
     call: dict[str, Any] = {"guidance_scale": parts.guidance_scale}
     some = {name: value[:_PLANNED_ON] for name, value in judge.batch.items()}
     call |= {"class_labels": some["labels"].tolist()} if "labels" in some else {"prompt": some["captions"]}
-    planner = Planner(experts, pipe, call, steps)
+    planner = Planner(experts, pipes[0], call, steps, dense=pipes[1])
     for share in _SHARES:
         plan = planner.plan(macs=share * steps * experts.macs_total)
         images = judge.drawn(parts, experts.only(plan.rung), plan.steps)
