@@ -50,7 +50,7 @@ def times_of(noising, visited=None, only=False, features_TD=None):
         log_snr_T = log_snr_T[torch.from_numpy(nearest(1000, visited))]
     if features_TD is None:
         features_TD = torch.zeros(1000, 8)
-    return Times(features_TD, log_snr_T, timestep_weights(1000, visited))
+    return Times(features_TD, log_snr_T, timestep_weights(1000, visited), torch.arange(1000))
 
 
 def run_script(name, *arguments, cwd=None, **environment):

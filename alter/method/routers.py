@@ -25,11 +25,13 @@ class Times:
         log_snr_T: log signal-to-noise ratio, float32 [T], which does not rise from one trained timestep to the next; of
             one that is not trained, that of the timestep whose expert serves it.
         weight_T: of the budget (`timestep_weights`), of sum 1, float64 [T].
+        place_T: the rank among the trained timesteps, from 0 on, of the one whose expert serves each, int64 [T].
     """
 
     features_TD: Tensor
     log_snr_T: Tensor
     weight_T: np.ndarray
+    place_T: Tensor
 
 
 def make_router(kind: str, experts: int, times: Times) -> nn.Module:
@@ -41,7 +43,7 @@ def make_router(kind: str, experts: int, times: Times) -> nn.Module:
         return SmoothRouter(experts, times.features_TD, times.weight_T)
     if kind == "ordered" and experts > 1:
         return OrderedRouter(experts, times)
-    return UniformRouter(experts, len(times.features_TD))
+    return UniformRouter(experts, times.place_T)
 
 
 def slow_features(num_timesteps: int) -> Tensor:
@@ -79,13 +81,13 @@ class SmoothRouter(TemporalRouter):
 
 
 class UniformRouter(nn.Module):
-    """Equal fixed intervals: expert ⌊t·E/T⌋ with certainty (the paper's ablation `Manual`)."""
+    """Equal fixed intervals of the trained timesteps: expert ⌊t·E/T⌋ with certainty (the paper's ablation `Manual`)."""
 
     logits_TE: Tensor
 
-    def __init__(self, experts: int, num_timesteps: int) -> None:
+    def __init__(self, experts: int, place_T: Tensor) -> None:
         super().__init__()
-        expert_T = torch.arange(num_timesteps) * experts // num_timesteps
+        expert_T = place_T * experts // (int(place_T.max()) + 1)
         certain = nn.functional.one_hot(expert_T, experts).bool()
         self.register_buffer("logits_TE", torch.where(certain, 0.0, -torch.inf))
 

@@ -121,7 +121,7 @@ def test_a_shape_of_which_no_sample_can_be_used(tmp_path):
     assert found[0]["bucket"] != source.buckets[0] and all(len(sample["skipped"]) == 2 for sample in found)
     assert len({sample["images"].sum().item() for sample in found}) > 1
     for file in files:
-        file.write_bytes(file.read_bytes()[:120])
+        file.write_bytes(b"no image")
     with pytest.raises(InputError, match="none of 24 samples can be used"):
         usable[0, 0]
 

@@ -90,7 +90,7 @@ def test_one_of_two_backbones_has_cut_points_at_its_own_timesteps(low, high, exp
     own = noising.trained.numpy()
     times = times_of(noising, visited)
     served = torch.from_numpy(own[rows_of(own, visited, 1000)])
-    times = Times(times.features_TD, times.log_snr_T[served], times.weight_T)
+    times = Times(times.features_TD, times.log_snr_T[served], times.weight_T, times.place_T)
     expert_T = routes(make_router("ordered", experts, times))
     assert (np.diff(expert_T[own]) >= 0).all()
     assert np.abs(np.bincount(expert_T, times.weight_T, experts) * experts - 1).max() < 0.25
@@ -111,7 +111,7 @@ def test_the_smooth_router_sees_only_slow_sinusoids_and_starves_nobody():
     for weight_T in (timestep_weights(1000, None), timestep_weights(1000, np.array([900, 950, 990]))):
         torch.manual_seed(0)
         times = times_of(NOISINGS["linear"], features_TD=features_TD)
-        times = Times(times.features_TD, times.log_snr_T, weight_T)
+        times = Times(times.features_TD, times.log_snr_T, weight_T, times.place_T)
         router = make_router("smooth", 4, times)
         assert np.allclose(weight_T @ router().detach().double().numpy(), 0, atol=1e-6)
         switches = (np.diff(routes(router)) != 0).sum()

@@ -308,12 +308,12 @@ def _make_hypernetwork(config: Config, backbone: Backbone, plan: Plan) -> HyperN
     experts, noising, count = config.experts, plan.noising, plan.noising.num_timesteps
     features_TD = slow_features(count) if experts.router == "smooth" else timestep_features(backbone, count)
     log_snr_T = noising.log_snr(noising.at(torch.arange(count)))
-    trained = noising.trained
+    trained, place_T = noising.trained, torch.arange(count)
     if len(trained) < count:  # timesteps that are not trained have the expert of the nearest
         assert plan.budget.timesteps is not None
-        nearest_T = trained[torch.from_numpy(rows_of(trained.numpy(), plan.budget.timesteps, count))]
-        features_TD, log_snr_T = features_TD[nearest_T], log_snr_T[nearest_T]
-    times = Times(features_TD, log_snr_T, timestep_weights(count, plan.budget.timesteps))
+        place_T = torch.from_numpy(rows_of(trained.numpy(), plan.budget.timesteps, count))
+        features_TD, log_snr_T = features_TD[trained[place_T]], log_snr_T[trained[place_T]]
+    times = Times(features_TD, log_snr_T, timestep_weights(count, plan.budget.timesteps), place_T)
     return HyperNetwork(experts.count, len(plan.cost.sites), times, experts.router, experts.tau, experts.offset)
 
 
