@@ -261,11 +261,12 @@ class _Stopped(BaseException):
     """Not an Exception, which a pipeline might catch."""
 
 
-def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any]) -> dict[str, Any]:
+def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any],
+                     field: str = "backbone.pretrained") -> dict[str, Any]:
     """The arguments, by name, with which `pipe(**given)` calls its backbone for the first time; it does not run.
 
     Raises:
-        InputError: if the pipeline refuses, or ends without calling it.
+        InputError: about `field`, if the pipeline refuses, or ends without calling it.
     """
     names = parameters(backbone_class(backbone))
     told: dict[str, Any] = {}
@@ -280,12 +281,12 @@ def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any]) -> di
     except _Stopped:
         return {name: value for name, value in told.items() if value is not None}
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"backbone.pretrained: its {type(pipe).__name__} refuses to encode a prompt "
+        raise InputError(f"{field}: its {type(pipe).__name__} refuses to encode a prompt "
                          f"({' '.join(str(error).split())[:300]})") from None
     finally:
         for hook in hooks:
             hook.remove()
-    raise InputError(f"backbone.pretrained: its {type(pipe).__name__} drew without calling its backbone")
+    raise InputError(f"{field}: its {type(pipe).__name__} drew without calling its backbone")
 
 
 def join(samples: Sequence[dict[str, Any]], backbone: Backbone) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import platform
 import re
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,18 +75,20 @@ class Latency:
         return latency
 
 
-def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20) -> Latency:
+def measure_latency(backbone: Any, latent_size: int, batch: int, runs: int = 20,
+                    inputs: Mapping[str, Any] | None = None) -> Latency:
     """Time the layers of `backbone` within whole forwards, eagerly, on its device and in its dtype.
 
     On a GPU, times are those between events on its stream, so that gaps in which it waits for the host count.
 
     Args:
-        backbone: in evaluation mode, without experts.
+        backbone: in evaluation mode, without experts or at full depth.
         latent_size: side of the latents, in latent pixels.
         batch: of the backbone; guidance doubles that of a pipeline.
         runs: timed forwards, after five untimed ones.
+        inputs: of a forward of these sizes; None: zeros.
     """
-    inputs = example_inputs(backbone, latent_size, batch=batch)
+    inputs = inputs or example_inputs(backbone, latent_size, batch=batch)
     sites = find_sites(backbone)
     on_gpu = backbone.device.type == "cuda"
     starts: dict[nn.Module, Any] = {}

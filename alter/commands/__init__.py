@@ -16,6 +16,7 @@ from ..common.version import __version__
 COMMANDS = {  # module, extra that it needs, what it does
     "train": ("train", "train", "train temporal experts, from a configuration to a run directory"),
     "sample": ("sample", "train", "draw images with a run's experts"),
+    "plan": ("plan", "train", "choose steps and layers together for a budget: quality against cost"),
     "evaluate": ("evaluate", "eval", "measure images: FID, KID, precision and recall, CLIP score and more"),
     "report": ("report", "report", "show finished runs as one HTML page"),
     "measure": ("measure", "train", "measure what each layer is worth at each timestep, before training"),

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conditions.add_argument("--prompts", type=user_path, metavar="FILE", help="text file, a prompt a line")
     conditions.add_argument("--labels", type=int, nargs="+", metavar="CLASS")
     parser.add_argument("--num", type=int, help="images; prompts or labels repeat in turn (default: one of each)")
-    parser.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default 20, or those of --plan)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        "tuned weights and experts")
     dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
                        help="--original, with the backbone of this pipeline")
+    dense.add_argument("--plan", type=user_path, metavar="DIR",
+                       help="with the steps and layers that `alter plan --out DIR` chose")
     parser.add_argument("--keep", type=float, metavar="RATIO", help="of the experts' ladder, the rung of this keep "
                         "ratio or the next lower one (default: the one that experts.json names)")
     parser.add_argument("--latents", action="store_true",
@@ -58,14 +60,16 @@ def run(arguments: argparse.Namespace) -> None:
     from ..backbones.latents import decoded
     from ..common.process import this_process
 
+    arguments.steps = _steps(arguments)
     state, out = this_process(), arguments.out
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
                 if name not in ("prompts", "num", "batch", "out")}
-    settings |= {"run": str(arguments.run.resolve()), "experts": _experts_digest(arguments.run)}  # latest may move
+    digest = _experts_digest(arguments.plan or arguments.run)
+    settings |= {"run": str(arguments.run.resolve()), "experts": digest}  # latest may move
     _check_manifest(out / "manifest.json", settings, images)
-    pipe = _load(arguments).to(state.device)
+    pipe = load_asked(arguments).to(state.device)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
         if state.is_main_process:
@@ -99,13 +103,19 @@ def run(arguments: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-def _load(arguments: argparse.Namespace) -> Any:
+def load_asked(arguments: argparse.Namespace) -> Any:
+    """The pipeline that the arguments name, with experts or without.
+
+    Raises:
+        InputError: if it draws no images, or not of such conditions.
+    """
     import torch
     from diffusers import DiTPipeline
 
     from ..backbones.dit import null_class
     from ..backbones.pretrained import component_of, load_backbone, local_folder
     from ..backbones.schedules import is_flow, load_scheduler, make_sampler, scheduler_class, tokens_of
+    from ..experts.artefact import TemporalExperts
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
 
@@ -123,9 +133,12 @@ def _load(arguments: argparse.Namespace) -> Any:
         original, field = _original(arguments, parts)
         backbone = {component_of(parts)[1]: load_backbone(original, field, dtype).eval()}
         pipe: Any = load_dense(parts, dtype=dtype, **backbone)
+    elif arguments.dense or arguments.plan:
+        pipe = load_dense(folder, dtype=dtype)
+        if arguments.plan:
+            TemporalExperts.from_pretrained(arguments.plan).apply(pipe)
     else:
-        pipe = (load_dense(folder, dtype=dtype) if arguments.dense else
-                load_pipeline(folder, keep_ratio=arguments.keep, dtype=dtype))
+        pipe = load_pipeline(folder, keep_ratio=arguments.keep, dtype=dtype)
     by_class = isinstance(pipe, (DiTPipeline, ClassConditionalPipeline))
     if by_class != (arguments.labels is not None):
         wanted = "--labels" if by_class else "--prompts"
@@ -172,6 +185,16 @@ def _original(arguments: argparse.Namespace, parts: Path) -> tuple[Path, str]:
     return folder, field
 
 
+def _steps(arguments: argparse.Namespace) -> int:
+    """Those of a plan, or those asked for."""
+    from ..experts.artefact import TemporalExperts
+
+    planned = arguments.plan and TemporalExperts.from_pretrained(arguments.plan).rung.steps
+    if planned and arguments.steps not in (None, planned):
+        raise InputError(f"--steps {arguments.steps}: --plan {arguments.plan} is of {planned}: leave --steps out")
+    return planned or arguments.steps or 20
+
+
 def _experts_digest(run: Path) -> str | None:
     """Of the experts.json of a run or a pipeline folder; None without one."""
     file = next((file for file in (run / "final/experts.json", run / "experts.json") if file.is_file()), None)
@@ -188,8 +211,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
     if arguments.keep is not None and not 0 < arguments.keep <= 1:
         raise InputError(f"--keep {arguments.keep}: choose a share in (0, 1]")
-    if arguments.keep is not None and arguments.dense:
-        raise InputError(f"--keep {arguments.keep}: has no meaning with --dense: leave one out")
+    for name in ("dense", "plan"):
+        if arguments.keep is not None and getattr(arguments, name):
+            raise InputError(f"--keep {arguments.keep}: has no meaning with --{name}: leave one out")
     check_writable(arguments.out, "--out", folder=True)
 
 

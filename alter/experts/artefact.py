@@ -1,6 +1,6 @@
 """`TemporalExperts`: the finished artefact, a readable `experts.json` beside ordinary diffusers weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..common.files import write_text
 from ..method.measured import Measured
 from .apply import Applied, Installed, asking, backbone_of, check_fit, check_same, remove, serving
 from .ladder import Experts, Rung
+from .plan import Plan, Planner
 from .stored import from_text, to_text
 from .trim import trim_layers
 
@@ -154,6 +155,25 @@ class TemporalExperts(Experts):
         rung = self.pick(keep_ratio)
         with asking(self, keep_ratio):
             yield rung
+
+    def plan(self, pipe: Any, call: Mapping[str, Any], macs: float | None = None, seconds: float | None = None,
+             quality: int | None = None, **measuring: Any) -> Plan:
+        """How many steps, and which layers at each of them, for a budget or a quality of the backbone's part of `pipe`.
+
+        It draws images first, to measure the sampler; a `Planner` that is kept does so once for all budgets.
+
+        Args:
+            call: arguments of `pipe`, for example {"prompt": [...], "guidance_scale": 5.0}; a few dozen images.
+            macs, seconds, quality: one of them, as of `Planner.plan`. measuring: further arguments of `Planner`.
+
+        Returns: a plan, to be drawn with by `with experts.at(plan.rung): pipe(..., num_inference_steps=plan.steps)`.
+
+        Raises:
+            InputError: as `Planner` and `Planner.plan`.
+        """
+        if sum(value is not None for value in (macs, seconds, quality)) != 1:  # before anything is drawn
+            raise InputError("plan: give one of macs, seconds and quality")
+        return Planner(self, pipe, call, **measuring).plan(macs, seconds, quality)
 
     def remove(self, target: Any) -> None:
         """Undo `apply`; the backbone is dense again.

@@ -1,20 +1,23 @@
 """The planner: how many denoising steps, and which layers at each of them, for a sampler and a budget."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..backbones.conditioning import stop_at_backbone
-from ..backbones.latency import Latency
+from ..backbones.family import COMPONENTS, backbone_class, parameters
+from ..backbones.latency import measure_latency
 from ..backbones.schedules import as_rows
 from ..common.errors import InputError
 from ..method.planning import Front, Option, between, routes, step_losses
-from .apply import backbone_of
+from .apply import Applied, asking, backbone_of
 from .ladder import Experts, Rung
 
 SPACE = "latents"  # in which displacements are predicted and measured
@@ -27,8 +30,8 @@ class Plan:
 
     Attributes:
         rung: to be served with `experts.at(plan.rung)`; its `steps` are to be asked of the pipeline.
-        macs: of the backbone's forwards for one image, each step counted once. seconds: of them, at the batch of the
-            measured latency; None where the experts have none.
+        macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
+        seconds: of the backbone, as of `Planner.plan`; None where they were neither measured nor asked for.
         error: predicted mean squared displacement of the latents from those of many dense steps. discretisation: the
             part of it that as many dense steps have.
     """
@@ -49,128 +52,216 @@ class Plan:
 class Planner:
     """Measures a sampler once, by drawing, and plans for any budget.
 
+    Errors were measured against the dense model from which the experts were trained. Where their weights were tuned
+    whole, without adapters, that is another model than theirs at full depth: give it as `dense`, or predictions hold
+    the distance between the two, and `drift` and `check` do not.
+
     Args:
         experts: with `measured` errors, of masks of which one keeps every layer. They may be applied to `pipe` or not.
-        pipe: a diffusers pipeline with their backbone and the scheduler that will be used.
+        pipe: a diffusers pipeline with their backbone and the scheduler that will be used, which adds no noise.
         call: arguments of `pipe`, for example {"prompt": [...], "guidance_scale": 5.0}; a few dozen images are enough.
         most: the largest number of steps considered; None: those for which the response was measured.
-        seed: of the images drawn.
+        seed: of the images drawn. batch_size: images of one call.
+        dense: a pipeline like `pipe`, with its scheduler, of the dense model; None: `pipe` at full depth.
+
+    Attributes:
+        reference: latents of many dense steps, float32 [N, ...]. drift: by number of steps, the displacement of as many
+            dense ones from it, where drawn. visited: by number of steps, the training timesteps, int64 [steps].
+        forwards: of the backbone, in a step; 2 where guidance has one of its own.
 
     Raises:
-        InputError: if the experts lack what a plan needs, or the pipeline gives no latents.
+        InputError: if the experts lack what a plan needs, or of the pipeline no samples of different numbers of steps
+            can be compared.
     """
 
-    def __init__(self, experts: Experts, pipe: Any, call: Mapping[str, Any], most: int | None = None,
-                 seed: int = 0) -> None:
+    def __init__(self, experts: Experts, pipe: Any, call: Mapping[str, Any], most: int | None = None, seed: int = 0,
+                 batch_size: int = 8, dense: Any = None) -> None:
         measured = experts.measured
         if measured is None or SPACE not in measured.response:
-            raise InputError("experts: they hold no measured errors of masks, from which plans are made: train with "
-                             "search.method=elastic, or write them with `alter measure --apply`")
+            raise InputError("plan: the experts hold no measured errors of masks, from which plans are made: train "
+                             "with search.method=elastic, or write them with `alter measure --apply`")
         if not experts.mask_EL.all(axis=1).any():
-            raise InputError("experts: none of their masks keeps every layer, to which plans are compared: plan with "
-                             "the whole ladder")
-        self.experts, self.pipe, self.call, self.seed = experts, pipe, dict(call), seed
+            raise InputError("plan: none of the experts' masks keeps every layer, to which plans are compared: plan "
+                             "with the whole ladder")
+        if sum(isinstance(getattr(pipe, name, None), nn.Module) for name in COMPONENTS) > 1:
+            raise InputError(f"plan: a {type(pipe).__name__} has two backbones: plans are made for one")
+        self.experts, self.pipe, self.call, self.seed, self.batch_size = experts, pipe, dict(call), seed, batch_size
+        self.backbone = backbone_of(pipe, experts.component)
         self.most = measured.steps if most is None else most
         if self.most < 2:
             raise InputError(f"plan: most={most}: give at least 2 steps")
-        self.dense = int(experts.mask_EL.all(axis=1).argmax())
+        self.visited = {steps: self._visited(steps) for steps in range(2, self.most + 1)}
+        self.full = int(experts.mask_EL.all(axis=1).argmax())
+        self.forwards = 0
+        self._noise_left: Tensor | None = None
         known = [steps for steps in _MEASURED_STEPS if steps < self.most] + [self.most, min(4 * self.most, 200)]
-        everything = Rung(1.0, np.full(len(experts.expert_T), self.dense))
-        drawn = {steps: self._draw(everything, steps) for steps in tqdm(
-            known, unit="draw", desc="the solver's own error", dynamic_ncols=True)}
+        drawn = {steps: self._draw(self._everything, steps) if dense is None else self._call(dense, steps)
+                 for steps in tqdm(known, unit="draw", desc="the solver's own error", dynamic_ncols=True)}
         self.reference = drawn.pop(known[-1])
         self.drift = {steps: displacement(latents, self.reference) for steps, latents in drawn.items()}
-        self.visited = {steps: self._visited(steps) for steps in range(2, self.most + 1)}
         loss_MB = measured.error_MB * measured.response[SPACE]
         losses = {steps: step_losses(loss_MB, measured.edges, visited) for steps, visited in self.visited.items()}
-        macs_L = np.array(experts.macs, dtype=np.float64)
-        self.macs_M = experts.macs_total - ~experts.mask_EL @ macs_L
+        self.macs_M = self._left_M(np.array(experts.macs) / experts.macs_total) * experts.macs_total
         self.front = Front(losses, self.macs_M, {steps: between(self.drift, steps) for steps in losses})
+        self._seconds_M: np.ndarray | None = None
+        if experts.latency is not None:
+            self._seconds_M = self._left_M(experts.latency.share_L) * experts.latency.seconds_total
 
     def plan(self, macs: float | None = None, seconds: float | None = None, quality: int | None = None) -> Plan:
         """The plan of least predicted displacement within a budget; or the cheapest of a quality. Give one of them.
 
         Args:
-            macs: of the backbone's forwards for one image, each step counted once.
-            seconds: of these forwards, at the batch at which the experts' latency was measured.
-            quality: as good as this many dense steps, as predicted.
+            macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
+            seconds: of the backbone's forwards: at the experts' measured latency, one of its batch a step; without one,
+                for one image, with guidance, measured on this pipeline when they are asked for first.
+            quality: as good as this many steps of these weights at full depth, as predicted.
 
         Raises:
             InputError: if not one of them is given, or none can be had.
         """
-        if sum(value is not None for value in (macs, seconds, quality)) != 1:
+        asked = {name: value for name, value in (("macs", macs), ("seconds", seconds), ("quality", quality))
+                 if value is not None}
+        if len(asked) != 1:
             raise InputError("plan: give one of macs, seconds and quality")
+        (name, value), = asked.items()
         try:
-            if quality is not None:
-                if quality not in self.visited:
-                    raise ValueError(f"quality={quality}: choose 2 to {self.most} dense steps")
-                return self._plan(self.front.cheapest(self.front.with_mask(quality, self.dense).error))
-            if seconds is not None:
-                latency = self._latency
-                share_M = 1 - ~self.experts.mask_EL @ latency.share_L
-                front = Front(self.front.losses, share_M * latency.seconds_total, self.front.discretisation)
-                return self._plan(front.within(seconds))
-            assert macs is not None
-            return self._plan(self.front.within(macs))
+            if quality is None:
+                return self._plan((self.front if seconds is None else self._timed).within(value))
+            if quality not in self.visited:
+                raise ValueError(f"choose 2 to {self.most} dense steps")
+            return self._plan(self.front.cheapest(self.front.with_mask(quality, self.full).error))
         except ValueError as error:
-            raise InputError(f"plan: {error}") from None
+            raise InputError(f"plan: {name}={value:g}: {error}") from None
 
     def fixed(self, steps: int, keep_ratio: float | Rung | None = None) -> Plan:
-        """So many steps of a rung, or of the dense model if `keep_ratio` is 1, with the same prediction."""
+        """So many steps of a rung, or at full depth if `keep_ratio` is 1, with the same prediction."""
         if steps not in self.visited:
             raise InputError(f"plan: steps={steps}: choose 2 to {self.most}")
-        visited, pick = self.visited[steps], self.experts.pick
-        expert_T = np.full(len(self.experts.expert_T), self.dense) if keep_ratio == 1 else pick(keep_ratio).expert_T
-        mask_N, solver = expert_T[visited], self.front.discretisation[steps]
+        rung = self._everything if keep_ratio == 1 else self.experts.pick(keep_ratio)
+        mask_N, solver = rung.expert_T[self.visited[steps]], self.front.discretisation[steps]
         lost = float(self.front.losses[steps][mask_N, np.arange(steps)].sum())
         return self._plan(Option(mask_N, float(self.macs_M[mask_N].sum()), solver + lost, solver))
+
+    def one_mask(self, macs: float) -> Plan:
+        """As `plan`, with one mask at all steps.
+
+        Raises:
+            InputError: as `plan`.
+        """
+        options = [self.front.with_mask(steps, mask) for steps in self.visited for mask in range(len(self.macs_M))]
+        fitting = [option for option in options if option.cost <= macs]
+        if not fitting:
+            raise InputError(f"plan: macs={macs:g}: the cheapest option costs {min(one.cost for one in options):g}")
+        return self._plan(min(fitting, key=lambda option: option.error))
 
     def check(self, plan: Plan) -> float:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
         return displacement(self._draw(plan.rung, plan.steps), self.reference)
 
     @property
-    def _latency(self) -> Latency:
-        if self.experts.latency is None:
-            raise ValueError("seconds: the experts hold no measured latency: train with budget.cost=latency, or give "
-                             "macs")
-        return self.experts.latency
+    def _everything(self) -> Rung:
+        return Rung(1.0, np.full(len(self.experts.expert_T), self.full), False)
+
+    def _left_M(self, share_L: np.ndarray) -> np.ndarray:
+        """What each mask leaves of a forward, from the shares of the layers, float64 [M]."""
+        return 1 - ~self.experts.mask_EL @ share_L
+
+    @cached_property
+    def _timed(self) -> Front:
+        if self._seconds_M is None:
+            with self._serving(self._everything):
+                told = stop_at_backbone(self.pipe, self.backbone, self._arguments(2, range(1)), "plan")
+                latents = told[parameters(backbone_class(self.backbone))[0]]
+                latency = measure_latency(self.backbone, latents[0].shape[-1], len(latents), inputs=told)
+            self._seconds_M = self._left_M(latency.share_L) * latency.seconds_total * self.forwards
+        return Front(self.front.losses, self._seconds_M, self.front.discretisation)
 
     def _plan(self, option: Option) -> Plan:
-        steps, masks = option.steps, option.mask_N
-        expert_T = routes(masks, self.visited[steps], len(self.experts.expert_T))
-        macs = float(self.macs_M[masks].sum())
-        latency = self.experts.latency
-        seconds = None if latency is None else float(
-            (1 - ~self.experts.mask_EL[masks] @ latency.share_L).sum() * latency.seconds_total)
-        rung = Rung(macs / steps / self.experts.macs_total, expert_T, False, option.error, steps)
-        return Plan(rung, macs, seconds, option.error, option.discretisation)
+        steps, masks, experts = option.steps, option.mask_N, self.experts
+        share_L = np.array(experts.macs) / experts.macs_total if experts.latency is None else experts.latency.share_L
+        kept = float(self._left_M(share_L)[masks].mean())
+        if experts.budget_over == "prunable":
+            kept = 1 - (1 - kept) / float(share_L.sum())
+        expert_T = routes(masks, self.visited[steps], len(experts.expert_T))
+        seconds = None if self._seconds_M is None else float(self._seconds_M[masks].sum())
+        return Plan(Rung(kept, expert_T, False, option.error, steps), float(self.macs_M[masks].sum()), seconds,
+                    option.error, option.discretisation)
 
     def _draw(self, rung: Rung, steps: int) -> Tensor:
+        with self._serving(rung):
+            return self._call(self.pipe, steps)
+
+    @contextmanager
+    def _serving(self, rung: Rung) -> Iterator[None]:
+        with Applied(self.pipe, self.backbone, self.experts, rung), asking(self.experts, rung):
+            yield
+
+    def _call(self, pipe: Any, steps: int) -> Tensor:
         """Final latents of the call, float32 [N, ...]; sample i depends on the seed, on i and on its prompt."""
-        with self.experts.apply(self.pipe, rung):
-            output = self.pipe(**self._arguments(steps), output_type="latent")
-        images = output.frames if hasattr(output, "frames") else output.images
-        if not isinstance(images, Tensor):
-            raise InputError(f"plan: a {type(self.pipe).__name__} gives no latents with output_type='latent', in which "
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hook = backbone_of(pipe, self.experts.component).register_forward_pre_hook(count)
+        done, parts = [], list(self._parts())
+        try:
+            for part in parts:
+                arguments = self._arguments(steps, part)
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.seed)
+                    output = pipe(**arguments, output_type="latent")
+                    left = [arguments["generator"][0].get_state(), torch.get_rng_state()]
+                    if self.backbone.device.type == "cuda":
+                        left.append(torch.cuda.get_rng_state(self.backbone.device))
+                done.append(output.frames if hasattr(output, "frames") else output.images)
+        finally:
+            hook.remove()
+        self._compare(type(pipe.scheduler).__name__, steps, calls / len(parts) / steps, torch.cat(left))
+        if not all(isinstance(images, Tensor) for images in done):
+            raise InputError(f"plan: a {type(pipe).__name__} gives no latents with output_type='latent', in which "
                              "displacements are measured")
-        return images.float().cpu()
+        return torch.cat(done).float().cpu()
+
+    def _compare(self, scheduler: str, steps: int, forwards: float, noise_left: Tensor) -> None:
+        """Refuse what makes numbers of steps incomparable: other calls of the backbone, noise drawn at each step."""
+        self.forwards = self.forwards or int(forwards)
+        if forwards != self.forwards:
+            raise InputError(f"plan: in {steps} steps the pipeline calls its backbone {forwards * steps:g} times: it "
+                             "has to be as often at every step: leave out strength, and intervals of guidance")
+        if self._noise_left is None:
+            self._noise_left = noise_left
+        if not torch.equal(noise_left, self._noise_left):
+            raise InputError(f"plan: {scheduler} adds noise at its steps, so that samples of few and of many steps "
+                             "differ in any case: use one that adds none, such as DPMSolverMultistepScheduler")
 
     def _visited(self, steps: int) -> np.ndarray:
-        """The training timesteps at which the pipeline calls its backbone, int64 [N], decreasing."""
-        stop_at_backbone(self.pipe, backbone_of(self.pipe, self.experts.component), self._arguments(steps))
-        timesteps = np.asarray([float(value) for value in self.pipe.scheduler.timesteps])
-        visited = as_rows(timesteps, self.pipe.scheduler)
+        """The training timesteps at which the pipeline calls its backbone, int64 [steps], decreasing."""
+        stop_at_backbone(self.pipe, self.backbone, self._arguments(steps, range(1)), "plan")
+        scheduler = self.pipe.scheduler
+        visited = as_rows(np.asarray([float(value) for value in scheduler.timesteps]), scheduler)
         if len(visited) != steps or (np.diff(visited) >= 0).any():
-            raise InputError(f"plan: with num_inference_steps={steps} {type(self.pipe.scheduler).__name__} visits "
-                             f"{len(visited)} timesteps, not as many decreasing ones: use one with one forward a step")
+            raise InputError(f"plan: with num_inference_steps={steps} {type(scheduler).__name__} visits {len(visited)} "
+                             f"timesteps, {len(np.unique(visited))} of them distinct, not {steps} that decrease: use "
+                             "one that does, with one call a step")
         return visited
 
-    def _arguments(self, steps: int) -> dict[str, Any]:
-        listed = [len(value) for value in self.call.values() if isinstance(value, (list, tuple))]
-        count = listed[0] if listed else 1
-        generators = [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
-        return {**self.call, "num_inference_steps": steps, "generator": generators}
+    def _parts(self) -> Iterator[range]:
+        """Images of one call."""
+        for first in range(0, self._images, self.batch_size):
+            yield range(first, min(first + self.batch_size, self._images))
+
+    @property
+    def _images(self) -> int:
+        return max((len(value) for value in self.call.values() if isinstance(value, (list, tuple))), default=1)
+
+    def _arguments(self, steps: int, part: range) -> dict[str, Any]:
+        """Of a call that draws the images of `part`."""
+        own = {name: list(value[part.start : part.stop]) if isinstance(value, (list, tuple)) and
+               len(value) == self._images else value for name, value in self.call.items()}
+        return {**own, "num_inference_steps": steps,
+                "generator": [torch.Generator().manual_seed(self.seed + i) for i in part]}
 
 
 def displacement(latents: Tensor, reference: Tensor) -> float:

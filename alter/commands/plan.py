@@ -1,0 +1,100 @@
+"""Steps and depth planned together: `alter plan --run DIR --prompts FILE --out OUT`.
+
+Draws images to measure the sampler, prints and draws the front (dense at fewer steps, one mask, the experts' rungs,
+plans) and writes OUT/plan.json, OUT/plan.png and the chosen plan as OUT/experts.json: `alter sample --plan OUT`.
+"""
+
+import argparse
+import json
+import math
+
+from ..common.errors import InputError
+from ..common.files import check_writable, write_text
+from .options import announce_loading, check_least, user_path
+from .sample import DTYPES, load_asked, read_prompts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=user_path, required=True, help="run directory, or the pipeline folder itself")
+    conditions = parser.add_mutually_exclusive_group(required=True)
+    conditions.add_argument("--prompts", type=user_path, metavar="FILE", help="text file, a prompt a line")
+    conditions.add_argument("--labels", type=int, nargs="+", metavar="CLASS")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--share", type=float, help="of the MACs of the most steps at full depth, for the plan that is "
+                        "chosen (default 0.5)")
+    budget.add_argument("--macs", type=float, help="of the backbone for one image, one forward a step")
+    budget.add_argument("--seconds", type=float, help="of the backbone for one image, or as experts.json has measured")
+    budget.add_argument("--quality", type=int, metavar="STEPS", help="the cheapest plan that is predicted to be as "
+                        "good as so many steps at full depth")
+    dense = parser.add_mutually_exclusive_group()
+    dense.add_argument("--original", action="store_true", help="compare with the dense model that the run started from,"
+                       " as its config.yaml names it (default: with these weights at full depth)")
+    dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
+                       help="--original, with the backbone of this pipeline")
+    parser.add_argument("--most", type=int, help="steps at most (default: those that experts.json was measured with)")
+    parser.add_argument("--images", type=int, default=24, help="drawn each time; prompts or labels repeat (default 24)")
+    parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
+    parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8, help="images of one call (default 8)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_least(arguments, 1, "images", "batch")
+    check_least(arguments, 2, "most", "quality")
+    check_least(arguments, 0, "labels", "seed")
+    for name in ("share", "macs", "seconds"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} {value}: choose a number above 0")
+    check_writable(arguments.out, "--out", folder=True)
+    conditions = arguments.labels or read_prompts(arguments.prompts)
+    announce_loading()
+    import torch
+
+    from ..evaluation.report.plans import front_rows, front_table, plan_row, plot_plans
+    from ..experts.artefact import TemporalExperts
+    from ..experts.plan import Planner
+
+    final = arguments.run / "final"
+    experts = TemporalExperts.from_pretrained(final if final.is_dir() else arguments.run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = {**vars(arguments), "keep": None, "plan": None, "latents": False, "steps": 2}
+    pipe = load_asked(argparse.Namespace(**{**asked, "dense": True, "original": False, "dense_pipeline": None}))
+    dense = load_asked(argparse.Namespace(**asked, dense=False)) if (
+        arguments.original or arguments.dense_pipeline) else None
+    for each in (pipe, dense):
+        if each is not None:
+            each.to(device)
+            each.set_progress_bar_config(disable=True)
+    name = "prompt" if arguments.labels is None else "class_labels"
+    call = {name: [conditions[i % len(conditions)] for i in range(arguments.images)]}
+    call |= {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
+    planner = Planner(experts, pipe, call, arguments.most, arguments.seed, arguments.batch, dense)
+    if dense is None and planner.fixed(2, 1).error > planner.fixed(2, 1).discretisation:
+        print("at full depth these weights are not the dense model that errors were measured against: predictions hold "
+              "that distance too; --original compares with the dense model")
+    macs = arguments.macs
+    if all(value is None for value in (macs, arguments.seconds, arguments.quality)):
+        macs = (0.5 if arguments.share is None else arguments.share) * planner.most * experts.macs_total
+    plan = planner.plan(macs, arguments.seconds, arguments.quality)
+    rows = front_rows(planner)
+    masks = plan.rung.expert_T[planner.visited[plan.steps]]
+    chosen = {**plan_row(planner, plan), "seconds": plan.seconds, "discretisation": plan.discretisation,
+              "timesteps": planner.visited[plan.steps].tolist(), "masks": masks.tolist(),
+              "layers": experts.mask_EL[masks].sum(axis=1).tolist()}
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    experts.only(plan.rung).save_pretrained(out)
+    plot_plans(rows, out / "plan.png")
+    settings = {"run": str(arguments.run.resolve()), "scheduler": type(pipe.scheduler).__name__, "most": planner.most,
+                "guidance": arguments.guidance, "images": arguments.images, "seed": arguments.seed,
+                "reference": "full depth" if dense is None else "original"}
+    write_text(out / "plan.json", json.dumps({"settings": settings, "chosen": chosen, "front": rows}, indent=1) + "\n")
+    print(front_table(rows))
+    print(f"chosen: {plan.steps} steps of {' '.join(map(str, chosen['layers']))} of {len(experts.sites)} layers, "
+          f"{chosen['share']:.1%} of the MACs of {planner.most} steps at full depth; displacement {plan.error:.3g} "
+          f"predicted, {chosen['measured']:.3g} measured")
+    print(f"written to {out}: plan.json, plan.png, and experts.json for `alter sample --plan {out}`")
