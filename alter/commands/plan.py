@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} {value}: choose a number above 0")
+    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
+        raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
     check_writable(arguments.out, "--out", folder=True)
     conditions = arguments.labels or read_prompts(arguments.prompts)
     announce_loading()
