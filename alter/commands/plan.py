@@ -16,12 +16,12 @@ from .sample import DTYPES, load_asked
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=user_path, required=True, help="run directory, or the pipeline folder itself")
+    parser.add_argument("--experts", type=user_path, metavar="FOLDER", help="of experts.json (default: --run's)")
     conditions = parser.add_mutually_exclusive_group(required=True)
     conditions.add_argument("--prompts", type=user_path, metavar="FILE", help="text file, a prompt a line")
     conditions.add_argument("--labels", type=int, nargs="+", metavar="CLASS")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--share", type=float, help="of the MACs of the most steps at full depth, for the plan that is "
-                        "chosen (default 0.5)")
+    budget.add_argument("--share", type=float, help="of the MACs of the most steps at full depth (default 0.5)")
     budget.add_argument("--macs", type=float, help="of the backbone for one image, one forward a step")
     budget.add_argument("--seconds", type=float, help="of the backbone for one image, or as experts.json has measured")
     budget.add_argument("--quality", type=int, metavar="STEPS", help="the cheapest plan that is predicted to be as "
@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} {value}: choose a number above 0")
+    if arguments.guidance is not None and not math.isfinite(arguments.guidance):
+        raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
     check_writable(arguments.out, "--out", folder=True)
     conditions = arguments.labels or read_prompts(arguments.prompts)
     announce_loading()
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..experts.plan import Planner
 
     final = arguments.run / "final"
-    experts = TemporalExperts.from_pretrained(final if final.is_dir() else arguments.run)
+    experts = TemporalExperts.from_pretrained(arguments.experts or (final if final.is_dir() else arguments.run))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {**vars(arguments), "keep": None, "plan": None, "latents": False, "steps": 2}
     pipe = load_asked(argparse.Namespace(**{**asked, "dense": True, "original": False, "dense_pipeline": None}))

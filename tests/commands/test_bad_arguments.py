@@ -55,6 +55,23 @@ sample --run {0}/run --prompts {0}/text.txt --out o --dense
 sample --run {0}/run --prompts {0}/text.txt --out o --dense --original
 sample --run {0}/run --prompts {0}/text.txt --out o --original
 sample --run {0}/run --prompts {0}/text.txt --out o --dense-pipeline nowhere
+sample --run {0}/run --prompts {0}/text.txt --out o --plan nowhere
+sample --run {0}/run --prompts {0}/text.txt --out o --plan {0}/other-json
+sample --run {0}/run --prompts {0}/text.txt --out o --plan {0}/run --keep 0.5
+plan --run {0}/run --out o
+plan --run {0}/run --prompts {0}/blank.txt --out o
+plan --run {0}/run --prompts {0}/text.txt --out {0}/text.txt
+plan --run {0}/run --prompts {0}/text.txt --out o
+plan --run nowhere --prompts {0}/text.txt --out o
+plan --run {0}/run --labels -1 --out o
+plan --run {0}/run --prompts {0}/text.txt --out o --share 0
+plan --run {0}/run --prompts {0}/text.txt --out o --share 0.5 --macs 1e9
+plan --run {0}/run --prompts {0}/text.txt --out o --macs nan
+plan --run {0}/run --prompts {0}/text.txt --out o --seconds inf
+plan --run {0}/run --prompts {0}/text.txt --out o --quality 1
+plan --run {0}/run --prompts {0}/text.txt --out o --most 1
+plan --run {0}/run --prompts {0}/text.txt --out o --images 0
+plan --run {0}/run --prompts {0}/text.txt --out o --guidance nan
 evaluate
 evaluate --images {0}/images --run {0}/run
 evaluate --images nowhere --cache c
