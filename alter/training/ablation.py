@@ -59,7 +59,7 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
         masks = family[nearest][None], routes
     else:
         raise InputError(f"variant {variant!r}: choose one of {', '.join(UNSEARCHED)}")
-    return TemporalExperts.build(*masks, parts.cost, budget.measured(*masks), budget.over, budget.timesteps,
+    return TemporalExperts.build(*masks, parts.cost, min(budget.measured(*masks), 1.0), budget.over, budget.timesteps,
                                  parts.latency)
 
 
