@@ -25,7 +25,7 @@ from .search.measuring import measure_response
 from .setup.parts import Parts
 
 MANY_STEPS = 50  # of the dense samples from which drift is measured
-_BINS = 20  # of the held-out errors in summary.json
+_BINS = 20  # in which the response is measured
 _RESAMPLES = 50
 
 
@@ -74,9 +74,9 @@ class Judge:
         """Errors of the output as the squared displacement of features that they cause, if it follows them linearly.
 
         Args:
-            error_B: in bins of timesteps, [B]. edges: their borders [B+1]; None: as in summary.json.
+            error_B: in bins of timesteps, [B]. edges: their borders [B+1]; None: equal ones, as in summary.json.
         """
-        equal = np.linspace(0, self.parts.noising.num_timesteps, _BINS + 1).round().astype(int)
+        equal = self._equal(_BINS)
 
         def measure() -> dict[str, Tensor]:
             mask_L = np.arange(len(self.parts.simulator.sites)) % 3 != 1
@@ -87,7 +87,10 @@ class Judge:
             return {"response": torch.from_numpy(response["features"])}
 
         density_T = np.repeat(self._once("response", measure)["response"].numpy() / np.diff(equal), np.diff(equal))
-        return float(density_T @ np.repeat(error_B, np.diff(equal if edges is None else edges)))
+        return float(density_T @ np.repeat(error_B, np.diff(self._equal(len(error_B)) if edges is None else edges)))
+
+    def _equal(self, bins: int) -> np.ndarray:
+        return np.linspace(0, self.parts.noising.num_timesteps, bins + 1).round().astype(int)
 
     def _features(self, latents: Tensor) -> Tensor:
         return self.classifier.features(self.parts.images(latents))

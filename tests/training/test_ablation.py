@@ -119,7 +119,7 @@ def test_one_elastic_run_gives_rungs_and_plans(scenes):
     rows = scenes("elastic_range", "elastic")
     rungs, plans = ([row for row in rows if row["variant"] == name] for name in ("elastic_range", "planned"))
     assert [row["rung"] for row in rungs] == [0.35, 0.5, 0.65, 0.8]
-    assert all(abs(row["share"] - row["rung"]) < 0.1 for row in rungs)  # twelve blocks, four steps
+    assert all(row["keep_ratio"] <= row["rung"] + 0.005 and row["rung_error"] > 0 for row in rungs)
     assert all(row["share"] <= row["rung"] + 1e-6 and row["predicted"] >= row["discretisation"] for row in plans)
     assert plans and all(len(row["depths"]) == row["steps"] for row in plans)
     (elastic,) = (row for row in rows if row["variant"] == "elastic")
