@@ -104,7 +104,8 @@ def test_the_solver_is_measured_where_it_calls_the_backbone(kind):
         seen = told(backbone_in(pipe), kind, lambda steps=steps: samples.update({steps: drawn(pipe, kind, steps)}))
         assert len(seen) == steps * planner.forwards and planner.forwards == (2 if kind == "flux" else 1)
         if steps <= MOST:
-            assert np.allclose(seen[:: planner.forwards], planner.visited[steps], atol=0.51)
+            rows = np.minimum(seen[:: planner.forwards], 999)  # a flow begins at 1000
+            assert np.allclose(rows, planner.visited[steps], atol=0.51)
     assert torch.allclose(planner.reference, samples[4 * MOST], atol=1e-4)
     for steps in (3, MOST):
         expected = distance(samples[steps], samples[4 * MOST])
@@ -261,8 +262,8 @@ def test_the_reference_can_be_another_model():
 
 def _whole():
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=4, num_layers=2,
-                                  sample_size=8, patch_size=2, num_embeds_ada_norm=1000).eval()
+    model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4,
+                                  num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000).eval()
     pipe = DiTPipeline(model, make_vae(), DPMSolverMultistepScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
