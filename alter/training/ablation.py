@@ -53,7 +53,7 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
     elif variant == "block_influence":
         masks = _one_mask(block_influence(config, parts), budget, routes)
     elif variant == "one_mask":
-        weight_T = early_response(Probe(config, parts, 16), sites, parts.noising.num_timesteps)
+        weight_T = early_response(Probe(config, parts, 16), sites)
         family = order_layers(Probe(config, parts, 32), budget, 0.0, weight_T)
         nearest = np.abs(budget.fixed + family @ budget.share_L / budget.scale - budget.keep_ratio).argmin()
         masks = family[nearest][None], routes
