@@ -74,7 +74,7 @@ class Frontier:
             ValueError: if every choice costs more.
         """
         allowed = np.where(self._spent_RMG <= budget * (1 + 1e-9), self._loss_RMG, np.inf)
-        run, m, g = np.unravel_index(int(allowed.argmin()), allowed.shape)
+        run, m, g = map(int, np.unravel_index(int(allowed.argmin()), allowed.shape))
         if not np.isfinite(allowed[run, m, g]):
             raise ValueError(f"budget={budget}: the cheapest choice costs {self._cost_MB.min(axis=0).sum()}")
         masks = []
@@ -95,6 +95,14 @@ def one_mask(loss_MB: np.ndarray, cost_MB: np.ndarray, budget: float) -> Choice:
     fitting = np.flatnonzero(cost_M <= budget * (1 + 1e-9))
     m = int(fitting[loss_MB[fitting].sum(axis=1).argmin()]) if len(fitting) else int(cost_M.argmin())
     return Choice(np.full(loss_MB.shape[1], m), float(cost_M[m]), float(loss_MB[m].sum()))
+
+
+def likely(cost_M: np.ndarray, low: float, high: float, spread: float = 0.2) -> np.ndarray:
+    """How often each mask is trained while budgets from low to high are searched for, float64 [M] of sum 1: those
+    between alike, those beyond by a Gaussian of their distance in cost."""
+    away_M = np.maximum(np.maximum(low - cost_M, cost_M - high), 0)
+    likely_M = np.exp(-0.5 * (away_M / spread) ** 2)
+    return likely_M / likely_M.sum()
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: in
         chosen = Frontier(half, cost_MB, intervals).within(budget)
         lost = float(other[chosen.mask_B, np.arange(len(chosen.mask_B))].sum())
         single = _interpolated(half, other, cost_MB.sum(axis=1), chosen.cost)
-        gains.append(1 - lost / single)
+        gains.append(1 - lost / single if single > 0 else 0.0)
     return Gain(float(np.mean(gains)), *map(float, np.quantile(gains, [0.05, 0.95])))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
 from ..backbones.family import COMPONENTS
@@ -40,7 +41,7 @@ def save_state(trainer: Any, needed: bool) -> Path:
     path = folder / f"step-{trainer.step:06d}"
     failure = None
     if trainer.accelerator.is_main_process:
-        tensors = {"backbone": dict(trained_parameters(trainer.backbone))}
+        tensors: dict[str, dict[str, Tensor]] = {"backbone": dict(trained_parameters(trainer.backbone))}
         if trainer.search:
             tensors["search"] = trainer.search.tensors()
         if trainer.ema:

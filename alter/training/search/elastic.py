@@ -2,30 +2,27 @@
 are allocated by their errors, for every budget at once."""
 
 import dataclasses
-import sys
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ...common.config import Config
+from ...common.process import on_main_process
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
-from ...method.allocation import Frontier, Gain, gain
+from ...method.allocation import Frontier, Gain, gain, likely
 from ...method.budget import TOLERANCE
-from ...method.measured import Measured
+from ...method.measured import EARLY_BINS, EARLY_SAMPLES, ORDER_SAMPLES, Measured, forwards
 from ...method.noising import edges_of
 from ..batch import Batch
 from ..probe import Probe
 from ..setup.parts import Parts
 from ..update import Update
-from .measuring import early_response, measured_family, order_layers, ordering_forwards
+from .measuring import early_response, guidance_of, measured_family, order_layers, sampler_of
 
-_SPREAD = 0.2  # of the depths that are trained around the budget, as a standard deviation of the keep ratio
 _RUNGS = np.arange(0.3, 1.001, 0.05)  # budgets of the ladder, beside those asked for
-_ORDER_SAMPLES, _RESPONSE_SAMPLES = 32, 16
 
 
 class ElasticSearch:
@@ -44,19 +41,25 @@ class ElasticSearch:
 
     def begin(self) -> None:
         """Order the layers by measurement on the dense model, and say what its errors promise."""
-        found: list[Any] = [None]
-        if self.trainer.accelerator.is_main_process:
-            config, parts = self.config, self.parts
-            layers, samples = len(parts.cost.sites), min(config.search.samples, _ORDER_SAMPLES)
-            tqdm.write(f"ordering {layers} layers: about {ordering_forwards(layers, samples):,} forwards of one sample")
-            weight_T = early_response(Probe(config, parts, min(samples, _RESPONSE_SAMPLES)), layers)
-            found = [order_layers(Probe(config, parts, samples), parts.budget, config.search.least, weight_T)]
-            self.trainer.backbone.train()
-        self.masks_ML = broadcast_object_list(found)[0]
-        cost_M = self._cost_M()
-        if cost_M.min() > self.config.budget.range[0] + TOLERANCE and self.trainer.accelerator.is_main_process:
-            tqdm.write(f"warning: search.least={self.config.search.least} leaves {cost_M.min():.3f} at least: no "
-                       f"expert comes down to budget.keep_ratio={self.config.budget.range[0]}", file=sys.stderr)
+        steps = len(sampler_of(self.config, self.parts)().timesteps)
+        self.masks_ML = on_main_process(lambda: self._ordered(steps))
+
+    def _ordered(self, steps: int) -> np.ndarray:
+        config, parts, search = self.config, self.parts, self.config.search
+        layers = len(parts.cost.sites)
+        counted = forwards(layers, search.least, search.samples, search.bins, steps, guidance_of(config, parts) != 1)
+        tqdm.write(f"ordering {layers} layers: about {counted.order + counted.forecast:,} forwards of one sample; "
+                   f"their errors will take {counted.errors + counted.response:,} more")
+        few = Probe(config, parts, min(search.samples, EARLY_SAMPLES))
+        weight_T = early_response(few, layers)
+        probe = Probe(config, parts, min(search.samples, ORDER_SAMPLES))
+        masks_ML = order_layers(probe, parts.budget, search.least, weight_T)
+        edges = edges_of(parts.noising, EARLY_BINS)
+        loss_MBS = few.against_teacher(masks_ML, edges) * weight_T[edges[:-1], None]
+        tqdm.write("before any training, which makes such gains smaller: " + self._forecast(
+            masks_ML, edges, loss_MBS, "latents"))
+        self.trainer.backbone.train()
+        return masks_ML
 
     def update(self, batches: list[Batch]) -> dict[str, float]:
         """Nothing is learned beside the weights."""
@@ -64,56 +67,52 @@ class ElasticSearch:
         return {}
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mask of the budget, around which samples have depths of their own."""
-        return self.tried()
+        """The mask of the budget (the highest), around which samples have depths of their own."""
+        nearest = int(np.abs(_costs(self.parts, self.masks_ML) - self.config.budget.range[1]).argmin())
+        return self.masks_ML, np.full(self.parts.noising.num_timesteps, nearest)
 
     def drawn(self, batches: list[Batch]) -> list[torch.Tensor]:
         """A depth for each sample of the micro-batches, likelier near the budget, full depth included: bool [B, L]."""
-        low, high = self.config.budget.range
-        cost_M = self._cost_M()
-        away_M = np.maximum(np.maximum(low - cost_M, cost_M - high), 0)
-        likely_M = np.exp(-0.5 * (away_M / _SPREAD) ** 2)
-        passed_M = torch.from_numpy(likely_M.cumsum() / likely_M.sum())
+        cost_M = _costs(self.parts, self.masks_ML)
+        passed_M = torch.from_numpy(likely(cost_M, *self.config.budget.range).cumsum())
         masks_ML = torch.from_numpy(self.masks_ML)
         depths = [torch.searchsorted(passed_M, batch.drawn.uniform((), stream=1).double(), right=True)
                   for batch in batches]
         return [masks_ML[depth_B.clamp(max=len(cost_M) - 1)] for depth_B in depths]
 
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
-        """One mask, of the budget, at all timesteps."""
-        nearest = int(np.abs(self._cost_M() - self.config.budget.range[1]).argmin())
-        return self.masks_ML, np.full(self.parts.noising.num_timesteps, nearest)
+        """Every layer at all timesteps, which any sample may draw, and which experts may have where it matters."""
+        return self.masks_ML, np.zeros(self.parts.noising.num_timesteps, dtype=np.int64)
 
     def present(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
         """The mask of the budget alone, whatever depths are being trained."""
         parts, budget = self.parts, self.parts.budget
-        return TemporalExperts.build(*self.tried(), parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
+        return TemporalExperts.build(*masks, parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
                                      parts.latency, parts.told_component)
 
     def finish(self) -> TemporalExperts:
         """Measure, and allocate depths to timesteps for every budget."""
-        found: list[Any] = [None]
-        if self.trainer.accelerator.is_main_process:
-            self.trainer.backbone.eval()
-            found = [self._allocated()]
-            self.trainer.backbone.train()
-        return broadcast_object_list(found)[0]
+        return on_main_process(self._allocated)
 
     def _allocated(self) -> TemporalExperts:
         config, parts = self.config, self.parts
         low, high = config.budget.range
-        cost_M = self._cost_M()
-        weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
-        weight_T = np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
-        edges = edges_of(parts.noising, config.search.bins, weight_T)
-        near = int(np.abs(cost_M - (low + high) / 2).argmin())
+        edges = edges_of(parts.noising, config.search.bins, _weight_T(parts))
+        skipping_M = _costs(parts, self.masks_ML)[1:]  # the dense model moves no sample
+        near = 1 + int(np.abs(skipping_M - (low + high) / 2).argmin()) if len(skipping_M) else 0
         measured, error_MBS = measured_family(config, parts, self.masks_ML, edges, near)
-        cost_MB = bin_costs(cost_M, weight_T, edges)
+        self.trainer.backbone.train()
         response_B = measured.response[measured.space]
-        found = gain(error_MBS * response_B[:, None], cost_MB, low + TOLERANCE, config.experts.count, config.seed)
-        tqdm.write(_forecast(found, low, config.experts.count, measured.space))
-        rungs = ladder(measured, cost_MB, config.experts.count, (low, high))
+        tqdm.write(self._forecast(self.masks_ML, edges, error_MBS * response_B[:, None], measured.space))
+        rungs = ladder(measured, bin_costs(parts, self.masks_ML, edges), config.experts.count, (low, high))
         return experts_of(parts, self.masks_ML, rungs, low, measured)
+
+    def _forecast(self, masks_ML: np.ndarray, edges: np.ndarray, loss_MBS: np.ndarray, space: str) -> str:
+        """What masks over time promise at the lowest budget, in plain words."""
+        low, experts = self.config.budget.range[0], self.config.experts.count
+        cost_MB = bin_costs(self.parts, masks_ML, edges)
+        least = max(low + TOLERANCE, cost_MB.min(axis=0).sum())
+        return describe_gain(gain(loss_MBS, cost_MB, least, experts, self.config.seed), low, experts, space)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for a checkpoint."""
@@ -123,49 +122,63 @@ class ElasticSearch:
         """Go on from `tensors`."""
         self.masks_ML = tensors["masks_ML"].numpy()
 
-    def _cost_M(self) -> np.ndarray:
-        budget = self.parts.budget
-        return budget.fixed + self.masks_ML @ budget.share_L / budget.scale
-
 
 def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> TemporalExperts:
-    """The same masks with the errors of the finished weights, and the rungs that were not tuned allocated by them."""
+    """The same masks and ladder with the errors of the finished weights; rungs that were neither tuned nor planned are
+    allocated by them. Without a teacher the former errors, which no longer hold, are left out."""
     assert experts.measured is not None
-    weight_T = parts.budget.weight_T(len(experts.expert_T))
+    if parts.teacher is None:
+        unknown = tuple(dataclasses.replace(rung, error=None) for rung in experts.ladder)
+        return dataclasses.replace(experts, measured=None, ladder=unknown)
     edges = np.array(experts.measured.edges)
     error_MBS = Probe(config, parts, config.search.samples).against_teacher(experts.mask_EL, edges)
     measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2))
-    tuned = {rung.keep_ratio_target: rung.expert_T for rung in experts.ladder if rung.tuned}
-    budget = parts.budget
-    cost_M = budget.fixed + experts.mask_EL @ budget.share_L / budget.scale
-    cost_MB = bin_costs(cost_M, np.ones(edges[-1]) if weight_T is None else weight_T, edges)
-    rungs, bins = [], np.arange(len(edges) - 1)
-    for rung in ladder(measured, cost_MB, config.experts.count, (min(tuned), max(tuned))):
-        if rung.tuned:
-            routes = tuned[rung.keep_ratio_target]
-            lost = float(measured.loss_MB[routes[edges[:-1]], bins].sum())
-            rung = dataclasses.replace(rung, expert_T=routes, error=lost)
-        rungs.append(rung)
-    return experts_of(parts, experts.mask_EL, rungs, experts.keep_ratio_target, measured)
+    cost_MB = bin_costs(parts, experts.mask_EL, edges)
+    frontier, loss_MT = Frontier(measured.loss_MB, cost_MB, config.experts.count), measured.loss_MT
+    rungs = []
+    for rung in experts.ladder:
+        if not rung.tuned and rung.steps is None:
+            rung = dataclasses.replace(rung, expert_T=_allocated_T(frontier, cost_MB, edges, rung.keep_ratio_target))
+        lost = float(loss_MT[rung.expert_T, np.arange(edges[-1])].sum())
+        rungs.append(dataclasses.replace(rung, error=lost if rung.steps is None else None))
+    return dataclasses.replace(experts, measured=measured, ladder=tuple(rungs))
 
 
-def bin_costs(cost_M: np.ndarray, weight_T: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def bin_costs(parts: Parts, masks_ML: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """What mask m in bin b adds to the keep ratio, float64 [M, B]."""
+    weight_T = _weight_T(parts)
     weight_B = np.add.reduceat(weight_T, edges[:-1]) / weight_T.sum()
-    return cost_M[:, None] * weight_B
+    return _costs(parts, masks_ML)[:, None] * weight_B
+
+
+def _costs(parts: Parts, masks_ML: np.ndarray) -> np.ndarray:
+    """The keep ratio of each mask at all timesteps, float64 [M]."""
+    return parts.budget.fixed + masks_ML @ parts.budget.share_L / parts.budget.scale
+
+
+def _weight_T(parts: Parts) -> np.ndarray:
+    """Of the timesteps in the budget, float64 [T]."""
+    weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
+    return np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
 
 
 def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: tuple[float, float]) -> list[Rung]:
     """A rung for every budget that the masks allow: all of _RUNGS, and those asked for, which alone are tuned."""
-    frontier, rungs = Frontier(measured.loss_MB, cost_MB, experts), []
+    frontier, rungs, edges = Frontier(measured.loss_MB, cost_MB, experts), [], np.array(measured.edges)
     cheapest = cost_MB.min(axis=0).sum()
     for target in sorted({*np.round(_RUNGS, 2).tolist(), *asked}):
         if target + TOLERANCE < cheapest and target not in asked:
             continue
-        choice = frontier.within(max(target + TOLERANCE, cheapest))
-        routes = np.repeat(choice.mask_B, np.diff(measured.edges))
-        rungs.append(Rung(target, routes, asked[0] <= target <= asked[1], choice.loss))
+        routes = _allocated_T(frontier, cost_MB, edges, target)
+        lost = float(measured.loss_MT[routes, np.arange(edges[-1])].sum())
+        rungs.append(Rung(target, routes, asked[0] <= target <= asked[1], lost))
     return rungs
+
+
+def _allocated_T(frontier: Frontier, cost_MB: np.ndarray, edges: np.ndarray, target: float) -> np.ndarray:
+    """The best mask of each timestep at a keep ratio, or at the least that there is, int64 [T]."""
+    budget = max(target + TOLERANCE, float(cost_MB.min(axis=0).sum()))
+    return np.repeat(frontier.within(budget).mask_B, np.diff(edges))
 
 
 def experts_of(parts: Parts, masks: np.ndarray, rungs: list[Rung], keep_ratio: float,
@@ -177,7 +190,7 @@ def experts_of(parts: Parts, masks: np.ndarray, rungs: list[Rung], keep_ratio: f
                                  parts.latency, parts.told_component, rungs, measured)
 
 
-def _forecast(found: Gain, keep_ratio: float, experts: int, space: str) -> str:
+def describe_gain(found: Gain, keep_ratio: float, experts: int, space: str) -> str:
     """What masks over time promise, in plain words."""
     said = (f"at keep ratio {keep_ratio:g}, {experts} experts over time would move samples (squared distance, in "
             f"{space}) {found.mean:.1%} less than one mask of the same cost (90% of halves of the measured samples: "
