@@ -97,6 +97,14 @@ def one_mask(loss_MB: np.ndarray, cost_MB: np.ndarray, budget: float) -> Choice:
     return Choice(np.full(loss_MB.shape[1], m), float(cost_M[m]), float(loss_MB[m].sum()))
 
 
+def likely(cost_M: np.ndarray, low: float, high: float, spread: float = 0.2) -> np.ndarray:
+    """How often each mask is trained while budgets from low to high are searched for, float64 [M] of sum 1: those
+    between alike, those beyond by a Gaussian of their distance in cost."""
+    away_M = np.maximum(np.maximum(low - cost_M, cost_M - high), 0)
+    likely_M = np.exp(-0.5 * (away_M / spread) ** 2)
+    return likely_M / likely_M.sum()
+
+
 @dataclass(frozen=True)
 class Gain:
     """By what share several masks lower the loss of one, at equal cost: mean and 90% interval."""
@@ -125,7 +133,7 @@ def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: in
         chosen = Frontier(half, cost_MB, intervals).within(budget)
         lost = float(other[chosen.mask_B, np.arange(len(chosen.mask_B))].sum())
         single = _interpolated(half, other, cost_MB.sum(axis=1), chosen.cost)
-        gains.append(1 - lost / single)
+        gains.append(1 - lost / single if single > 0 else 0.0)
     return Gain(float(np.mean(gains)), *map(float, np.quantile(gains, [0.05, 0.95])))
 
 

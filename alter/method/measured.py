@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 
 SPACES = ("features", "latents", "pixels")  # in which the displacement of samples is measured, best first
+CANDIDATES = 8  # layers that are measured again after each removal
+WINDOWS = 10  # of a sampler's steps, in which the response is measured
+EARLY_BINS = 10  # of timesteps, in which the dense model is measured before the search
+ORDER_SAMPLES, EARLY_SAMPLES, RESPONSE_SAMPLES = 32, 16, 32  # at most
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Measured:
         """How far (squared) final samples move when mask m is in force in bin b alone, float64 [M, B]."""
         return self.error_MB * self.response[self.space]
 
+    @property
+    def loss_MT(self) -> np.ndarray:
+        """`loss_MB`, spread evenly over the training timesteps of each bin, float64 [M, T]."""
+        width_B = np.diff(self.edges)
+        return np.repeat(self.loss_MB / width_B, width_B, axis=1)
+
     def to_plain(self) -> dict[str, Any]:
         """As plain lists and numbers, for JSON."""
         return {"edges": list(self.edges), "error": self.error_MB.tolist(),
@@ -63,3 +73,42 @@ class Measured:
         if not set(measured.response) & set(SPACES) or not all(np.isfinite(v).all() and (v >= 0).all() for v in values):
             raise ValueError("errors and responses must be finite, none negative, in one of " + ", ".join(SPACES))
         return measured
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """About how many forwards of one sample the measured search takes beside its training.
+
+    Attributes:
+        order: to order the layers. forecast: for the response of the dense model's samples, and its errors. errors: of
+            the trained masks, at the end of the search and once more at the end of the run. response: of its samples.
+    """
+
+    order: int
+    forecast: int
+    errors: int
+    response: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.order + self.forecast + self.errors + self.response
+
+
+def forwards(layers: int, least: float, samples: int, bins: int, steps: int, guided: bool) -> Forwards:
+    """As if all layers cost the same.
+
+    Args:
+        least: share of the prunable cost that every mask keeps. samples, bins: of the errors. steps: of the sampler.
+        guided: whether each of its steps takes two forwards.
+    """
+    removed = min(int(layers * (1 - least) + 1e-9), layers - 1)
+    tried = sum(1 + (layers - k if k == 0 else min(CANDIDATES, layers - k)) for k in range(removed))
+    early = min(samples, EARLY_SAMPLES)
+    sampled = EARLY_BINS * (EARLY_BINS + 1) + 2 * EARLY_BINS  # two steps in each bin
+    masks = removed + 1
+    return Forwards(
+        order=tried * min(samples, ORDER_SAMPLES),
+        forecast=(sampled + EARLY_BINS * (masks + 1)) * early,
+        errors=2 * bins * (masks + 1) * samples,
+        response=min(samples, RESPONSE_SAMPLES) * steps * (2 + (min(WINDOWS, steps) + 1) // 2) * (1 + guided))

@@ -65,9 +65,10 @@ class Probe:
                    noising.target(latents, noise, timesteps))
 
     def _trained(self, low: int, high: int) -> Tensor:
-        """The rows of low..high-1 that training visits."""
+        """The rows of low..high-1 that training visits; all of them where it visits none."""
         trained = self.parts.noising.trained
-        return trained[(trained >= low) & (trained < high)]
+        inside = trained[(trained >= low) & (trained < high)]
+        return inside if len(inside) else torch.arange(low, high)
 
     @torch.no_grad()
     def errors(self, masks: np.ndarray, low: int, high: int, weight_T: np.ndarray | None = None) -> tuple[
@@ -151,16 +152,18 @@ class Probe:
         """
         moved, caused_R = {name: np.zeros(len(ranges)) for name in views}, np.zeros(len(ranges))
         bar = tqdm(total=len(ranges) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
-        for batch in self._batches:
-            samples, known, _ = self._sample(None, range(0), batch, [], prepare(), guidance)
-            seen = {name: view(samples) for name, view in views.items()}
-            for r, steps in enumerate(ranges):
-                bar.update()
-                for mask_L in masks:
-                    changed, _, caused = self._sample(mask_L, steps, batch, known, prepare(), guidance)
-                    for name, view in views.items():
-                        moved[name][r] += mse_per_sample(view(changed), seen[name]).sum().item()
-                    caused_R[r] += caused
+        device = self.parts.backbone.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a sampler may draw noise
+            for batch in self._batches:
+                samples, known, _ = self._sample(None, range(0), batch, [], prepare(), guidance)
+                seen = {name: view(samples) for name, view in views.items()}
+                for r, steps in enumerate(ranges):
+                    bar.update()
+                    for mask_L in masks:
+                        changed, _, caused = self._sample(mask_L, steps, batch, known, prepare(), guidance)
+                        for name, view in views.items():
+                            moved[name][r] += mse_per_sample(view(changed), seen[name]).sum().item()
+                        caused_R[r] += caused
         bar.close()
         count = self.samples * max(len(masks), 1)
         return {name: value / count for name, value in moved.items()}, caused_R / count
@@ -173,16 +176,18 @@ class Probe:
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
         _, clean, noise, given, nothing = batch
-        latents, outputs, caused = self._begun(clean, noise, solver.timesteps[:1]), [], 0.0
+        latents, outputs, caused = self._begun(clean, noise, solver), [], 0.0
+        torch.manual_seed(0)  # so that this noise is the same with and without the mask
         for step, timestep in enumerate(solver.timesteps):
+            scaled = solver.scale_model_input(latents, timestep) if hasattr(solver, "scale_model_input") else latents
             if known and (not masked or step < masked[0]):
                 outputs.append(known[step])
             else:
                 there = timestep.expand(len(latents)).to(latents.device)
                 mask = mask_L if step in masked else None
-                pred = guided = self._predict(mask, latents, there, given)
+                pred = guided = self._predict(mask, scaled, there, given)
                 if guidance != 1:
-                    base = self._predict(mask, latents, there, nothing)
+                    base = self._predict(mask, scaled, there, nothing)
                     guided = base + guidance * (pred - base)
                 outputs.append((pred, guided))
             if masked and step == masked[0]:
@@ -190,12 +195,13 @@ class Probe:
             latents = solver.step(outputs[-1][1], timestep, latents).prev_sample
         return latents, outputs, caused
 
-    def _begun(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    def _begun(self, clean: Tensor, noise: Tensor, solver: Any) -> Tensor:
         """What sampling begins with at its first timestep."""
         noising = self.parts.noising
         if isinstance(noising, Flow) and noising.within and noising.within[1] <= noising.num_timesteps:
-            return noising.noised(clean, noise, timestep.float().expand(len(clean)).to(clean.device))
-        return noise
+            timestep = solver.timesteps[:1].float().expand(len(clean)).to(clean.device)
+            return noising.noised(clean, noise, timestep)
+        return noise * float(getattr(solver, "init_noise_sigma", 1.0))
 
     def _predict(self, mask_L: np.ndarray | None, noisy: Tensor, timesteps: Tensor,
                  conditioning: dict[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ def _train(config: Config) -> FinishedRun:
         restore_state(trainer, resume_from)
     experts = trainer.run()
     trainer.close()
-    if experts.measured is not None and parts.experts is None and accelerator.is_main_process:
-        experts = remeasure(config, parts, experts)
+    if experts.measured is not None:
+        experts = on_main_process(partial(remeasure, config, parts, experts))
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         try:

@@ -41,7 +41,7 @@ def save_state(trainer: Any, needed: bool) -> Path:
     path = folder / f"step-{trainer.step:06d}"
     failure = None
     if trainer.accelerator.is_main_process:
-        tensors: dict[str, dict[str, Tensor]] = {"backbone": {**trained_parameters(trainer.backbone)}}
+        tensors: dict[str, dict[str, Tensor]] = {"backbone": dict(trained_parameters(trainer.backbone))}
         if trainer.search:
             tensors["search"] = trainer.search.tensors()
         if trainer.ema:

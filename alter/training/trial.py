@@ -8,7 +8,7 @@ import torch
 
 from ..common.errors import InputError
 from ..common.process import forget_peak, peak_memory
-from .trainer import Trainer, searching
+from .trainer import Trainer
 from .validation import Validator
 
 
@@ -85,10 +85,13 @@ def _iterate(trainer: Trainer, phase: str, optimizers: list) -> tuple[np.ndarray
     batches = trainer._prepare({**raw, "skipped": []} for raw in trainer.micro_batches(steps=1))
     masks = trainer.masks()
     _stand_still(optimizers)
-    if phase == "search":
-        searching(trainer).update(batches)
-    elif trainer.experts is None:
-        masks = searching(trainer).tried()
+    if trainer.search and phase == "search":
+        trainer.search.update(batches)
+    elif trainer.search:
+        masks = trainer.search.tried()
+    elif trainer.experts:
+        dearest = max(rung.keep_ratio_target for rung in trainer.experts.ladder if rung.tuned)
+        masks = trainer.experts.mask_EL, trainer.experts.pick(dearest).expert_T
     if phase == "tuning" or trainer.config.train.schedule == "joint":
         trainer.update_backbone(batches, *masks)
     trainer.readout.read()

@@ -19,13 +19,12 @@ from ..data.drawn import Drawn
 from ..evaluation.pairs import Estimate, drift, drifts, psnr
 from ..experts.artefact import TemporalExperts
 from ..method.budget import TOLERANCE
+from ..method.measured import forwards as measured_forwards
 from ..method.noising import Betas, Flow
 from .probe import check_blocks
-from .search.elastic import allocated, costs, order_samples, ordered
-from .search.measuring import ordering_forwards
+from .search.elastic import allocated, costs, ordered
+from .search.measuring import sampler_of
 from .setup.parts import Parts
-
-_RESPONSES = 130, 16, 32  # forwards for the early response of a sample, and how many samples both responses are of
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,14 @@ def conditions_of(parts: Parts, count: int) -> list[str] | list[int]:
 
 def forwards(config: Config, parts: Parts, images: int, keeps: Sequence[float]) -> dict[str, int]:
     """About how many forwards of one sample each part of `find_untrained` takes, by what it is for."""
-    layers, samples = len(parts.cost.sites), config.search.samples
-    once, early, late = _RESPONSES
+    layers, search, steps = len(parts.cost.sites), config.search, len(sampler_of(config, parts)().timesteps)
+    counted = measured_forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1)
     drawing = config.evaluate.sampling_steps * (1 if parts.free_guidance == 1 else 2)
     return {
         f"draw {images} images": images * drawing,
-        f"order {layers} layers": ordering_forwards(layers, order_samples(config)) + once * min(samples, early),
-        "measure errors": config.search.bins * (layers + 2) * samples,
-        "measure the response": round(7.5 * drawing * min(samples, late)),
+        f"order {layers} layers": counted.order,
+        "measure errors": counted.errors,
+        "measure the response": counted.response,
         f"compare {len(keeps)} rungs": round(2 * sum(keeps) * images * drawing),
     }
 

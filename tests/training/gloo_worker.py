@@ -16,15 +16,17 @@ def main(config_file: str | Path, output: str | Path, dtype: str) -> None:
     config = load_config(config_file)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     parts = build(config, accelerator.num_processes)
-    for module in (parts.backbone, parts.teacher, parts.hypernetwork):
+    for module in filter(None, (parts.backbone, parts.teacher, parts.hypernetwork)):
         getattr(module, dtype)()
     run_dir = Path(output).with_suffix(".run")
     run_dir.mkdir(exist_ok=True)
     trainer = Trainer(config, parts, accelerator, run_dir)
+    assert trainer.search is not None
+    trainer.search.begin()
     experts = trainer.run()
     torch.save({
         "parameters": {name: p.detach() for name, p in parts.backbone.named_parameters()},
-        "hypernetwork": parts.hypernetwork.state_dict(),
+        "hypernetwork": parts.hypernetwork.state_dict() if parts.hypernetwork else {},
         "mask_EL": torch.from_numpy(experts.mask_EL), "expert_T": torch.from_numpy(experts.expert_T),
     }, f"{output}-{accelerator.process_index}.pt")
 

@@ -65,6 +65,17 @@ def assert_processes_equal_one(tmp_path, count, dtype, tolerance):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("keep_ratio", [0.6, [0.5, 0.8]])
+def test_two_processes_find_the_experts_of_one_elastic_search(small_config, tmp_path, keep_ratio):
+    """The first measures for both; depths and tuned rungs are drawn for each sample."""
+    config = small_config("dit", search={"method": "elastic", "samples": 4, "bins": 4},
+                          budget={"keep_ratio": keep_ratio}, data={"label_dropout": 0.5},
+                          train={"steps": 4, "search_steps": 2, "gradient_accumulation": 2})
+    save_config(config, tmp_path / "config.yaml")
+    assert_processes_equal_one(tmp_path, 2, "double", 1e-10)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype, tolerance", [("dit", "double", 1e-10), ("unet", "double", 1e-10),
                                                     ("dit", "float", 2e-4)])
 def test_four_processes_equal_one_over_twenty_iterations_of_both_phases(small_config, tmp_path, kind, dtype, tolerance):

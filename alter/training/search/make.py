@@ -32,7 +32,7 @@ class Search(Protocol):
         of the timesteps."""
 
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
-        """Masks as `finish` might find them, to try how much memory tuning takes."""
+        """The dearest masks that may still come, to try how much memory the tuning takes."""
 
     def finish(self) -> TemporalExperts:
         """What was found; the same on all processes."""

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ...backbones.pretrained import DTYPES, trained_parameters
 from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...experts.artefact import TemporalExperts
+from ...method.allocation import likely
 from ...method.budget import Budget
+from ...method.measured import Forwards, forwards
 from ...method.noising import Betas
 from .machine import check_shares
 from .parts import choose_trained
@@ -53,6 +56,7 @@ def describe_run(config: Config, processes: int = 1) -> str:
         f"noise: {_noise(plan)}" + (f", at {len(plan.noising.visited)} timesteps" if plan.noising.visited else ""),
         f"updates: {0 if experts else config.train.t_end} of {config.train.steps} steps search, "
         f"{config.train.batch_size} samples each",
+        *_measured(config, plan),
         "memory a process, without activations, VAE and text encoder "
         f"({trained / 1e6:.1f}M of {everything / 1e6:.1f}M parameters trained):",
     ]
@@ -82,18 +86,51 @@ def _plan(config: Config) -> Plan:
 
 
 def _hours(config: Config, plan: Plan) -> float:
-    """GPU-hours of all updates: the search's of the masks run every layer, those of the weights the kept ones."""
+    """GPU-hours: a search of masks runs every layer, one of random depths what they keep, and updates of the weights
+    the kept layers; and what is measured."""
     train, searched = config.train, 0 if plan.experts else config.train.t_end
     tuned = train.steps - searched * (train.schedule == "two_stage")
-    kept = config.budget.range[0] if plan.budget is None else _total(plan.budget)
-    passes = 4 if config.backbone.gradient_checkpointing else 3
-    forwards = passes * (searched + kept * tuned) + config.loss.distils * train.steps
-    return 2 * plan.cost.macs_total * forwards * train.batch_size / (_PEAK * _USED) / 3600
+    low, high = config.budget.range if plan.experts is None else (plan.experts.keep_ratio_target,) * 2
+    kept = (low + high) / 2 if plan.budget is None else _total(plan.budget, (low + high) / 2)
+    passes, measured = 4 if config.backbone.gradient_checkpointing else 3, 0
+    shares = searched + kept * tuned
+    if _elastic(config, plan):
+        shares = _mean_depth(config, plan) * searched + kept * (tuned - searched)
+        measured = _forwards(config, plan).total
+    run = (passes * shares + config.loss.distils * train.steps) * train.batch_size + measured
+    return 2 * plan.cost.macs_total * run / (_PEAK * _USED) / 3600
 
 
-def _total(budget: Budget) -> float:
-    """The share that it keeps of the whole backbone."""
-    return budget.keep_ratio if budget.over == "total" else 1 - float(budget.share_L.sum()) * (1 - budget.keep_ratio)
+def _elastic(config: Config, plan: Plan) -> bool:
+    return plan.experts is None and config.search.method == "elastic"
+
+
+def _mean_depth(config: Config, plan: Plan) -> float:
+    """The share of the whole backbone that random depths keep in the mean, as if all layers cost the same."""
+    layers, budget = len(plan.cost.sites), config.budget
+    depth_M = np.arange(layers, max(int(np.ceil(layers * config.search.least - 1e-9)), 1) - 1, -1) / layers
+    cost_M = 1 - plan.cost.prunable_share * (1 - depth_M)
+    return float(likely(cost_M if budget.over == "total" else depth_M, *budget.range) @ cost_M)
+
+
+def _forwards(config: Config, plan: Plan) -> Forwards:
+    search, evaluate = config.search, config.evaluate
+    guided = evaluate.guidance_scale != 1 and not plan.backbone.config.get("guidance_embeds")
+    return forwards(len(plan.cost.sites), search.least, search.samples, search.bins, evaluate.sampling_steps, guided)
+
+
+def _measured(config: Config, plan: Plan) -> list[str]:
+    """What an elastic search measures, in a line."""
+    if not _elastic(config, plan):
+        return []
+    counted = _forwards(config, plan)
+    return [f"measured, in forwards of one sample: about {counted.order:,} to order the layers, {counted.forecast:,} "
+            f"for a forecast, {counted.errors:,} for errors and {counted.response:,} for the response of samples"]
+
+
+def _total(budget: Budget, keep_ratio: float) -> float:
+    """The share that a keep ratio leaves of the whole backbone."""
+    return keep_ratio if budget.over == "total" else 1 - float(budget.share_L.sum()) * (1 - keep_ratio)
 
 
 def _noise(plan: Plan) -> str:
@@ -124,5 +161,6 @@ def _budget(config: Config, budget: Budget | None, experts: TemporalExperts | No
     kept = (budget.keep_ratio - budget.fixed) * budget.scale / prunable
     of_time = experts.latency is not None if experts else config.budget.cost == "latency"
     unit = "time" if of_time else "MACs"
-    return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {_total(budget):.3f} of all {unit} and "
-            f"{kept:.3f} of the prunable")
+    total = _total(budget, budget.keep_ratio)
+    return (f"{budget.keep_ratio:.3f} of the {budget.over} {unit}, which is {total:.3f} of all {unit} and {kept:.3f} "
+            "of the prunable")

@@ -277,6 +277,9 @@ def build(config: Config, processes: int = 1, device: torch.device | str = "cpu"
         source) else None
     vae = conditioner.pipe.vae if conditioner else None if source.encoded else load_vae(folder, device, dtype)
     teacher, offload = load_teacher(config, folder, backbone, device, frozen is not None)
+    if teacher is None and plan.experts is None and config.search.method == "elastic":
+        raise InputError(f"backbone.pretrained={config.backbone.pretrained!r} is a finished run, and "
+                         "search.method=elastic measures errors against a dense model: set teacher.pretrained")
     choose_trained(backbone, config)
     if former and config.lora.rank is not None:
         load_adapters(backbone, former, component)

@@ -36,7 +36,7 @@ from ...data.base import Source
 from ...data.batches import WithSubstitutes, split
 from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
-from ...method.budget import Budget
+from ...method.budget import TOLERANCE, Budget
 from ...method.noising import Noising
 from .encoding import check_encoding
 from .machine import check_machine
@@ -236,6 +236,9 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
             raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
                              f"scheduler's {scheduler.config.num_train_timesteps}")
         experts = dataclasses.replace(experts, macs=cost.macs, macs_total=cost.macs_total)  # at this resolution
+        if not any(rung.tuned for rung in experts.ladder):
+            ladder = (dataclasses.replace(rung, tuned=rung is experts.rung) for rung in experts.ladder)
+            experts = dataclasses.replace(experts, ladder=tuple(ladder))
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
         share_L = experts.latency.share_L if experts.latency else cost.share_L
         return Budget(share_L, experts.keep_ratio_target, experts.budget_over, timesteps), experts
@@ -247,8 +250,12 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
     if latency is not None and latency.latent_size != size:
         raise InputError(f"budget.latency_file={budget.latency_file!r}: measured at latents of {latency.latent_size}, "
                          f"the run's are of {size}: measure them with `alter latency`")
-    share_L = latency.share_L if latency else cost.share_L
-    return Budget(share_L, budget.range[0], budget.over, timesteps), None
+    found = Budget(latency.share_L if latency else cost.share_L, budget.range[0], budget.over, timesteps)
+    least = config.search.least * float(found.share_L.sum()) / found.scale + found.fixed
+    if config.search.method == "elastic" and budget.range[0] < least - TOLERANCE:
+        raise InputError(f"budget.keep_ratio={budget.range[0]} is below {least:.3f}, which search.least="
+                         f"{config.search.least} leaves at least: lower search.least, or keep more")
+    return found, None
 
 
 def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:

@@ -1,0 +1,215 @@
+"""What the elastic search measures, against greedy removal tried in full and samplers and layers run by hand."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dit
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+import alter.training.search.measuring as measuring
+from alter.backbones.gates import HardRows
+from alter.method.budget import Budget
+from alter.method.measured import forwards
+from alter.training.probe import Probe
+from alter.training.search.measuring import early_response, measure_response, order_layers, sampler_of
+from alter.training.setup.parts import build
+
+
+@pytest.mark.parametrize("kind, least", [("dit", 0.0), ("dit", 0.5), ("unet", 0.85)])
+def test_the_order_is_that_of_trying_every_layer(small_config, monkeypatch, kind, least):
+    """Of the DiT, of equal layers, and of the UNet, whose layers cost from 1% to 9%."""
+    config = small_config(kind)
+    parts = build(config)
+    probe, share_L = Probe(config, parts, 2), parts.cost.share_L / parts.cost.share_L.sum()
+    weight_T = np.linspace(2, 1, 1000)
+    monkeypatch.setattr(measuring, "CANDIDATES", 100)
+    found = order_layers(probe, parts.budget, least, weight_T)
+    mask_L, before = np.ones(len(share_L), dtype=bool), 0.0
+    expected = [mask_L]
+    while True:
+        tried = {}
+        for layer in np.flatnonzero(mask_L):
+            without = mask_L & (np.arange(len(mask_L)) != layer)
+            if without.any() and share_L[without].sum() >= least - 1e-9:
+                error = probe.errors(without[None], 0, 1000, weight_T)[0][0]
+                tried[(error - before) / share_L[layer]] = without, error
+        if not tried:
+            break
+        mask_L, before = tried[min(tried)]
+        expected.append(mask_L)
+    assert found[0].all() and np.array_equal(found, expected)
+    assert found[-1] @ share_L >= least - 1e-9 and found[-1].any()
+
+
+def additive(worth_L, share_L, counts):
+    """A probe and a budget of layers whose errors add up."""
+    def errors(masks, low, high, weight_T):
+        counts.append(len(masks))
+        return (~masks) @ worth_L, 0.0
+
+    return SimpleNamespace(errors=errors), Budget(share_L, 1.0, "total")
+
+
+def test_the_order_goes_by_error_per_cost_and_measures_a_few_again():
+    source, counts = np.random.default_rng(0), []
+    worth_L, share_L = source.uniform(size=20), source.dirichlet(np.ones(20)) * 0.9
+    found = order_layers(*additive(worth_L, share_L, counts), 0.0, np.ones(10))
+    removed = [int(np.flatnonzero(a & ~b)[0]) for a, b in zip(found[:-1], found[1:], strict=True)]
+    assert removed == np.argsort(worth_L / share_L)[:19].tolist()
+    assert counts == [20] + [min(measuring.CANDIDATES, 20 - k) for k in range(1, 19)]
+    assert forwards(20, 0.0, 1, 4, 4, False).order == sum(counts) + len(counts)  # and the dense model each time
+
+
+def test_a_layer_that_costs_too_much_to_go_lets_the_others():
+    """Half of the cost has to stay: the first in line is too dear, and so is all that was measured again with it."""
+    worth_L, share_L = np.array([0.1, *np.linspace(1, 2, 9)]), np.array([0.55, *[0.05] * 9])
+    found = order_layers(*additive(worth_L, share_L, []), 0.5, np.ones(10))
+    assert found[:, 0].all() and found[-1] @ share_L == pytest.approx(0.55) and len(found) == 10
+
+
+def test_errors_against_the_teacher_are_those_of_models_without_the_layers(small_config):
+    config = small_config("dit")
+    parts = build(config)
+    with torch.no_grad():  # tuned, so that no mask is free of error
+        for parameter in parts.backbone.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    masks, edges = np.array([[True] * 4, [True, False, True, False]]), np.array([0, 300, 1000])
+    probe = Probe(config, parts, 4, batch_size=3)
+    found = probe.against_teacher(masks, edges)
+    parts.simulator.remove()
+    for b, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        first = 0
+        for noisy, timesteps, conditioning, _ in probe.noised(int(low), int(high)):
+            assert all(low <= int(t) < high for t in timesteps)
+            with torch.no_grad():
+                dense = parts.teacher(noisy, timesteps, **conditioning).sample
+                for m, mask_L in enumerate(masks):
+                    for layer in np.flatnonzero(~mask_L):
+                        parts.backbone.transformer_blocks[layer].forward = lambda hidden, *rest, **named: hidden
+                    change = (parts.backbone(noisy, timesteps, **conditioning).sample - dense).square()
+                    expected = change.flatten(1).mean(1)
+                    for block in parts.backbone.transformer_blocks:
+                        block.__dict__.pop("forward", None)
+                    assert np.allclose(found[m, b, first : first + len(noisy)], expected, rtol=1e-4)
+            first += len(noisy)
+    assert found.shape == (2, 2, 4) and (found > 0).all()
+
+
+def test_the_teacher_of_adapters_is_the_backbone_without_them(small_config):
+    pytest.importorskip("peft")
+    config = small_config("dit", lora={"rank": 2})
+    parts = build(config)
+    for name, parameter in parts.backbone.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(2))
+    masks, edges = np.array([[True] * 4, [True, False, True, True]]), np.array([0, 1000])
+    probe, dense = Probe(config, parts, 3), make_dit().eval()
+    found = probe.against_teacher(masks, edges)
+    (noisy, timesteps, conditioning, _), = probe.noised(0, 1000)
+    for m, mask_L in enumerate(masks):
+        with torch.no_grad(), parts.simulator.use(HardRows(torch.from_numpy(mask_L)[None], noisy.device)):
+            adapted = parts.backbone(noisy, timesteps, **conditioning).sample
+        with torch.no_grad():
+            expected = (adapted - dense(noisy, timesteps, **conditioning).sample).square().flatten(1).mean(1)
+        assert np.allclose(found[m, 0], expected, rtol=1e-4)
+    assert (found > 0).all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, guidance):
+    config = small_config("dit", evaluate={"sampling_steps": 3, "guidance_scale": guidance})
+    parts = build(config)
+    probe, mask_L = Probe(config, parts, 2), np.arange(4) != 1
+    edges, error_B = np.array([0, 400, 700, 1000]), np.array([1.0, 2.0, 3.0])
+    found, name, steps = measure_response(config, parts, probe, mask_L, edges, error_B,
+                                          {"latents": lambda latents: latents})
+    assert (name, steps) == ("DPMSolverMultistepScheduler", 3)
+    (_, _, noise, given, nothing), = probe._batches
+    parts.simulator.remove()
+    block = parts.backbone.transformer_blocks[1]
+
+    @torch.no_grad()
+    def sample(masked):
+        solver = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
+        solver.set_timesteps(3)
+        latents, outputs = noise, []
+        for step, timestep in enumerate(solver.timesteps):
+            if step in masked:
+                block.forward = lambda hidden, *rest, **named: hidden
+            there = timestep.expand(2)
+            outputs.append(parts.backbone(latents, there, **given).sample)
+            base = parts.backbone(latents, there, **nothing).sample
+            block.__dict__.pop("forward", None)
+            latents = solver.step(base + guidance * (outputs[-1] - base), timestep, latents).prev_sample
+        return latents, outputs, solver.timesteps.numpy()
+
+    dense, known, visited = sample([])
+    each = []
+    for step in range(3):
+        samples, outputs, _ = sample([step])
+        each.append(((samples - dense).square().mean() / (outputs[step] - known[step]).square().mean()).item())
+    middles = (edges[:-1] + edges[1:] - 1) / 2
+    shape_B = np.interp(middles, visited[::-1], each[::-1])
+    everywhere = (sample([0, 1, 2])[0] - dense).square().mean().item()
+    assert found["latents"] @ error_B == pytest.approx(everywhere, rel=1e-3)
+    assert found["latents"] / found["latents"].sum() == pytest.approx(shape_B / shape_B.sum(), rel=1e-3)
+
+
+def test_windows_of_steps_are_of_equal_length(small_config):
+    """Else those of more steps would seem to answer more to an error."""
+    config = small_config("dit", evaluate={"sampling_steps": 13})
+    parts, seen = build(config), []
+
+    def displacement(masks, ranges, prepare, guidance, views):
+        seen.extend(ranges)
+        return {name: np.ones(len(ranges)) for name in views}, np.ones(len(ranges))
+
+    measure_response(config, parts, SimpleNamespace(displacement=displacement), np.ones(4, bool),
+                     np.array([0, 500, 1000]), np.ones(2), {"latents": lambda latents: latents})
+    *windows, everything = seen
+    assert everything == range(13) and {len(window) for window in windows} == {2} and len(windows) == 10
+    assert set().union(*windows) == set(range(13))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler",
+                                  "DPMSolverMultistepScheduler"])
+def test_samplers_of_other_scales_and_with_noise_of_their_own(small_config, name):
+    config = small_config("dit", budget={"sampler": name, "sampling_steps": 4})
+    parts = build(config)
+    parts.scheduler = DDPMScheduler.from_config(parts.scheduler.config, variance_type="learned_range")
+    probe, prepare = Probe(config, parts, 2), sampler_of(config, parts)
+    everything, before = np.ones((1, 4), dtype=bool), torch.get_rng_state()
+    moved, caused = probe.displacement(everything, [range(4)], prepare)
+    assert moved["latents"].tolist() == caused.tolist() == [0]
+    assert torch.equal(torch.get_rng_state(), before)
+    if name != "EulerDiscreteScheduler":
+        return
+    latents, outputs, _ = probe._sample(None, range(0), probe._batches[0], [], prepare(), 1.0)
+    (_, _, noise, given, _), = probe._batches
+    solver = EulerDiscreteScheduler.from_config(parts.scheduler.config)
+    solver.set_timesteps(4)
+    expected = noise * solver.init_noise_sigma
+    with torch.no_grad():
+        for timestep in solver.timesteps:
+            scaled = solver.scale_model_input(expected, timestep)
+            expected = solver.step(parts.backbone(scaled, timestep.expand(2), **given).sample, timestep,
+                                   expected).prev_sample
+    assert torch.allclose(latents, expected, atol=1e-4)
+
+
+def test_the_early_response_weighs_every_timestep(small_config):
+    config = small_config("dit")
+    weight_T = early_response(Probe(config, build(config), 2), 4)
+    assert weight_T.shape == (1000,) and (weight_T > 0).all() and len(set(weight_T)) == 10
+
+
+def test_a_backbone_that_is_told_its_guidance_has_no_other(small_config):
+    config = small_config("dit", evaluate={"guidance_scale": 3.5})
+    parts = build(config)
+    assert parts.free_guidance == 3.5
+    told = dataclasses.replace(parts, backbone=make_dit(), teacher=None)
+    told.backbone.register_to_config(guidance_embeds=True)
+    assert told.free_guidance == 1.0
