@@ -92,7 +92,8 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
 
 def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
     """Makes the sampler that the run is for, with its steps set: `budget.sampler`; for flow matching, unless it is
-    `uniform`, the pipeline's own; else `make_solver`'s, in `evaluate.sampling_steps` steps.
+    `uniform`, the pipeline's own; else `make_solver`'s, in `evaluate.sampling_steps` steps. For one of two backbones it
+    is `make_solver`'s, since others cannot begin within their steps.
 
     Raises:
         InputError: if it visits no timestep of the component that is trained.
@@ -101,19 +102,20 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
     solvers = budget.sampler == "uniform" or budget.sampler is None and not flow
     steps = config.evaluate.sampling_steps if solvers else budget.sampling_steps
     even = flow and hands_sigmas(parts.folder)
+    part = parts.noising if isinstance(parts.noising, Flow) and parts.noising.within is not None else None
     if not flow:  # a learned variance is not handed on
         scheduler = type(scheduler).from_config(scheduler.config, variance_type="fixed_small")
 
     def prepare() -> Any:
-        if solvers:
+        if solvers or part:
             sampler = make_solver(scheduler, parts.tokens)
         elif budget.sampler is None:
             sampler = type(scheduler).from_config(scheduler.config)
         else:
             sampler = make_sampler(budget.sampler, "budget.sampler=", scheduler, parts.tokens)
         set_timesteps(sampler, steps, parts.tokens, even)
-        if isinstance(parts.noising, Flow) and parts.noising.within:  # the steps of this one of two backbones
-            own = parts.noising.serves(sampler.timesteps).nonzero()[:, 0]
+        if part:  # the steps of this one of two backbones
+            own = part.serves(sampler.timesteps).nonzero()[:, 0]
             if not len(own):
                 raise InputError(f"evaluate.sampling_steps={steps}: visits no timestep of {parts.component}, which is "
                                  "trained: set more steps")
