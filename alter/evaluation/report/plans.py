@@ -62,11 +62,11 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
         axis.plot(share, measured, color=color, linewidth=2 if series == "dense" else 1.2, marker=".", markersize=5)
         if series != "dense":
             axis.plot(share, predicted, color=color, linewidth=0.8, linestyle=":")
-        axis.annotate(title, (share[0], measured[0]), (-3, 3), textcoords="offset points", fontsize=6, color=color,
-                      ha="right", va="bottom")
+        end, side = (-1, "left") if series in ("dense", "planned") else (0, "right")
+        axis.annotate(title, (share[end], measured[end]), (4 if end else -4, 2), textcoords="offset points", fontsize=6,
+                      color=color, ha=side, va="bottom")
     axis.set(xlabel="MACs of all steps (most steps, dense: 1)", ylabel="mean squared displacement of latents",
-             yscale="log")
-    axis.margins(x=0.25)
+             yscale="log", xlim=(0, 1.35))
     axis.grid()
     return figure
 
