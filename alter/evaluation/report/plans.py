@@ -16,14 +16,15 @@ _SERIES = {"dense": ("dense, fewer steps", INK), "one mask": ("one mask", "#009E
 
 
 def front_rows(planner: Planner) -> list[dict[str, Any]]:
-    """Points of the dense model at fewer steps, of the best single mask, of the ladder's rungs at the most steps and of
-    plans; of each the steps, the MACs of an image, their share, and the displacement as predicted and as measured.
+    """Points of the dense model at fewer steps, of the best single mask, of rungs of the ladder at the most steps and
+    of plans; of each the steps, the MACs of an image, their share, and the displacement as predicted and as measured.
     """
     total = planner.experts.macs_total
     whole, least = planner.most * total, 2 * float(planner.macs_M.min())
     budgets = [share * whole for share in _SHARES if share * whole >= least]
     plans = [("one mask", planner.one_mask(budget)) for budget in budgets]
-    plans += [("experts", planner.fixed(planner.most, rung)) for rung in planner.experts.ladder]
+    rungs = [min(planner.experts.ladder, key=lambda rung: abs(rung.keep_ratio_target - share)) for share in _SHARES]
+    plans += [("experts", planner.fixed(planner.most, rung)) for rung in dict.fromkeys(rungs)]
     plans += [("planned", planner.plan(macs=budget)) for budget in budgets]
     rows = [{"series": "dense", "steps": steps, "macs": steps * total, "share": steps / planner.most,
              "predicted": moved, "measured": moved} for steps, moved in planner.drift.items()]
@@ -61,11 +62,11 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
         axis.plot(share, measured, color=color, linewidth=2 if series == "dense" else 1.2, marker=".", markersize=5)
         if series != "dense":
             axis.plot(share, predicted, color=color, linewidth=0.8, linestyle=":")
-        axis.annotate(title, (share[0], measured[0]), (-3, 3), textcoords="offset points", fontsize=6, color=color,
-                      ha="right", va="bottom")
+        end, side = (-1, "left") if series in ("dense", "planned") else (0, "right")
+        axis.annotate(title, (share[end], measured[end]), (4 if end else -4, 2), textcoords="offset points", fontsize=6,
+                      color=color, ha=side, va="bottom")
     axis.set(xlabel="MACs of all steps (most steps, dense: 1)", ylabel="mean squared displacement of latents",
-             yscale="log")
-    axis.margins(x=0.25)
+             yscale="log", xlim=(0, 1.35))
     axis.grid()
     return figure
 
