@@ -158,8 +158,10 @@ def verdict(lost: Sequence[Lost]) -> str:
     """In words, of the first pair: experts, and the dense model with fewer steps."""
     ours, control = lost[:2]
     low, high = sorted((ours.latents, control.latents), key=lambda estimate: estimate.value)
-    apart = "" if low.high < high.low else ", which these images cannot tell apart"
-    better = "less than" if ours.latents.value < control.latents.value else "no less than"
+    wins = ours.latents.value < control.latents.value
+    better, apart = "less than" if wins else "no less than", "" if wins else ": draw fewer steps, or train experts"
+    if low.high >= high.low:
+        apart = ", which these images cannot tell apart"
     return (f"{ours.name}, without training: latents drift by {ours.latents.value:.3f}, {better} {control.name} "
             f"({control.latents.value:.3f}){apart}")
 

@@ -141,3 +141,4 @@ def test_verdict_says_when_fewer_steps_lose_less():
             (0.1, 0.5, 0.05, True, True), (0.5, 0.1, 0.05, False, True), (0.5, 0.4, 0.2, False, False)):
         said = verdict([lost("keep 0.7", ours, width), lost("dense at 14 steps", control, width)])
         assert (", less than dense at" in said) == better and ("cannot tell apart" not in said) == told
+        assert ("draw fewer steps" in said) == (told and not better)
