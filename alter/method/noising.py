@@ -219,10 +219,12 @@ def edges_of(noising: Noising, bins: int, weight_T: np.ndarray | None = None) ->
 
     A border lies halfway between two trained rows, so that the rows between them are in the bin of the nearest.
 
-    weight_T: of the timesteps, float64 [T], of which bins have equal shares; None: all weigh the same.
+    weight_T: of the timesteps, float64 [T], of which bins have equal shares, one that is not trained with the nearest
+        that is; None: all trained ones weigh the same.
     """
     trained = noising.trained.numpy()
-    weights = np.ones(len(trained)) if weight_T is None else weight_T[trained]
+    nearest_T = np.abs(np.arange(noising.num_timesteps)[:, None] - trained).argmin(axis=1)
+    weights = np.ones(len(trained)) if weight_T is None else np.bincount(nearest_T, weight_T, len(trained))
     passed = np.concatenate([[0.0], weights.cumsum() / weights.sum()])
     firsts = np.searchsorted(passed, np.linspace(0, 1, bins + 1)[1:-1] - 1e-9)
     firsts = np.unique(firsts[(firsts > 0) & (firsts < len(trained))])

@@ -10,6 +10,7 @@ from diffusers.training_utils import (
     compute_snr,
 )
 
+from alter.method.budget import timestep_weights
 from alter.method.diffusion import generator
 from alter.method.noising import PREDICTION_TYPES, Betas, Flow, edges_of
 
@@ -159,3 +160,13 @@ def test_bins_share_the_trained_timesteps():
     edges = edges_of(whole, 4, weight_T)
     shares = np.add.reduceat(weight_T, edges[:-1]) / weight_T.sum()
     assert len(shares) == 4 and np.abs(shares - 0.25).max() < 0.002
+
+
+def test_bins_of_few_trained_timesteps_have_equal_shares():
+    """Each of four visited timesteps counts as often, however many others are nearest to it."""
+    noising = Flow(1000, visited=(1000.0, 750.0, 500.0, 250.0))
+    weight_T = timestep_weights(1000, np.array([999, 750, 500, 250]))
+    for bins, expected in ((4, [0, 376, 626, 875, 1000]), (2, [0, 626, 1000]), (20, [0, 376, 626, 875, 1000])):
+        edges = edges_of(noising, bins, weight_T)
+        assert edges.tolist() == expected
+        assert np.add.reduceat(weight_T, edges[:-1]) == pytest.approx(1 / (len(edges) - 1))
