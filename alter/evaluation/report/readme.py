@@ -20,6 +20,7 @@ from ...backbones.sampling import sample_latents
 from ...backbones.schedules import load_scheduler, make_solver
 from ...common.errors import InputError
 from ...experts.artefact import TemporalExperts
+from ...experts.ladder import Rung
 from .drawing import INK, described, layers, styled
 from .experts import colours
 from .runs import Run
@@ -74,15 +75,19 @@ def sample_rows(run: Run, conditions: list[Any]) -> list[Row]:
 
 
 def strip_rows(run: Run, conditions: list[Any], keep_ratios: Sequence[float]) -> list[Row]:
-    """Images of these prompts or classes at several rungs of a ladder, from the same seeds."""
+    """Images of these prompts or classes at several rungs of a ladder, from the same seeds; at 1 of every layer."""
     assert run.config is not None
     steps, rows = run.config.evaluate.sampling_steps, []
     model = _Model(run.final, run, run.config.evaluate.guidance_scale)
     with run.experts.apply(model.target):
         for keep_ratio in keep_ratios:
-            with run.experts.at(keep_ratio) as rung:
+            asked: Any = keep_ratio
+            if keep_ratio == 1:
+                full = int(run.experts.mask_EL.all(axis=1).argmax())
+                asked = Rung(1.0, np.full(len(run.experts.expert_T), full))
+            with run.experts.at(asked) as rung:
                 images = [model.draw(condition, steps, seed) for seed, condition in enumerate(conditions)]
-            rows.append(Row(torch.stack(images), f"{run.experts.choose(rung).keep_ratio:.0%} of the MACs"))
+            rows.append(Row(torch.stack(images), f"{run.experts.only(rung).keep_ratio:.0%} of the MACs"))
     return rows
 
 
