@@ -99,7 +99,7 @@ def test_the_loss_has_the_weights_of_the_budget(small_config, tmp_path):
         trainer = Trainer(config, build(config), make_accelerator(config), tmp_path)
         (batch,) = trainer._prepare(trainer.micro_batches(1))
         with torch.no_grad():
-            terms.append(trainer._terms(trainer.backbone, batch, None)["denoise"])
+            terms.append(trainer.terms(trainer.backbone, batch, None)["denoise"])
             pred = trainer.backbone(batch.noisy_latents, batch.timesteps, **batch.conditioning).sample
     each = losses.mse_per_sample(pred, batch.target)
     assert torch.equal(terms[0], each.mean())

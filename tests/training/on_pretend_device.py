@@ -72,9 +72,11 @@ def test_a_run_and_its_resumption(small_config, tmp_path, waits, kind, changes):
         del waits[1]  # T_end, where masks are measured
     places = {place.partition(":")[0] for found in waits.values() for place in found.uploads}
     assert places == ({"backbones/conditioning.py"} if kind == "sd" else set())  # a pipeline's own token ids
-    for step, found in waits.items():  # the losses of step 3 were read for the checkpoint
+    for step, found in waits.items():
+        # The losses of step 3 were read for the checkpoint; an elastic search has none before the first step.
+        nothing_to_read = step == 4 or bool(changes) and step == 0
         places = [place.partition(":")[0] for place in found.reads.elements()]
-        assert places == ([] if step == 4 else ["training/readout.py"]), step
+        assert places == ([] if nothing_to_read else ["training/readout.py"]), step
     resumed = train(config_of(small_config, kind, output_dir=None, resume="run/checkpoints/step-000004",
                               **changes)).summary
     assert resumed["output_error"] == summary["output_error"]

@@ -61,8 +61,8 @@ def test_batches_are_those_of_the_scheduler(flow_config, tmp_path):
 def test_each_sample_runs_the_expert_of_its_row(flow_config, tmp_path):
     trainer = make_trainer(flow_config(), tmp_path)
     (batch,) = prepared(trainer)
-    seen, original = [], trainer._terms
-    trainer._terms = lambda model, batch, rows: (seen.append(rows.kept), original(model, batch, rows))[1]
+    seen, original = [], trainer.terms
+    trainer.terms = lambda model, batch, rows: (seen.append(rows.kept), original(model, batch, rows))[1]
     expert_T = (np.arange(1000) > batch.rows.median().item()).astype(np.int64)
     trainer.update_backbone([batch], np.array([[1, 0, 1, 1], [1, 1, 0, 1]], bool), expert_T)
     later = batch.timesteps.round().clamp(max=999) > batch.rows.median()

@@ -138,14 +138,14 @@ def test_an_overflow_of_one_update_leaves_the_other_alone(small_config, tmp_path
     modules = {"search": trainer.parts.hypernetwork, "backbone": trainer.parts.backbone}
     spoilt, other = updates.pop(poisoned), updates.popitem()[1]
     spoilt_module, other_module = modules.pop(poisoned), modules.popitem()[1]
-    terms, dense = trainer._terms, poisoned == "search"
+    terms, dense = trainer.terms, poisoned == "search"
 
     def spoil(model, batch, rows):
         found = terms(model, batch, rows)
         return {name: value * (torch.nan if isinstance(rows, SoftRows) == dense else 1.0)
                 for name, value in found.items()}
 
-    trainer._terms = spoil
+    trainer.terms = spoil
     before, scales = snapshot(spoilt_module), (spoilt.scaler.get_scale(), other.scaler.get_scale())
     for count in (1, 2, 3):
         batches, masks = prepared(trainer), trainer.masks()
