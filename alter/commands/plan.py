@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     experts.only(plan.rung).save_pretrained(out)
     plot_plans(rows, out / "plan.png")
-    settings = {"run": str(arguments.run.resolve()), "scheduler": type(pipe.scheduler).__name__, "most": planner.most,
+    settings = {"run": str(arguments.run.resolve()), "scheduler": type(pipe.scheduler).__name__,
+                "asked_scheduler": arguments.scheduler, "most": planner.most,
                 "guidance": arguments.guidance, "images": arguments.images, "seed": arguments.seed,
                 "reference": "full depth" if dense is None else "original"}
     write_text(out / "plan.json", json.dumps({"settings": settings, "chosen": chosen, "front": rows}, indent=1) + "\n")

@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..common.process import this_process
 
     arguments.steps = _steps(arguments)
+    _take_settings(arguments)
     state, out = this_process(), arguments.out
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
@@ -195,6 +196,27 @@ def _steps(arguments: argparse.Namespace) -> int:
     return planned or arguments.steps or 20
 
 
+def _take_settings(arguments: argparse.Namespace) -> None:
+    """A plan holds for its scheduler and guidance: take those that `alter plan` wrote, unless others are asked for.
+
+    Raises:
+        InputError: if others are.
+    """
+    file = arguments.plan / "plan.json" if arguments.plan else None
+    if file is None or not file.is_file():
+        return
+    try:
+        settings = json.loads(read_text(file, "--plan"))["settings"]
+        planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"]}
+    except (LookupError, TypeError, ValueError):
+        raise InputError(f"--plan {file}: is not as `alter plan` wrote it: plan again") from None
+    for name, value in planned.items():
+        if getattr(arguments, name) not in (None, value):
+            raise InputError(f"--{name} {getattr(arguments, name)}: --plan {arguments.plan} was made with "
+                             f"{'the default' if value is None else value}: leave it out, or plan again")
+        setattr(arguments, name, value)
+
+
 def _experts_digest(run: Path) -> str | None:
     """Of the experts.json of a run or a pipeline folder; None without one."""
     file = next((file for file in (run / "final/experts.json", run / "experts.json") if file.is_file()), None)
@@ -211,9 +233,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
     if arguments.keep is not None and not 0 < arguments.keep <= 1:
         raise InputError(f"--keep {arguments.keep}: choose a share in (0, 1]")
-    for name in ("dense", "plan"):
+    for name in ("dense", "original", "dense_pipeline", "plan"):
         if arguments.keep is not None and getattr(arguments, name):
-            raise InputError(f"--keep {arguments.keep}: has no meaning with --{name}: leave one out")
+            raise InputError(f"--keep {arguments.keep}: has no meaning with --{name.replace('_', '-')}: leave one out")
     check_writable(arguments.out, "--out", folder=True)
 
 

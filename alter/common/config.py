@@ -341,4 +341,4 @@ class Config:
                         "search.supernet": (self.search.supernet, False)}
             for name, (value, without) in settings.items():
                 if value != without:
-                    yield f"{name}={value} has no effect with search.method=elastic: leave it out"
+                    yield f"{name}={value} has no effect with search.method=elastic: set {name}={str(without).lower()}"

@@ -1,5 +1,7 @@
 """The planner: how many denoising steps, and which layers at each of them, for a sampler and a budget."""
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from ..backbones.latency import measure_latency
 from ..backbones.schedules import as_rows
 from ..common.errors import InputError
 from ..method.planning import Front, Option, between, routes, step_losses
-from .apply import Applied, asking, backbone_of
+from .apply import Applied, asking, backbone_of, check_same
 from .ladder import Experts, Rung
 
 SPACE = "latents"  # in which displacements are predicted and measured
@@ -94,7 +96,8 @@ class Planner:
         self.full = int(experts.mask_EL.all(axis=1).argmax())
         self.forwards = 0
         self._noise_left: Tensor | None = None
-        known = [steps for steps in _MEASURED_STEPS if steps < self.most] + [self.most, min(4 * self.most, 200)]
+        many = max(2 * self.most, min(4 * self.most, 200))
+        known = [steps for steps in _MEASURED_STEPS if steps < self.most] + [self.most, many]
         drawn = {steps: self._draw(self._everything, steps) if dense is None else self._call(dense, steps)
                  for steps in tqdm(known, unit="draw", desc="the solver's own error", dynamic_ncols=True)}
         self.reference = drawn.pop(known[-1])
@@ -193,16 +196,20 @@ class Planner:
 
     @contextmanager
     def _serving(self, rung: Rung) -> Iterator[None]:
-        with Applied(self.pipe, self.backbone, self.experts, rung), asking(self.experts, rung):
+        with contextlib.ExitStack() as stack:
+            if not hasattr(self.backbone, "_alter_applied"):  # else other threads keep the rung that is in force
+                stack.enter_context(Applied(self.pipe, self.backbone, self.experts, rung))
+            check_same(self.backbone._alter_applied, self.experts)
+            stack.enter_context(asking(self.experts, rung))
             yield
 
     def _call(self, pipe: Any, steps: int) -> Tensor:
         """Final latents of the call, float32 [N, ...]; sample i depends on the seed, on i and on its prompt."""
-        calls = 0
+        calls, thread = 0, threading.get_ident()
 
         def count(*_: Any) -> None:
             nonlocal calls
-            calls += 1
+            calls += threading.get_ident() == thread
 
         hook = backbone_of(pipe, self.experts.component).register_forward_pre_hook(count)
         done, parts = [], list(self._parts())

@@ -16,6 +16,8 @@ from .ladder import Experts, Rung
 
 FORMAT = 2
 
+_MOST_TIMESTEPS = 1_000_000
+
 
 def to_text(experts: Experts) -> str:
     """JSON of format 2."""
@@ -123,6 +125,8 @@ def from_runs(routes: list[list[int]], count: int) -> np.ndarray:
 def _ladder(content: dict[str, Any]) -> tuple[tuple[Rung, ...], int]:
     with _field("training_timesteps"):
         count = _whole(content["training_timesteps"], 1)
+        if count > _MOST_TIMESTEPS:
+            raise ValueError(f"{count} are more than any scheduler has")
     rungs = []
     with _field("ladder"):
         for number, plain in enumerate(content["ladder"]):

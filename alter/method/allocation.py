@@ -51,10 +51,10 @@ class Frontier:
                             new[run, m, width], spent[run, m, width] = loss_MB[m, b], cost_MB[m, b]
                         continue
                     before = loss_RMG[run, m], spent_RMG[run, m], np.full(size, m)
-                    other = run if self._free else run - 1
+                    other = run if self._free else run - 1  # keeping the mask begins no run
                     if other >= 0:
                         g = np.arange(size)
-                        switched = loss_RMG[other, best_RG[other], g]
+                        switched = np.where(best_RG[other] == m, np.inf, loss_RMG[other, best_RG[other], g])
                         better = switched < before[0]
                         before = (np.where(better, switched, before[0]),
                                   np.where(better, spent_RMG[other, best_RG[other], g], before[1]),
@@ -76,7 +76,7 @@ class Frontier:
         allowed = np.where(self._spent_RMG <= budget * (1 + 1e-9), self._loss_RMG, np.inf)
         run, m, g = map(int, np.unravel_index(int(allowed.argmin()), allowed.shape))
         if not np.isfinite(allowed[run, m, g]):
-            raise ValueError(f"budget={budget}: the cheapest choice costs {self._cost_MB.min(axis=0).sum()}")
+            return self._cheapest(budget)  # which shares its multiple of cost with a better one
         masks = []
         for b in reversed(range(self._loss_MB.shape[1])):
             masks.append(m)
@@ -85,6 +85,17 @@ class Frontier:
             run -= int(before != m and not self._free)
             m = before
         mask_B = np.array(masks[::-1], dtype=np.int64)
+        return self._choice(mask_B)
+
+    def _cheapest(self, budget: float) -> Choice:
+        """Of free choices the cheapest mask of each bin, else the cheapest single one."""
+        single = np.full(self._cost_MB.shape[1], self._cost_MB.sum(axis=1).argmin())
+        choice = self._choice(self._cost_MB.argmin(axis=0) if self._free else single)
+        if choice.cost > budget * (1 + 1e-9):
+            raise ValueError(f"budget={budget}: the cheapest choice costs {choice.cost}")
+        return choice
+
+    def _choice(self, mask_B: np.ndarray) -> Choice:
         chosen = mask_B, np.arange(len(mask_B))
         return Choice(mask_B, float(self._cost_MB[chosen].sum()), float(self._loss_MB[chosen].sum()))
 

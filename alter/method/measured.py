@@ -14,6 +14,7 @@ SPACES = ("features", "latents", "pixels")  # in which the displacement of sampl
 CANDIDATES = 8  # layers that are measured again after each removal
 WINDOWS = 10  # of a sampler's steps, in which the response is measured
 EARLY_BINS = 10  # of timesteps, in which the dense model is measured before the search
+EARLY_FORWARDS = EARLY_BINS * (EARLY_BINS + 1) + 2 * EARLY_BINS  # for the early response: two steps in each bin
 ORDER_SAMPLES, EARLY_SAMPLES, RESPONSE_SAMPLES = 32, 16, 32  # at most
 
 
@@ -67,8 +68,10 @@ class Measured:
                        str(content["sampler"]), int(content["steps"]), float(content["guidance"]),
                        int(content["samples"]))
         shape, bins = measured.error_MB.shape, len(measured.edges) - 1
+        if measured.steps < 1 or measured.samples < 1 or any(edge != int(edge) for edge in content["edges"]):
+            raise ValueError("steps and samples must be 1 or more, edges whole numbers")
         values = [measured.error_MB, *measured.response.values()]
-        if len(shape) != 2 or shape[1] != bins or any(len(value) != bins for value in measured.response.values()):
+        if len(shape) != 2 or shape[1] != bins or any(value.shape != (bins,) for value in measured.response.values()):
             raise ValueError(f"errors {shape} and responses do not fit {bins} bins")
         if not set(measured.response) & set(SPACES) or not all(np.isfinite(v).all() and (v >= 0).all() for v in values):
             raise ValueError("errors and responses must be finite, none negative, in one of " + ", ".join(SPACES))
@@ -105,10 +108,9 @@ def forwards(layers: int, least: float, samples: int, bins: int, steps: int, gui
     removed = min(int(layers * (1 - least) + 1e-9), layers - 1)
     tried = sum(1 + (layers - k if k == 0 else min(CANDIDATES, layers - k)) for k in range(removed))
     early = min(samples, EARLY_SAMPLES)
-    sampled = EARLY_BINS * (EARLY_BINS + 1) + 2 * EARLY_BINS  # two steps in each bin
     masks = removed + 1
     return Forwards(
         order=tried * min(samples, ORDER_SAMPLES),
-        forecast=(sampled + EARLY_BINS * (masks + 1)) * early,
+        forecast=(EARLY_FORWARDS + EARLY_BINS * (masks + 1)) * early,
         errors=2 * bins * (masks + 1) * samples,
         response=min(samples, RESPONSE_SAMPLES) * steps * (2 + (min(WINDOWS, steps) + 1) // 2) * (1 + guided))

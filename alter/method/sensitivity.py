@@ -185,8 +185,9 @@ def start_near(table: Sensitivity, budget: Budget, hypernetwork: HyperNetwork, a
     (mask_L,), _ = allocate(table, budget, experts=1)
     mask_EL = np.tile(mask_L, (len(offset_EL), 1))
     if apart:
-        if isinstance(router, OrderedRouter):
-            router.place((np.flatnonzero(np.diff(allocate(table, budget, len(offset_EL))[1])) + 1).tolist())
+        borders = (np.flatnonzero(np.diff(allocate(table, budget, len(offset_EL))[1])) + 1).tolist()
+        if isinstance(router, OrderedRouter) and len(borders) == len(offset_EL) - 1:  # else fewer timesteps are trained
+            router.place(borders)
         serving, expert_T = np.unique(router().argmax(dim=1).cpu().numpy(), return_inverse=True)
         mask_EL[serving] = masks_for(table, budget, expert_T)
     offset_EL.copy_(torch.where(torch.from_numpy(mask_EL).to(offset_EL.device), offset_EL, -offset_EL))

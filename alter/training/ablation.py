@@ -156,7 +156,9 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
     """Markdown: mean ± standard deviation over the seeds of every variant at every budget, the least drift first."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["budget"], row["variant"], row.get("rung")), []).append(row)
+        settings = row["run"].partition(" ")[2]
+        groups.setdefault((row["budget"], " ".join(filter(None, (row["variant"], settings))), row.get("rung")), []
+                          ).append(row)
     heads = ("MACs asked", "variant", "steps", "seeds", "MACs", "Fréchet distance", "drift", "weighted error",
              "output error ×10³", "accuracy")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]

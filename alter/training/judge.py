@@ -4,6 +4,7 @@ Fréchet distance to real images, with its own noise; drift from the dense model
 held-out error weighted by the response of samples. All in the features of one classifier, the same for all runs.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ class Judge:
 
     def __init__(self, config: Config, parts: Parts, folder: Path) -> None:
         reference = demo_reference(config, parts.source)
+        made_of = repr((config.evaluate, config.demo, config.data, config.backbone, config.flow))
+        self.key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
         assert reference is not None, "a demo's run"
         folder.mkdir(parents=True, exist_ok=True)
         self.config, self.parts, self.folder, self.reference = config, parts, folder, reference
@@ -80,7 +83,7 @@ class Judge:
 
         def measure() -> dict[str, Tensor]:
             mask_L = np.arange(len(self.parts.simulator.sites)) % 3 != 1
-            probe = Probe(self.config, self.parts, 32)
+            probe = Probe(dataclasses.replace(self.config, seed=0), self.parts, 32)  # the same for runs of every seed
             caused_B = probe.against_teacher(mask_L[None], equal).mean(axis=2)[0]
             response, _, _ = measure_response(self.config, self.parts, probe, mask_L, equal, caused_B,
                                               {"features": self._features})
@@ -96,7 +99,7 @@ class Judge:
         return self.classifier.features(self.parts.images(latents))
 
     def _once(self, name: str, compute: Any) -> Mapping[str, Tensor]:
-        file = self.folder / f"{name}.safetensors"
+        file = self.folder / f"{name}-{self.key}.safetensors"
         if not file.is_file():
             partial = file.with_name(f".{file.name}")
             save_file({key: value.contiguous() for key, value in compute().items()}, partial)

@@ -19,6 +19,7 @@ from ..data.drawn import Drawn
 from ..evaluation.pairs import Estimate, drift, drifts, psnr
 from ..experts.artefact import TemporalExperts
 from ..method.budget import TOLERANCE
+from ..method.measured import EARLY_FORWARDS, EARLY_SAMPLES
 from ..method.measured import forwards as measured_forwards
 from ..method.noising import Betas, Flow
 from .probe import check_blocks
@@ -129,8 +130,8 @@ def forwards(config: Config, parts: Parts, images: int, keeps: Sequence[float]) 
     drawing = config.evaluate.sampling_steps * (1 if parts.free_guidance == 1 else 2)
     return {
         f"draw {images} images": images * drawing,
-        f"order {layers} layers": counted.order,
-        "measure errors": counted.errors,
+        f"order {layers} layers": counted.order + EARLY_FORWARDS * min(search.samples, EARLY_SAMPLES),
+        "measure errors": counted.errors // 2,  # once, without a training after which they are measured again
         "measure the response": counted.response,
         f"compare {len(keeps)} rungs": round(2 * sum(keeps) * images * drawing),
     }

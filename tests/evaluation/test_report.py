@@ -293,7 +293,8 @@ def test_a_strip_keeps_its_images_and_captions(tmp_path, channels):
 
 
 def test_the_figure_of_an_ablation():
-    rows = [{"variant": variant, "budget": 1.0, "rung": rung, "seed": seed, "share": share, "fd": fd, "drift": fd / 100}
+    rows = [{"variant": variant, "run": variant, "budget": 1.0, "rung": rung, "seed": seed, "share": share, "fd": fd,
+             "drift": fd / 100}
             for variant, rung, seed, share, fd in (
                 ("dense", 0.5, 0, 0.5, 6.0), ("dense", 0.5, 1, 0.5, 8.0), ("dense", 1.0, 0, 1.0, 4.0),
                 ("planned", 0.5, 0, 0.48, 5.0), ("planned", 0.25, 0, 0.25, 9.0))]

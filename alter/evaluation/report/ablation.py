@@ -23,7 +23,7 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
     for axis, name, label in zip(figure.subplots(1, 2), ("fd", "drift"),
                                  ("Fréchet distance", "drift from 50 dense steps"), strict=True):
         for index, (variant, title) in enumerate({"dense": "dense, fewer steps", **_SERIES}.items()):
-            chosen = [row for row in rows if row["variant"] == variant and row["share"] <= 1.001]
+            chosen = [row for row in rows if row["variant"] == variant and " " not in row["run"]]
             places = {(row["budget"], row.get("rung")) for row in chosen}
             groups = [[(row["share"], row[name]) for row in chosen if (row["budget"], row.get("rung")) == place]
                       for place in places]

@@ -79,9 +79,9 @@ class ElasticSearch:
         return self.masks_ML, np.zeros(self.parts.noising.num_timesteps, dtype=np.int64)
 
     def present(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
-        """The mask of the budget alone, whatever depths are being trained."""
+        """The mask of the highest budget alone, whatever depths are being trained."""
         parts, budget = self.parts, self.parts.budget
-        return TemporalExperts.build(*masks, parts.cost, budget.keep_ratio, budget.over, budget.timesteps,
+        return TemporalExperts.build(*masks, parts.cost, self.config.budget.range[1], budget.over, budget.timesteps,
                                      parts.latency, parts.told_component)
 
     def finish(self) -> TemporalExperts:

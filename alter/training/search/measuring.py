@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,8 @@ def measured_family(config: Config, parts: Parts, masks: np.ndarray, edges: np.n
     error_MBS = probe.against_teacher(masks, edges)
     error_MB = error_MBS.mean(axis=2)
     fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size)
-    response, sampler, steps = measure_response(config, parts, fewer, masks[at], edges, error_MB[at], views_of(parts))
+    # Displacements are those from the backbone's own full depth, which is not the teacher any more.
+    own_B = np.array([probe.errors(masks[at][None], int(low), int(high))[0][0] for low, high in pairwise(edges)])
+    response, sampler, steps = measure_response(config, parts, fewer, masks[at], edges, own_B, views_of(parts))
     return Measured(tuple(map(int, edges)), error_MB, response, sampler, steps, config.evaluate.guidance_scale,
                     config.search.samples), error_MBS
