@@ -90,22 +90,25 @@ class Probe:
     @torch.no_grad()
     def against_teacher(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """Mean squared change of the output against the teacher's, of bool masks [M, L] in each bin of timesteps,
-        float64 [M, B, S] for the S samples.
+        float64 [M, B, S] for the S samples; both in the run's arithmetic, whether the backbone is wrapped or not.
 
         Args:
             edges: bin b holds the timesteps from edges[b] up to, not including, edges[b+1], int64 [B+1].
         """
         errors = np.zeros((len(masks), len(edges) - 1, self.samples))
         bar = tqdm(total=errors.shape[1] * len(self._batches), unit="batch", desc="errors of masks", dynamic_ncols=True)
+        parts = self.parts
+        arithmetic = torch.autocast(parts.backbone.device.type, parts.precision, parts.precision != torch.float32)
         for b, (low, high) in enumerate(pairwise(edges)):
             first = 0
             for noisy, timesteps, conditioning, _ in self.noised(int(low), int(high)):
                 bar.update()
-                with self.parts.dense() as teacher:
+                with parts.dense() as teacher, arithmetic:
                     dense = predict(teacher, noisy, timesteps, conditioning)[:, : noisy.shape[1]].float()
                 rows = slice(first, first + len(noisy))
                 for m, mask_L in enumerate(masks):
-                    change = mse_per_sample(self._predict(mask_L, noisy, timesteps, conditioning), dense)
+                    with arithmetic:
+                        change = mse_per_sample(self._predict(mask_L, noisy, timesteps, conditioning), dense)
                     errors[m, b, rows] = change.cpu().numpy()
                 first = rows.stop
         self.parts.release_teacher()

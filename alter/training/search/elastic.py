@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ...common.config import Config
+from ...common.errors import InputError
 from ...common.process import on_main_process
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
@@ -54,6 +55,10 @@ class ElasticSearch:
             return masks_ML
 
         self.masks_ML = on_main_process(order)
+        least = float(costs(parts, self.masks_ML).min())
+        if least > config.budget.range[0] + TOLERANCE:
+            raise InputError(f"budget.keep_ratio={config.budget.range[0]}: the layers that are left keep {least:.3f} "
+                             f"(search.least={search.least}): choose more, or a lower search.least")
 
     def update(self, batches: list[Batch]) -> dict[str, float]:
         """Nothing is learned beside the weights."""
