@@ -59,8 +59,8 @@ class TemporalExperts(Experts):
         """Read `experts.json` from a folder or, if there is no such folder, from a hub id.
 
         Args:
-            component: the one that they are for, of a pipeline with two backbones; None: the first, or the only one
-                that has experts.
+            component: the second one, of a pipeline with two backbones; None: the first, whose file lies beside
+                model_index.json, or the only one that has experts.
             hub: further arguments of huggingface_hub's `hf_hub_download`, for example `token` or `cache_dir`.
 
         Raises:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from .drawing import EXPERTS, INK, WIDTH, styled
 
+_LINE, _BESIDE = 14.0, 60.0  # pixels: between names, and within which they would overlap
 _SERIES = {  # in the order in which they take colours, after the dense model
     "planned": "steps and depth planned", "elastic_range": "elastic, one run", "elastic": "elastic",
     "elastic_one": "elastic, one mask", "hypernetwork": "hypernetwork", "one_mask": "one measured mask",
@@ -22,6 +23,7 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure((2 * WIDTH, 3.4), layout="constrained")
     for axis, name, label in zip(figure.subplots(1, 2), ("fd", "drift"),
                                  ("Fréchet distance", "drift from 50 dense steps"), strict=True):
+        ends: list[tuple[float, float, str, str]] = []
         for index, (variant, title) in enumerate({"dense": "dense, fewer steps", **_SERIES}.items()):
             chosen = [row for row in rows if row["variant"] == variant and " " not in row["run"]]
             places = {(row["budget"], row.get("rung")) for row in chosen}
@@ -33,13 +35,28 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
             x, y, spread = points[np.argsort(points[:, 0])].T
             color = INK if variant == "dense" else EXPERTS[(index - 1) % len(EXPERTS)]
             axis.plot(x, y, color=color, linewidth=2 if variant == "dense" else 1.2, marker=".", markersize=5)
-            axis.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
-            axis.annotate(title, (x[0], y[0]), (-3, 3), textcoords="offset points", fontsize=6, color=color,
-                          ha="right" if len(x) > 1 else "center", va="bottom")
-        axis.set(xlabel="MACs of all steps (20 dense steps: 1)", ylabel=label, yscale="log")
-        axis.margins(x=0.2)
+            if len(x) > 1:
+                axis.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
+            else:
+                axis.vlines(x, y - spread, y + spread, color=color, linewidth=1)
+            ends.append((x[-1], y[-1], title, color))
+        axis.set(xlabel="MACs of all steps (20 dense steps: 1)", ylabel=label, yscale="log", xlim=(None, 1.45))
+        axis.set_xticks([0.25, 0.5, 0.75, 1.0])
         axis.grid()
+        _name(axis, ends)
     return figure
+
+
+def _name(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
+    """The names of series right of their ends, those that end below one another without overlap."""
+    axis.figure.canvas.draw()
+    placed: list[tuple[float, float]] = []
+    for x, y, title, color in sorted(ends, key=lambda end: end[1]):
+        left, bottom = axis.transData.transform((x, y))
+        lifted = max([bottom, *(height + _LINE for there, height in placed if abs(there - left) < _BESIDE)])
+        placed.append((left, lifted))
+        lift = (lifted - bottom) * 72 / axis.figure.dpi
+        axis.annotate(title, (x, y), (5, lift), textcoords="offset points", fontsize=7, color=color, va="center")
 
 
 def plot_fronts(rows: list[dict[str, Any]], path: Path) -> None:
