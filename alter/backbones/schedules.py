@@ -6,18 +6,20 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from ..common.config import FlowConfig
 from ..common.errors import InputError
 from ..method.noising import PREDICTION_TYPES, Betas, Flow, Noising
 from .inputs import latent_shape
 from .pretrained import meta_backbone, read_config
 from .sizes import latent_size
+
+if TYPE_CHECKING:
+    from ..common.flow import FlowConfig
 
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # What most pipelines of flows hand to `set_timesteps` as sigmas: 1, (n-1)/n, ..., 1/n, in one of two spellings.
@@ -64,7 +66,7 @@ def load_scheduler(folder: Path) -> Any:
                          "fetch it again") from None
 
 
-def make_noising(scheduler: Any, tokens: int, flow: FlowConfig | None = None,
+def make_noising(scheduler: Any, tokens: int, flow: "FlowConfig | None" = None,
                  min_snr_gamma: float | None = None) -> Noising:
     """By what the backbone trains.
 
@@ -74,7 +76,10 @@ def make_noising(scheduler: Any, tokens: int, flow: FlowConfig | None = None,
     """
     if not is_flow(scheduler):
         return Betas(scheduler.alphas_cumprod, scheduler.config.prediction_type, min_snr_gamma)
-    flow = flow or FlowConfig()
+    if flow is None:
+        from ..common.flow import FlowConfig  # which needs PyYAML: experts are served without
+
+        flow = FlowConfig()
     shift = own_shift(scheduler.config, tokens) if flow.shift is None else flow.shift
     return Flow(scheduler.config.num_train_timesteps, shift, flow.density, flow.logit_mean, flow.logit_std,
                 flow.mode_scale, flow.weighting)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..backbones.conditioning import stop_at_backbone
 from ..backbones.family import COMPONENTS, backbone_class, parameters
