@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import alter.training.journal
-import alter.training.judge
+import alter.training.rating
 import alter.training.setup.plan
 import alter.training.summary
 from alter.common.load import CONFIGS, load_config
@@ -40,7 +40,7 @@ def brief_runs():
     gc.freeze()  # what is imported by now is never garbage; looking through it takes a third of a second
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alter.training.setup.plan, "count_cost", known_cost)
-        patch.setattr(alter.training.judge, "train_classifier", functools.partial(train_classifier, steps=20))
+        patch.setattr(alter.training.rating, "train_classifier", functools.partial(train_classifier, steps=20))
         patch.setattr(alter.training.summary, "errors_by_timestep", functools.partial(errors_by_timestep, bins=4))
         for module, name, _ in _PICTURES:
             patch.setattr(module, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))

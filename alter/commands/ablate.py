@@ -25,7 +25,7 @@ from ..common.load import load_config
 from ..evaluation.report.figures import plot_fronts
 from ..training.ablation import UNSEARCHED, ablation_table, dense_rows, run_rows, unsearched_experts
 from ..training.demo import make_demo
-from ..training.judge import Judge
+from ..training.rating import Rating
 from ..training.run import train
 from ..training.setup.parts import build
 from .options import add_config, check_keep, user_path
@@ -98,9 +98,9 @@ def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, s
     make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
     if variant != "dense" and not (folder / "run" / "summary.json").is_file():
         _train(arguments, config, variant, folder, [*settings, *SEARCHED.get(variant, ["paper=true"])], keep, seed)
-    judge = Judge(config, build(config, device=device), arguments.runs / f"{stem}-judge")
-    steps, total = config.evaluate.sampling_steps, judge.parts.cost.macs_total
-    found = dense_rows(judge, steps) if variant == "dense" else run_rows(judge, folder / "run", variant, steps)
+    rating = Rating(config, build(config, device=device), arguments.runs / f"{stem}-rating")
+    steps, total = config.evaluate.sampling_steps, rating.parts.cost.macs_total
+    found = dense_rows(rating, steps) if variant == "dense" else run_rows(rating, folder / "run", variant, steps)
     common = {"run": name, "seed": seed, "budget": keep, "device": device_name(device), "torch": torch.__version__,
               "samples": config.evaluate.samples}
     return [{**common, **row, "share": row["macs"] / (steps * total)} for row in found]
@@ -108,7 +108,7 @@ def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, s
 
 def _train(arguments: argparse.Namespace, config: Config, variant: str, folder: Path, settings: list[str], keep: float,
            seed: int) -> None:
-    """Without the samples that a demo draws at its end: the judge draws its own."""
+    """Without the samples that a demo draws at its end: `Rating` draws its own."""
     settings += ["evaluate.dense=false", "evaluate.samples=100"]
     if variant == "elastic_range":
         settings += [f"train.{name}={value * 3 // 2}" for name, value in (

@@ -29,7 +29,7 @@ PAIRS = {
 }
 USUAL = ("psnr", "ssim", "drift")  # and drift_latents where there are latents
 _FEATURES = {"drift": ("clean", "pool"), "drift_dinov2": ("dinov2", "token")}
-_JUDGES = ("drift", "drift_dinov2", "lpips", "drift_latents", "ssim", "psnr")  # the first measured finds the worst
+_BY = ("drift", "drift_dinov2", "lpips", "drift_latents", "ssim", "psnr")  # the first measured finds the worst
 _FREE = ("steps", "scheduler", "guidance", "dtype")  # settings that may differ, and are told
 SHOWN = 6  # of the worst pairs
 
@@ -179,7 +179,7 @@ def _written(estimate: Estimate) -> dict[str, Any]:
 
 def _worst(images: ImageSet, dense: ImageSet, titles: list[str], values: dict[str, Tensor]) -> list[Pair]:
     """The pairs that differ most, the worst first."""
-    judge = next(name for name in _JUDGES if name in values)
-    order = values[judge].argsort(descending=judge not in ("ssim", "psnr"))[:SHOWN].tolist()
+    measure = next(name for name in _BY if name in values)
+    order = values[measure].argsort(descending=measure not in ("ssim", "psnr"))[:SHOWN].tolist()
     return [Pair(images.names[i], titles[i], {name: float(value[i]) for name, value in values.items()},
                  *load_pair(images, dense, i)) for i in order]

@@ -22,8 +22,8 @@ from ..method.budget import Budget
 from ..method.hypernetwork import Logits
 from ..method.noising import Betas
 from .demo_images import own_weights
-from .judge import Judge
 from .probe import Probe
+from .rating import Rating
 from .search.measuring import early_response, order_layers
 from .setup.parts import Parts, build
 
@@ -92,16 +92,16 @@ def _one_mask(worth_L: np.ndarray, budget: Budget, routes: np.ndarray) -> tuple[
     return budget.masks(logits, budget.keep_ratio)
 
 
-def dense_rows(judge: Judge, steps: int) -> Iterator[dict[str, Any]]:
+def dense_rows(rating: Rating, steps: int) -> Iterator[dict[str, Any]]:
     """Of the dense model, in as many denoising steps as take each share of the MACs of `steps`."""
-    total = judge.parts.cost.macs_total
+    total = rating.parts.cost.macs_total
     for count in sorted({max(2, round(share * steps)) for share in (*_SHARES, 1.0)}):
         yield {"variant": "dense", "rung": round(count / steps, 3), "steps": count, "macs": count * total,
                "keep_ratio": 1.0,
-               **judge.rate(judge.dense(count))}
+               **rating.rate(rating.dense(count))}
 
 
-def run_rows(judge: Judge, run: Path, variant: str, steps: int) -> Iterator[dict[str, Any]]:
+def run_rows(rating: Rating, run: Path, variant: str, steps: int) -> Iterator[dict[str, Any]]:
     """Of a finished run: its experts in `steps` denoising steps; of a ladder several tuned rungs, and plans of steps
     and depth, for _SHARES of the MACs of that many dense steps."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
@@ -114,37 +114,37 @@ def run_rows(judge: Judge, run: Path, variant: str, steps: int) -> Iterator[dict
         row = {"variant": variant, "steps": steps, **_cost(experts.choose(rung), parts, steps)}
         if rung == experts.rung and summary["output_error"] is not None:
             errors = np.array(summary["output_error_by_timestep"])
-            row |= {"output_error": summary["output_error"], "weighted_error": judge.weighted(errors)}
+            row |= {"output_error": summary["output_error"], "weighted_error": rating.weighted(errors)}
         if experts.measured is not None:
             edges = np.array(experts.measured.edges)
             error_B = experts.measured.error_MB[rung.expert_T[edges[:-1]], np.arange(len(edges) - 1)]
-            row["rung_error"] = judge.weighted(error_B, edges)
+            row["rung_error"] = rating.weighted(error_B, edges)
         if len(tuned) > 1:
             row["rung"] = rung.keep_ratio_target
-        yield row | judge.rate(judge.drawn(parts, experts.choose(rung), steps))
+        yield row | rating.rate(rating.drawn(parts, experts.choose(rung), steps))
     if len(tuned) > 1:
-        yield from _planned_rows(judge, run, parts, steps)
+        yield from _planned_rows(rating, run, parts, steps)
 
 
-def _planned_rows(judge: Judge, run: Path, parts: Parts, steps: int) -> Iterator[dict[str, Any]]:
+def _planned_rows(rating: Rating, run: Path, parts: Parts, steps: int) -> Iterator[dict[str, Any]]:
     experts = parts.experts
     assert experts is not None
-    pipes: list[Any] = [load_dense(folder).to(parts.backbone.device) for folder in (run / "final", judge.parts.folder)]
+    pipes: list[Any] = [load_dense(folder).to(parts.backbone.device) for folder in (run / "final", rating.parts.folder)]
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         if isinstance(parts.noising, Betas):
             pipe.scheduler = make_solver(parts.scheduler, parts.tokens)
     call: dict[str, Any] = {"guidance_scale": parts.guidance_scale}
-    some = {name: value[:_PLANNED_ON] for name, value in judge.batch.items()}
+    some = {name: value[:_PLANNED_ON] for name, value in rating.batch.items()}
     call |= {"class_labels": some["labels"].tolist()} if "labels" in some else {"prompt": some["captions"]}
     planner = Planner(experts, pipes[0], call, steps, dense=pipes[1])
     for share in _SHARES:
         plan = planner.plan(macs=share * steps * experts.macs_total)
-        images = judge.drawn(parts, experts.only(plan.rung), plan.steps)
+        images = rating.drawn(parts, experts.only(plan.rung), plan.steps)
         depths = [int(experts.mask_EL[expert].sum()) for expert in plan.rung.expert_T[planner.visited[plan.steps]]]
         yield {"variant": "planned", "rung": share, "steps": plan.steps, "macs": plan.macs, "depths": depths,
                "keep_ratio": plan.macs / plan.steps / experts.macs_total, "predicted": plan.error,
-               "discretisation": plan.discretisation, "measured": planner.check(plan), **judge.rate(images)}
+               "discretisation": plan.discretisation, "measured": planner.check(plan), **rating.rate(images)}
 
 
 def _cost(experts: TemporalExperts, parts: Parts, steps: int) -> dict[str, float]:

@@ -29,7 +29,7 @@ from ..experts.artefact import FILE_NAME as EXPERTS
 from ..experts.artefact import TemporalExperts
 from ..experts.load import pipeline_class
 from .demo_images import DemoReference, demo_reference
-from .judge import demo_classifier
+from .rating import demo_classifier
 from .setup.parts import Parts
 
 _SHOWN = 12  # images per row of samples.png, at most

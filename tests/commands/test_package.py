@@ -91,10 +91,10 @@ def test_requirements_txt_is_the_package_with_its_extras():
 # As tests/conftest.py has it for runs in the process of the tests.
 BRIEF = """
 import functools, sys
-import alter.training.judge as judge
+import alter.training.rating as rating
 import alter.training.summary as summary
 
-judge.train_classifier = functools.partial(judge.train_classifier, steps=20)
+rating.train_classifier = functools.partial(rating.train_classifier, steps=20)
 summary.errors_by_timestep = functools.partial(summary.errors_by_timestep, bins=4)
 from alter.commands import main
 sys.exit(main(["train", "--config", "demo_dit", *sys.argv[1:]]))

@@ -30,7 +30,7 @@ _BINS = 20  # in which the response is measured
 _RESAMPLES = 50
 
 
-class Judge:
+class Rating:
     """Rates samples of runs of one configuration, whose seed is that of the samples.
 
     Args:
