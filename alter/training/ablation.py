@@ -1,5 +1,6 @@
 """Experts found otherwise than by a search, to compare it with; and the rows of an ablation."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from ..method.noising import Betas
 from .demo_images import own_weights
 from .probe import Probe
 from .rating import Rating
-from .search.measuring import early_response, order_layers
+from .search.elastic import costs, ordered
 from .setup.parts import Parts, build
 
 UNSEARCHED = ("dense_tuned", "random", "every_second", "block_influence", "one_mask")
@@ -53,10 +54,9 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
     elif variant == "block_influence":
         masks = _one_mask(block_influence(config, parts), budget, routes)
     elif variant == "one_mask":
-        weight_T = early_response(Probe(config, parts, 16), sites)
-        family = order_layers(Probe(config, parts, 32), budget, 0.0, weight_T)
-        nearest = np.abs(budget.fixed + family @ budget.share_L / budget.scale - budget.keep_ratio).argmin()
-        masks = family[nearest][None], routes
+        search = dataclasses.replace(config.search, least=0.0)
+        family = ordered(dataclasses.replace(config, search=search), parts)
+        masks = family[np.abs(costs(parts, family) - budget.keep_ratio).argmin()][None], routes
     else:
         raise InputError(f"variant {variant!r}: choose one of {', '.join(UNSEARCHED)}")
     return TemporalExperts.build(*masks, parts.cost, min(budget.measured(*masks), 1.0), budget.over, budget.timesteps,

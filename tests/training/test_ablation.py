@@ -20,7 +20,8 @@ from alter.training.setup.parts import build
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_given_experts_meet_the_budget(small_config, monkeypatch, variant, kind):
     monkeypatch.setattr(ablation, "Probe", lambda config, parts, samples: Probe(config, parts, 2))
-    config = small_config(kind, budget={"keep_ratio": 0.7, "over": "prunable"}, experts={"count": 2})
+    config = small_config(kind, budget={"keep_ratio": 0.7, "over": "prunable"}, experts={"count": 2},
+                          search={"samples": 2})
     parts = build(config)
     experts = unsearched_experts(variant, config, parts, 0)
     prunable = sum(experts.macs) / experts.macs_total

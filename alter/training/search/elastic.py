@@ -138,14 +138,14 @@ def allocated(config: Config, parts: Parts, masks_ML: np.ndarray, asked: Sequenc
     measured, error_MBS = measured_family(config, parts, masks_ML, edges, near, batch_size)
     response_B = measured.response[measured.space]
     tqdm.write(_forecast(config, parts, masks_ML, edges, error_MBS * response_B[:, None], measured.space, asked[0]))
-    rungs = ladder(measured, bincosts(parts, masks_ML, edges), config.experts.count, asked, tuned)
+    rungs = ladder(measured, bin_costs(parts, masks_ML, edges), config.experts.count, asked, tuned)
     return experts_of(parts, masks_ML, rungs, asked[0], measured)
 
 
 def _forecast(config: Config, parts: Parts, masks_ML: np.ndarray, edges: np.ndarray, loss_MBS: np.ndarray, space: str,
               keep_ratio: float) -> str:
     """What masks over time promise at a budget, in plain words."""
-    experts, cost_MB = config.experts.count, bincosts(parts, masks_ML, edges)
+    experts, cost_MB = config.experts.count, bin_costs(parts, masks_ML, edges)
     least = max(keep_ratio + TOLERANCE, cost_MB.min(axis=0).sum())
     return describe_gain(gain(loss_MBS, cost_MB, least, experts, config.seed), keep_ratio, experts, space)
 
@@ -160,7 +160,7 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
     edges = np.array(experts.measured.edges)
     error_MBS = Probe(config, parts, config.search.samples).against_teacher(experts.mask_EL, edges)
     measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2))
-    cost_MB = bincosts(parts, experts.mask_EL, edges)
+    cost_MB = bin_costs(parts, experts.mask_EL, edges)
     frontier, loss_MT = Frontier(measured.loss_MB, cost_MB, config.experts.count), measured.loss_MT
     rungs = []
     for rung in experts.ladder:
@@ -171,7 +171,7 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
     return dataclasses.replace(experts, measured=measured, ladder=tuple(rungs))
 
 
-def bincosts(parts: Parts, masks_ML: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def bin_costs(parts: Parts, masks_ML: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """What mask m in bin b adds to the keep ratio, float64 [M, B]."""
     weight_T = _weight_T(parts)
     weight_B = np.add.reduceat(weight_T, edges[:-1]) / weight_T.sum()

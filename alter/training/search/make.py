@@ -8,6 +8,7 @@ from torch import Tensor
 from ...experts.artefact import TemporalExperts
 from ..batch import Batch
 from ..update import Update
+from .elastic import ElasticSearch
 from .hypernetwork import HypernetworkSearch
 
 
@@ -49,8 +50,4 @@ class Search(Protocol):
 
 def make_search(trainer: Any) -> Search:
     """By `search.method`, for a `Trainer` whose experts are yet to be found."""
-    if trainer.config.search.method == "elastic":
-        from .elastic import ElasticSearch
-
-        return ElasticSearch(trainer)
-    return HypernetworkSearch(trainer)
+    return (ElasticSearch if trainer.config.search.method == "elastic" else HypernetworkSearch)(trainer)
