@@ -15,8 +15,8 @@ from .pretrained import component_of, hollow, read_config
 _LENGTH = 8  # of a text, and of its states' width: any that is not one
 
 
-class _Stopped(BaseException):
-    """Not an Exception, which a pipeline might catch."""
+class Stopped(BaseException):
+    """Ends a pipeline's call. Not an Exception, which the pipeline might catch."""
 
 
 def asked_timesteps(folder: Path, scheduler: Any, steps: int, size: tuple[int, ...]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def asked_timesteps(folder: Path, scheduler: Any, steps: int, size: tuple[int, .
 
     def stop(*args: Any, **kwargs: Any) -> None:
         told.update(signature.bind(*args, **kwargs).arguments)
-        raise _Stopped
+        raise Stopped
 
     stop.__signature__ = signature  # type: ignore[attr-defined]  # pipelines ask what it takes
     listening.set_timesteps = stop
@@ -45,7 +45,7 @@ def asked_timesteps(folder: Path, scheduler: Any, steps: int, size: tuple[int, .
         parts = {part: _part(folder, part, value) for part, value in index.items() if not part.startswith("_")}
         pipe: Any = getattr(diffusers, name)(**{**parts, "scheduler": listening})
         pipe(**_arguments(pipe, steps, size))
-    except _Stopped:
+    except Stopped:
         return {key: value for key, value in told.items() if value is not None and key != "device"}
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{folder}: its {name} does not tell how it sets timesteps "

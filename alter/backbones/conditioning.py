@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..common.errors import InputError
 from ..method.diffusion import generator
+from .asking import Stopped
 from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
 from .pretrained import absent_parts, component_of, hollow, load_backbone, precision, variant_of
 
@@ -257,10 +258,6 @@ def _backbones(pipe: Any) -> dict[str, Any]:
     return {name: getattr(pipe, name) for name in COMPONENTS if isinstance(getattr(pipe, name, None), nn.Module)}
 
 
-class _Stopped(BaseException):
-    """Not an Exception, which a pipeline might catch."""
-
-
 def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any],
                      field: str = "backbone.pretrained") -> dict[str, Any]:
     """The arguments, by name, with which `pipe(**given)` calls its backbone for the first time; it does not run.
@@ -273,12 +270,12 @@ def stop_at_backbone(pipe: Any, backbone: Backbone, given: dict[str, Any],
 
     def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         told.update({**dict(zip(names, args, strict=False)), **kwargs})
-        raise _Stopped
+        raise Stopped
 
     hooks = [each.register_forward_pre_hook(stop, with_kwargs=True) for each in _backbones(pipe).values()]
     try:
         pipe(**given)
-    except _Stopped:
+    except Stopped:
         return {name: value for name, value in told.items() if value is not None}
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{field}: its {type(pipe).__name__} refuses to encode a prompt "
