@@ -49,6 +49,8 @@ if "UNREGISTERED" in os.environ:
     time.sleep(600)
 status = Path(os.environ["ALTER_STATUS_DIR"], str(os.getpid())) if "ALTER_STATUS_DIR" in os.environ else None
 code = int(os.environ.get("CODE", "0"))
+if code:
+    meet("failing")  # for accelerate ends the rest when the first has failed
 if "KILLED" in os.environ:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which accelerate sends when the first is gone
     status.touch()
