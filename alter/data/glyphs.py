@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SIZE = 24
+SIZE = 32
 CLASSES = tuple("ABCDEFGHIJ")
 _SCALE = 4  # drawn larger and averaged, for smooth edges
 
@@ -33,7 +33,7 @@ def fonts() -> tuple[Path, ...]:
 
 
 def draw_glyphs(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` letters, float32 [count, 1, 24, 24] in [-1, 1], and which of CLASSES they are, int64 [count].
+    """`count` letters, float32 [count, 1, 32, 32] in [-1, 1], and which of CLASSES they are, int64 [count].
 
     White on black; font, size, width, rotation, slant and place are random.
     """
@@ -44,7 +44,7 @@ def draw_glyphs(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def write_glyphs(folder: Path, count: int, seed: int) -> None:
-    """Write what `draw_glyphs` draws in fast-DiT's layout: one float32 [1, 1, 24, 24] and one label a file."""
+    """Write what `draw_glyphs` draws in fast-DiT's layout: one float32 [1, 1, 32, 32] and one label a file."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("glyphs_features", "glyphs_labels"):

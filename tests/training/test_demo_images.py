@@ -30,7 +30,7 @@ def test_a_run_that_is_no_demo_is_refused_on_every_process(small_config, tmp_pat
 
 
 @pytest.mark.parametrize("name, shape, images", [
-    ("ablation_glyphs", (1, 24, 24), 800), ("ablation_dit", (3, 16, 16), 40),
+    ("ablation_glyphs", (1, 32, 32), 800), ("ablation_dit", (3, 16, 16), 40),
 ])
 def test_the_demos_of_drawn_latents(tmp_path, monkeypatch, name, shape, images):
     monkeypatch.chdir(tmp_path)
