@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--quality", type=int, metavar="STEPS", help="the cheapest plan that is predicted to be as "
                         "good as so many steps at full depth")
     dense = parser.add_mutually_exclusive_group()
-    dense.add_argument("--original", action="store_true", help="compare with the dense model that the run started from,"
-                       " as its config.yaml names it (default: with these weights at full depth)")
+    dense.add_argument("--original", action="store_true", help="plan with the dense model that the run started from, as "
+                       "its config.yaml names it, as a choice (default: these weights at full depth)")
     dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
                        help="--original, with the backbone of this pipeline")
     parser.add_argument("--most", type=int, help="steps at most (default: those that experts.json was measured with)")
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     planner = Planner(experts, pipe, call, arguments.most, arguments.seed, arguments.batch, dense)
     if dense is None and planner.fixed(2, 1).error > planner.fixed(2, 1).discretisation:
         print("at full depth these weights are not the dense model that errors were measured against: predictions hold "
-              "that distance too; --original compares with the dense model")
+              "that distance too; --original makes the dense model a choice")
     macs = arguments.macs
     if all(value is None for value in (macs, arguments.seconds, arguments.quality)):
         macs = (0.5 if arguments.share is None else arguments.share) * planner.most * experts.macs_total
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = front_rows(planner)
     masks = plan.rung.expert_T[planner.visited[plan.steps]]
     chosen = {**plan_row(planner, plan), "seconds": plan.seconds, "discretisation": plan.discretisation,
-              "timesteps": planner.visited[plan.steps].tolist(), "masks": masks.tolist(),
+              "dense": plan.dense, "timesteps": planner.visited[plan.steps].tolist(), "masks": masks.tolist(),
               "layers": experts.mask_EL[masks].sum(axis=1).tolist()}
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -94,10 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {"run": str(arguments.run.resolve()), "scheduler": type(pipe.scheduler).__name__,
                 "asked_scheduler": arguments.scheduler, "most": planner.most,
                 "guidance": arguments.guidance, "images": arguments.images, "seed": arguments.seed,
-                "reference": "full depth" if dense is None else "original"}
+                "reference": "full depth" if dense is None else "original",
+                "dense_pipeline": arguments.dense_pipeline and str(arguments.dense_pipeline.resolve())}
     write_text(out / "plan.json", json.dumps({"settings": settings, "chosen": chosen, "front": rows}, indent=1) + "\n")
     print(front_table(rows))
-    print(f"chosen: {plan.steps} steps of {' '.join(map(str, chosen['layers']))} of {len(experts.sites)} layers, "
+    layers = f"of {' '.join(map(str, chosen['layers']))} of {len(experts.sites)} layers"
+    print(f"chosen: {plan.steps} steps {'of the dense model' if plan.dense else layers}, "
           f"{chosen['share']:.1%} of the MACs of {planner.most} steps at full depth; displacement {plan.error:.3g} "
           f"predicted, {chosen['measured']:.3g} measured")
     print(f"written to {out}: plan.json, plan.png, and experts.json for `alter sample --plan {out}`")

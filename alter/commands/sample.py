@@ -197,7 +197,7 @@ def _steps(arguments: argparse.Namespace) -> int:
 
 
 def _take_settings(arguments: argparse.Namespace) -> None:
-    """A plan holds for its scheduler and guidance: take those that `alter plan` wrote, unless others are asked for.
+    """A plan holds for its scheduler and guidance, and may be one of the dense model: take what `alter plan` wrote.
 
     Raises:
         InputError: if others are.
@@ -206,8 +206,12 @@ def _take_settings(arguments: argparse.Namespace) -> None:
     if file is None or not file.is_file():
         return
     try:
-        settings = json.loads(read_text(file, "--plan"))["settings"]
+        written = json.loads(read_text(file, "--plan"))
+        settings, of_dense_model = written["settings"], written["chosen"].get("dense", False)
         planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"]}
+        if of_dense_model:
+            pipeline = settings["dense_pipeline"]
+            arguments.original, arguments.dense_pipeline = pipeline is None, pipeline and Path(pipeline)
     except (LookupError, TypeError, ValueError):
         raise InputError(f"--plan {file}: is not as `alter plan` wrote it: plan again") from None
     for name, value in planned.items():

@@ -32,6 +32,7 @@ class Plan:
 
     Attributes:
         rung: to be served with `experts.at(plan.rung)`; its `steps` are to be asked of the pipeline.
+        dense: to be drawn by the dense model instead (`Planner`'s `dense`), without experts, in as many steps.
         macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
         seconds: of the backbone, as of `Planner.plan`; None where they were neither measured nor asked for.
         error: predicted mean squared displacement of the latents from those of many dense steps. discretisation: the
@@ -43,6 +44,7 @@ class Plan:
     seconds: float | None
     error: float
     discretisation: float
+    dense: bool
 
     @property
     def steps(self) -> int:
@@ -54,9 +56,8 @@ class Plan:
 class Planner:
     """Measures a sampler once, by drawing, and plans for any budget.
 
-    Errors were measured against the dense model from which the experts were trained. Where their weights were tuned
-    whole, without adapters, that is another model than theirs at full depth: give it as `dense`, or predictions hold
-    the distance between the two, and `drift` and `check` do not.
+    Errors were measured against the dense model from which the experts were trained. Where they were tuned, that is another model than theirs at full depth: give it as `dense`, so that plans may be dense steps
+    of it. Without it predictions hold the distance between the two, and `drift` and `check` do not.
 
     Args:
         experts: with `measured` errors, of masks of which one keeps every layer. They may be applied to `pipe` or not.
@@ -88,6 +89,7 @@ class Planner:
         if sum(isinstance(getattr(pipe, name, None), nn.Module) for name in COMPONENTS) > 1:
             raise InputError(f"plan: a {type(pipe).__name__} has two backbones: plans are made for one")
         self.experts, self.pipe, self.call, self.seed, self.batch_size = experts, pipe, dict(call), seed, batch_size
+        self._dense, self._checked = dense, dict[tuple[Rung, bool], float]()
         self.backbone = backbone_of(pipe, experts.component)
         self.most = measured.steps if most is None else most
         if self.most < 2:
@@ -98,14 +100,15 @@ class Planner:
         self._noise_left: Tensor | None = None
         many = max(2 * self.most, min(4 * self.most, 200))
         known = [steps for steps in _MEASURED_STEPS if steps < self.most] + [self.most, many]
-        drawn = {steps: self._draw(self._everything, steps) if dense is None else self._call(dense, steps)
+        drawn = {steps: self._draw(self._everything, steps, dense is not None)
                  for steps in tqdm(known, unit="draw", desc="the solver's own error", dynamic_ncols=True)}
         self.reference = drawn.pop(known[-1])
         self.drift = {steps: displacement(latents, self.reference) for steps, latents in drawn.items()}
         loss_MB = measured.error_MB * measured.response[SPACE]
         losses = {steps: step_losses(loss_MB, measured.edges, visited) for steps, visited in self.visited.items()}
         self.macs_M = self._left_M(np.array(experts.macs) / experts.macs_total) * experts.macs_total
-        self.front = Front(losses, self.macs_M, {steps: between(self.drift, steps) for steps in losses})
+        self.front = Front(losses, self.macs_M, {steps: between(self.drift, steps) for steps in losses}, self.full,
+                           dense is not None)
         self._seconds_M: np.ndarray | None = None
         if experts.latency is not None:
             self._seconds_M = self._left_M(experts.latency.share_L) * experts.latency.seconds_total
@@ -113,11 +116,13 @@ class Planner:
     def plan(self, macs: float | None = None, seconds: float | None = None, quality: int | None = None) -> Plan:
         """The plan of least predicted displacement within a budget; or the cheapest of a quality. Give one of them.
 
+        It is drawn, and steps at full depth that cost no more are taken instead if they turn out nearer.
+
         Args:
             macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
             seconds: of the backbone's forwards: at the experts' measured latency, one of its batch a step; without one,
                 for one image, with guidance, measured on this pipeline when they are asked for first.
-            quality: as good as this many steps of these weights at full depth, as predicted.
+            quality: as good as this many steps at full depth, as predicted; of the dense model where it is at hand.
 
         Raises:
             InputError: if not one of them is given, or none can be had.
@@ -129,10 +134,12 @@ class Planner:
         (name, value), = asked.items()
         try:
             if quality is None:
-                return self._plan((self.front if seconds is None else self._timed).within(value))
+                front = self.front if seconds is None else self._timed
+                return self._drawn_best(front.within(value), front.fewer_steps(value))
             if quality not in self.visited:
                 raise ValueError(f"choose 2 to {self.most} dense steps")
-            return self._plan(self.front.cheapest(self.front.with_mask(quality, self.full).error))
+            asked_for = self.front.everything(quality)
+            return self._drawn_best(self.front.cheapest(asked_for.error), asked_for)
         except ValueError as error:
             raise InputError(f"plan: {name}={value:g}: {error}") from None
 
@@ -144,6 +151,11 @@ class Planner:
         mask_N, solver = rung.expert_T[self.visited[steps]], self.front.discretisation[steps]
         lost = float(self.front.losses[steps][mask_N, np.arange(steps)].sum())
         return self._plan(Option(mask_N, float(self.macs_M[mask_N].sum()), solver + lost, solver))
+
+    def fewer_steps(self, macs: float) -> Plan | None:
+        """As many steps at full depth as cost at most so much, the control of every plan; None: not two."""
+        option = self.front.fewer_steps(macs)
+        return None if option is None else self._plan(option)
 
     def one_mask(self, macs: float) -> Plan:
         """As `plan`, with one mask at all steps.
@@ -159,7 +171,10 @@ class Planner:
 
     def check(self, plan: Plan) -> float:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
-        return displacement(self._draw(plan.rung, plan.steps), self.reference)
+        key = plan.rung, plan.dense
+        if key not in self._checked:
+            self._checked[key] = displacement(self._draw(plan.rung, plan.steps, plan.dense), self.reference)
+        return self._checked[key]
 
     @property
     def _everything(self) -> Rung:
@@ -177,7 +192,13 @@ class Planner:
                 latents = told[parameters(backbone_class(self.backbone))[0]]
                 latency = measure_latency(self.backbone, latents[0].shape[-1], len(latents), inputs=told)
             self._seconds_M = self._left_M(latency.share_L) * latency.seconds_total * self.forwards
-        return Front(self.front.losses, self._seconds_M, self.front.discretisation)
+        return Front(self.front.losses, self._seconds_M, self.front.discretisation, self.full, self.front.dense)
+
+    def _drawn_best(self, option: Option, control: Option | None) -> Plan:
+        """What an option plans, or the control if its samples are nearer."""
+        plan = self._plan(option)
+        dense = None if control is None else self._plan(control)
+        return plan if dense is None or self.check(plan) <= self.check(dense) else dense
 
     def _plan(self, option: Option) -> Plan:
         steps, masks, experts = option.steps, option.mask_N, self.experts
@@ -188,9 +209,11 @@ class Planner:
         expert_T = routes(masks, self.visited[steps], len(experts.expert_T))
         seconds = None if self._seconds_M is None else float(self._seconds_M[masks].sum())
         return Plan(Rung(kept, expert_T, False, option.error, steps), float(self.macs_M[masks].sum()), seconds,
-                    option.error, option.discretisation)
+                    option.error, option.discretisation, option.dense)
 
-    def _draw(self, rung: Rung, steps: int) -> Tensor:
+    def _draw(self, rung: Rung, steps: int, dense: bool = False) -> Tensor:
+        if dense:
+            return self._call(self._dense, steps)
         with self._serving(rung):
             return self._call(self.pipe, steps)
 

@@ -4,7 +4,7 @@ Two displacements are added: that of the solver with fewer steps, dense, and tha
 of `Measured.loss_MB` that falls to the timesteps which the step covers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,12 +43,13 @@ def routes(mask_N: np.ndarray, visited: np.ndarray, num_timesteps: int) -> np.nd
 @dataclass(frozen=True)
 class Option:
     """A number of steps N with the mask of each, int64 [N]; their cost; and the predicted squared displacement, of
-    which `discretisation` is the solver's own."""
+    which `discretisation` is the solver's own. dense: with the dense model's own weights."""
 
     mask_N: np.ndarray
     cost: float
     error: float
     discretisation: float
+    dense: bool = False
 
     @property
     def steps(self) -> int:
@@ -61,11 +62,14 @@ class Front:
 
     Args:
         losses: by number of steps, `step_losses` [M, N]. costs_M: of one step with mask m, float64 [M].
-        discretisation: by number of steps, the displacement of that many dense steps.
+        discretisation: by number of steps, the displacement of that many dense steps. full: the mask that keeps every
+            layer. dense: whether it may be had with the dense model's own weights, which lose nothing by it.
     """
 
-    def __init__(self, losses: dict[int, np.ndarray], cost_M: np.ndarray, discretisation: dict[int, float]) -> None:
-        self.losses, self.cost_M, self.discretisation = losses, cost_M, discretisation
+    def __init__(self, losses: dict[int, np.ndarray], cost_M: np.ndarray, discretisation: dict[int, float], full: int,
+                 dense: bool = False) -> None:
+        self.losses, self.cost_M, self.discretisation, self.full, self.dense = (losses, cost_M, discretisation, full,
+                                                                                dense)
         self._frontiers = {steps: Frontier(loss, np.repeat(cost_M[:, None], steps, axis=1))
                            for steps, loss in losses.items()}
 
@@ -78,7 +82,18 @@ class Front:
         fitting = [self._option(steps, cost) for steps in self.losses if steps * self.cost_M.min() <= cost]
         if not fitting:
             raise ValueError(f"cost={cost}: the cheapest option costs {min(self.losses) * self.cost_M.min()}")
-        return min(fitting, key=lambda option: option.error)
+        everything = self.fewer_steps(cost) if self.dense else None
+        return min([*fitting, *filter(None, (everything,))], key=lambda option: option.error)
+
+    def fewer_steps(self, cost: float) -> Option | None:
+        """As many steps of every layer as cost at most `cost`, by the dense model where it may be had; None: none."""
+        steps = max((steps for steps in self.losses if steps * self.cost_M[self.full] <= cost * (1 + 1e-9)), default=None)
+        return None if steps is None else self.everything(steps)
+
+    def everything(self, steps: int) -> Option:
+        """Every layer at all of so many steps, by the dense model where it may be had."""
+        option = self.with_mask(steps, self.full)
+        return replace(option, error=option.discretisation, dense=True) if self.dense else option
 
     def with_mask(self, steps: int, mask: int) -> Option:
         """One mask at all of so many steps."""

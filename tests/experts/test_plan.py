@@ -22,8 +22,9 @@ from pipelines import PROMPTS, SIZE, make_pipeline, randomise
 import alter.experts.plan
 from alter import ClassConditionalPipeline, InputError
 from alter.experts.ladder import Rung
-from alter.experts.plan import Planner
+from alter.experts.plan import Planner, displacement
 from alter.method.measured import Measured
+from alter.method.planning import routes
 
 KINDS = ("dit", "sd", "flux")
 CALLS = {
@@ -153,7 +154,7 @@ def test_the_plan_is_the_best_of_all_choices():
             with pytest.raises(InputError, match="macs=.*the cheapest option costs"):
                 planner.plan(macs=budget)
             continue
-        plan = planner.plan(macs=budget)
+        plan = planner.front.within(budget)
         assert plan.error == pytest.approx(min(fitting)[0])
         single = min(error for error, masks in fitting if len(set(masks)) == 1)
         assert planner.one_mask(budget).error == pytest.approx(single) and plan.error <= single * (1 + 1e-9)
@@ -198,7 +199,7 @@ def test_full_depth_is_in_the_front():
     for steps in range(2, MOST + 1):
         dense = planner.fixed(steps, 1)
         assert dense.macs == pytest.approx(steps * experts.macs_total) and dense.error == dense.discretisation
-        errors.append(planner.plan(macs=dense.macs).error)
+        errors.append(planner.front.within(dense.macs).error)
         assert errors[-1] <= dense.error
         cheap = planner.plan(quality=steps)
         assert cheap.error <= dense.error * (1 + 1e-9) and cheap.macs <= dense.macs * 1.001
@@ -258,6 +259,26 @@ def test_the_reference_can_be_another_model():
     assert planner.drift[2] == pytest.approx(distance(drawn(dense, "dit", 2), drawn(dense, "dit", 8)), rel=1e-3)
     expected = distance(drawn(pipe, "dit", 2), drawn(dense, "dit", 8))
     assert planner.check(planner.fixed(2, 1)) == pytest.approx(expected, rel=1e-3)
+    plan = planner.plan(macs=2 * experts.macs_total)  # it is nearer to itself than random layers to it
+    assert plan.dense and plan.steps == 2 and planner.check(plan) == pytest.approx(planner.drift[2])
+    assert planner.plan(quality=2).dense and planner.fewer_steps(2.9 * experts.macs_total) == plan
+
+
+def test_a_plan_that_turns_out_worse_is_not_taken():
+    """Errors that were measured on other weights promise what the samples do not keep."""
+    pipe, experts, _ = made("dit")
+    promising = dataclasses.replace(experts.measured, error_MB=0 * experts.measured.error_MB)
+    planner = Planner(dataclasses.replace(experts, measured=promising), pipe, CALLS["dit"], most=MOST)
+    taken = []
+    for steps in (2, MOST):
+        promised, control = planner.front.within(steps * experts.macs_total), planner.fixed(steps, 1)
+        assert promised.steps == MOST and promised.cost < control.macs
+        plan = planner.plan(macs=control.macs)
+        rung = Rung(0.5, routes(promised.mask_N, planner.visited[MOST], 1000), False, steps=MOST)
+        assert planner.check(plan) == min(displacement(planner._draw(rung, MOST), planner.reference),
+                                          planner.check(control))
+        taken.append(plan == control)
+    assert taken == [False, True]
 
 
 def _whole():

@@ -99,7 +99,7 @@ def test_the_front_is_never_behind_fewer_dense_steps():
     visited = {steps: np.linspace(999, 1000 // steps, steps).round().astype(int) for steps in range(2, 9)}
     loss_MB = (1 - cost_M)[:, None] ** 2 * source.uniform(size=10)
     losses = {steps: step_losses(loss_MB, tuple(range(0, 1001, 100)), at) for steps, at in visited.items()}
-    front = Front(losses, cost_M, {steps: 1 / steps**2 for steps in losses})
+    front = Front(losses, cost_M, {steps: 1 / steps**2 for steps in losses}, full=0)
     for steps in losses:
         dense, planned = front.with_mask(steps, 0), front.within(float(steps))
         assert planned.error <= dense.error + 1e-12 and planned.cost <= steps + 1e-9
@@ -107,10 +107,17 @@ def test_the_front_is_never_behind_fewer_dense_steps():
         assert planned.error == pytest.approx(1 / planned.steps**2 + lost)
         as_good = front.cheapest(dense.error)
         assert as_good.error <= dense.error and as_good.cost <= steps + 1e-9
+    tuned = {steps: loss + 0.02 for steps, loss in losses.items()}  # full depth is not the dense model's
+    front = Front(tuned, cost_M, front.discretisation, full=0, dense=True)
+    for steps in losses:
+        options = [front.within(float(steps)), front.everything(steps), front.fewer_steps(steps + 0.5)]
+        assert options[0].error <= options[1].error == options[2].error == 1 / steps**2
+        assert options[0].dense or options[0].error < 1 / steps**2
     with pytest.raises(ValueError, match="cheapest"):
         front.within(0.5)
     with pytest.raises(ValueError, match="least that is predicted"):
         front.cheapest(1e-9)
+    assert front.fewer_steps(1.5) is None
 
 
 def test_discretisation_between_measured_numbers_of_steps():
