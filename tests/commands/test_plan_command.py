@@ -69,6 +69,22 @@ def _planned(pipe, experts, chosen):
                     generator=[torch.Generator().manual_seed(i) for i in range(2)]).images[0].tobytes()
 
 
+def test_a_plan_of_the_dense_model_is_drawn_by_it(folder, tmp_path, capsys):
+    """By its weights, not by the tuned ones at full depth."""
+    original, unet = save_stable_diffusion(tmp_path / "original"), make_unet()
+    unet.conv_out.weight.data *= 1.5
+    unet.save_pretrained(original / "unet")
+    solver = ["--scheduler", "DPMSolverMultistepScheduler", "--guidance", "2"]
+    assert plan(folder, *solver, "--dense-pipeline", str(original), "--quality", "3") == 0
+    assert "chosen: 3 steps of the dense model" in capsys.readouterr().out
+    drawing = ["sample", "--prompts", str(folder / "prompts.txt"), *solver, "--seed", "5"]
+    assert main([*drawing, "--run", str(folder / "run"), "--plan", str(folder / "planned"), "--out",
+                 str(tmp_path / "planned")]) == 0
+    assert main([*drawing, "--run", str(original), "--dense", "--steps", "3", "--out", str(tmp_path / "dense")]) == 0
+    first, second = (Image.open(tmp_path / name / "000000.png").tobytes() for name in ("planned", "dense"))
+    assert first == second
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--share", "0"], "--share 0.0: choose a number above 0"), (["--most", "1"], "--most 1: choose at least 2"),
     (["--macs", "nan"], "--macs nan"), (["--original"], "has no config.yaml"),
