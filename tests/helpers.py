@@ -79,7 +79,8 @@ def free_port() -> str:
 def make_trainer(config, folder):
     """A fresh trainer, with `folder`/run as its run directory."""
     (folder / "run").mkdir(exist_ok=True)
-    return Trainer(config, build(config), make_accelerator(config), folder / "run")
+    accelerator = make_accelerator(config)
+    return Trainer(config, build(config, device=accelerator.device), accelerator, folder / "run")
 
 
 def prepared(trainer):
