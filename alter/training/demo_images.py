@@ -1,5 +1,6 @@
 """The demos' images as folders: drawn with a run's experts, and real ones; and the classifier that looks at them."""
 
+import os
 import dataclasses
 import hashlib
 import json
@@ -135,7 +136,7 @@ def _draw(parts: Parts, backbone: Backbone, config: Config, reference: DemoRefer
 
 def save_classifier(classifier: SmallClassifier, file: Path) -> None:
     """Write its weights, complete or not at all."""
-    partial = file.with_name(f".{file.name}")
+    partial = file.with_name(f".{os.getpid()}-{file.name}")  # another may do the same beside it
     save_file(classifier.state_dict(), partial)
     partial.replace(file)
 

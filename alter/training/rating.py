@@ -6,6 +6,7 @@ held-out error weighted by the response of samples. All in the features of one c
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class Rating:
     def _once(self, name: str, compute: Any) -> Mapping[str, Tensor]:
         file = self.folder / f"{name}-{self.key}.safetensors"
         if not file.is_file():
-            partial = file.with_name(f".{file.name}")
+            partial = file.with_name(f".{os.getpid()}-{file.name}")  # others may rate beside it
             save_file({key: value.contiguous() for key, value in compute().items()}, partial)
             partial.replace(file)
         return load_file(file)
