@@ -1,9 +1,9 @@
 """The demos' images as folders: drawn with a run's experts, and real ones; and the classifier that looks at them."""
 
-import os
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
