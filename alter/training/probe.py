@@ -151,7 +151,7 @@ class Probe:
             guidance: of classifier-free guidance. views: what of the final latents is compared, under its name.
 
         Returns: the mean squared displacement of each view, and the mean squared change of the model's output (before
-            guidance) at the first step of each range, float64 [R], means over masks and samples.
+            guidance) at the steps of each range, float64 [R], means over masks, samples and steps.
         """
         moved, caused_R = {name: np.zeros(len(ranges)) for name in views}, np.zeros(len(ranges))
         bar = tqdm(total=len(ranges) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
@@ -173,8 +173,8 @@ class Probe:
 
     def _sample(self, mask_L: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
                 solver: Any, guidance: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
-        """Samples, the outputs of all steps before and after guidance, and the summed change of the output at the first
-        of the `masked` steps.
+        """Samples, the outputs of all steps before and after guidance, and the summed change of the output where the
+        masked steps find themselves, their mean.
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
@@ -193,8 +193,9 @@ class Probe:
                     base = self._predict(mask, scaled, there, nothing)
                     guided = base + guidance * (pred - base)
                 outputs.append((pred, guided))
-            if masked and step == masked[0]:
-                caused = mse_per_sample(outputs[-1][0], known[step][0]).sum().item()
+            if step in masked:
+                dense = known[step][0] if step == masked[0] else self._predict(None, scaled, there, given)
+                caused += mse_per_sample(outputs[-1][0], dense).sum().item() / len(masked)
             latents = solver.step(outputs[-1][1], timestep, latents).prev_sample
         return latents, outputs, caused
 
