@@ -31,38 +31,41 @@ class Frontier:
 
     def __init__(self, loss_MB: np.ndarray, cost_MB: np.ndarray, intervals: int | None = None) -> None:
         masks, bins = loss_MB.shape
-        runs = 1 if intervals is None else min(intervals, bins)
-        self._free = intervals is None or runs == bins
-        runs = 1 if self._free else runs
+        self._free = intervals is None or intervals >= bins
+        runs = 1 if intervals is None or self._free else intervals
         grain = cost_MB.max(axis=0).sum() / _GRAINS
         width_MB = np.rint(cost_MB / grain).astype(int)
         size = int(width_MB.max(axis=0).sum()) + 1
-        loss_RMG = np.full((runs, masks, size), np.inf)
-        spent_RMG = np.zeros((runs, masks, size))
-        self._before = np.zeros((bins, runs, masks, size), dtype=np.int16)  # the former bin's mask
+        kept = 1 if self._free else masks  # of free choices, what the present mask is does not matter
+        loss_RMG = np.full((runs, kept, size), np.inf)
+        spent_RMG = np.zeros((runs, kept, size))
+        loss_RMG[0, :, 0] = 0
+        # The former bin's mask; of free choices, this bin's.
+        self._before = np.zeros((bins, runs, kept, size), dtype=np.int16)
         for b in range(bins):
-            new, spent = np.full_like(loss_RMG, np.inf), np.zeros_like(spent_RMG)
+            new, spent = np.full((runs, masks, size), np.inf), np.zeros((runs, masks, size))
             best_RG = loss_RMG.argmin(axis=1)
-            for run in range(runs):
+            for run in range(runs if b else 1):
                 for m in range(masks):
                     width = width_MB[m, b]
-                    if b == 0:
-                        if run == 0:
-                            new[run, m, width], spent[run, m, width] = loss_MB[m, b], cost_MB[m, b]
-                        continue
-                    before = loss_RMG[run, m], spent_RMG[run, m], np.full(size, m)
-                    other = run if self._free else run - 1  # keeping the mask begins no run
-                    if other >= 0:
+                    own = 0 if self._free else m
+                    before = loss_RMG[run, own], spent_RMG[run, own], np.full(size, m)
+                    if run > 0:
                         g = np.arange(size)
-                        switched = np.where(best_RG[other] == m, np.inf, loss_RMG[other, best_RG[other], g])
+                        switched = np.where(best_RG[run - 1] == m, np.inf, loss_RMG[run - 1, best_RG[run - 1], g])
                         better = switched < before[0]
                         before = (np.where(better, switched, before[0]),
-                                  np.where(better, spent_RMG[other, best_RG[other], g], before[1]),
-                                  np.where(better, best_RG[other], before[2]))
+                                  np.where(better, spent_RMG[run - 1, best_RG[run - 1], g], before[1]),
+                                  np.where(better, best_RG[run - 1], before[2]))
                     left = size - width
                     new[run, m, width:] = before[0][:left] + loss_MB[m, b]
                     spent[run, m, width:] = before[1][:left] + cost_MB[m, b]
-                    self._before[b, run, m, width:] = before[2][:left]
+                    if not self._free:
+                        self._before[b, run, m, width:] = before[2][:left]
+            if self._free:
+                best_RMG = new.argmin(axis=1, keepdims=True)
+                new, spent = np.take_along_axis(new, best_RMG, 1), np.take_along_axis(spent, best_RMG, 1)
+                self._before[b] = best_RMG
             loss_RMG, spent_RMG = new, spent
         self._loss_RMG, self._spent_RMG, self._width_MB = loss_RMG, spent_RMG, width_MB
         self._loss_MB, self._cost_MB = loss_MB, cost_MB
@@ -79,11 +82,12 @@ class Frontier:
             return self._cheapest(budget)  # which shares its multiple of cost with a better one
         masks = []
         for b in reversed(range(self._loss_MB.shape[1])):
-            masks.append(m)
             before = int(self._before[b, run, m, g])
-            g -= int(self._width_MB[m, b])
-            run -= int(before != m and not self._free)
-            m = before
+            masks.append(before if self._free else m)
+            g -= int(self._width_MB[masks[-1], b])
+            if not self._free:
+                run -= int(before != m)
+                m = before
         mask_B = np.array(masks[::-1], dtype=np.int64)
         return self._choice(mask_B)
 
