@@ -129,22 +129,70 @@ class Gain:
     high: float
 
 
-def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: int, seed: int = 0,
-         rounds: int = 40) -> Gain:
-    """What masks over time would gain over one, judged by samples on which they were not chosen.
+def smoothed(loss_MBS: np.ndarray) -> np.ndarray:
+    """Mean losses of samples, each drawn towards that of its neighbouring bins as far as noise explains how it differs.
 
-    In each round masks are chosen by one random half of the samples and their losses compared on the other half. The
+    In logarithms: d_b is x_b minus the mean of x_{b-1} and x_{b+1}; v_b the variance of d_b that the samples' noise
+    causes, c_b its covariance with x_b, and s, one for all, what d² has in the mean beyond v. The best linear estimate
+    is then x_b - d_b·c_b / (v_b + s). Both ends stay, and masks that somewhere lose nothing.
+
+    Args:
+        loss_MBS: float64, >= 0; of each sample.
+
+    Returns: float64 [M, B].
+    """
+    loss_MB, samples = loss_MBS.mean(axis=2), loss_MBS.shape[2]
+    lossy_M = (loss_MB > 0).all(axis=1)
+    if loss_MB.shape[1] < 3 or samples < 2 or not lossy_M.any():
+        return loss_MB
+
+    def bent(value: np.ndarray) -> np.ndarray:
+        return value[:, 1:-1] - (value[:, :-2] + value[:, 2:]) / 2
+
+    log_MB, part_MBS = np.log(loss_MB[lossy_M]), loss_MBS[lossy_M] / loss_MB[lossy_M][..., None] - 1
+    bend_MB, bend_MBS = bent(log_MB), bent(part_MBS)
+    noise_MB = (bend_MBS**2).sum(axis=2) / (samples - 1) / samples
+    shared_MB = (part_MBS[:, 1:-1] * bend_MBS).sum(axis=2) / (samples - 1) / samples
+    whole_MB = noise_MB + max(float((bend_MB**2 - noise_MB).mean()), 0.0)
+    pull_MB = np.divide(shared_MB, whole_MB, out=np.zeros_like(whole_MB), where=whole_MB > 0).clip(0, 1)
+    log_MB[:, 1:-1] -= pull_MB * bend_MB
+    loss_MB[lossy_M] = np.exp(log_MB)
+    return loss_MB
+
+
+def interval(loss_S: np.ndarray, image_S: np.ndarray, seed: int = 0, rounds: int = 1000) -> tuple[float, float]:
+    """Between what the mean loss of samples lies in 90% of resamples of their images, which may serve several."""
+    place_S = _places(image_S)
+    sum_I, count_I = np.bincount(place_S, loss_S), np.bincount(place_S)
+    drawn_RI = np.random.default_rng(seed).integers(len(sum_I), size=(rounds, len(sum_I)))
+    low, high = np.quantile(sum_I[drawn_RI].sum(axis=1) / count_I[drawn_RI].sum(axis=1), [0.05, 0.95])
+    return float(low), float(high)
+
+
+def _places(image_S: np.ndarray) -> np.ndarray:
+    """The images counted from 0, int64 [S]; the samples, where all are of one image."""
+    place_S = np.unique(image_S, return_inverse=True)[1]
+    return place_S if place_S.any() else np.arange(len(image_S))
+
+
+def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: int, image_S: np.ndarray, seed: int = 0,
+         rounds: int = 40) -> Gain:
+    """What masks over time would gain over one, judged by images on which they were not chosen.
+
+    In each round masks are chosen by the samples of one random half of the images, and compared on the others. The
     single mask may lie on either side of the budget, so its loss is interpolated, between its neighbours in cost, at
     the cost that the several masks have.
 
     Args:
-        loss_MBS: float64; of each sample. cost_MB: as of `Frontier`. budget: of the sum of costs.
+        loss_MBS: float64; of each sample. cost_MB: as of `Frontier`. budget: of the sum of costs. image_S: which image
+            each sample is of.
     """
-    samples, source = loss_MBS.shape[2], np.random.default_rng(seed)
+    place_S, source = _places(image_S), np.random.default_rng(seed)
+    images = int(place_S.max()) + 1
     gains = []
     for _ in range(rounds):
-        order = source.permutation(samples)
-        half, other = (loss_MBS[..., part].mean(axis=2) for part in (order[: samples // 2], order[samples // 2 :]))
+        chosen_S = np.isin(place_S, source.permutation(images)[: images // 2])
+        half, other = smoothed(loss_MBS[..., chosen_S]), loss_MBS[..., ~chosen_S].mean(axis=2)
         chosen = Frontier(half, cost_MB, intervals).within(budget)
         lost = float(other[chosen.mask_B, np.arange(len(chosen.mask_B))].sum())
         single = _interpolated(half, other, cost_MB.sum(axis=1), chosen.cost)

@@ -31,13 +31,16 @@ class Probe:
     """Held-out samples (or, without any, training samples) with their noise, on which masks are tried.
 
     The same samples and noise for every range of timesteps, so that ranges differ by their timesteps alone.
+
+    Attributes:
+        image_S: which image each of the S samples is of, int64; where few are held out, one image serves several.
     """
 
     def __init__(self, config: Config, parts: Parts, samples: int, batch_size: int = 16) -> None:
         train, held_out = split(parts.source, config.data.holdout, config.seed)
         indices = np.resize(held_out if len(held_out) else train, samples)
         source = WithSubstitutes(parts.source, indices, config.seed, parts.fit)
-        self.parts, self.samples = parts, samples
+        self.parts, self.samples, self.image_S = parts, samples, indices
         self._batches = []
         buckets, first = parts.source.buckets, 0
         for some in of_one_shape(np.arange(samples), batch_size, None if buckets is None else buckets[indices]):

@@ -128,7 +128,8 @@ def test_what_is_said_and_found(small_config, capsys):
     loss_MB, edges = experts.measured.loss_MB, experts.measured.edges
     for rung in experts.ladder:
         lost = sum(loss_MB[rung.expert_T[low], b] for b, low in enumerate(edges[:-1]))
-        assert rung.error == pytest.approx(lost)
+        low, high = rung.interval
+        assert rung.error == pytest.approx(lost) and 0.3 * lost < low <= lost <= high < 3 * lost or not lost
         assert experts.choose(rung).keep_ratio <= rung.keep_ratio_target + 0.005
 
 
