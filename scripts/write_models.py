@@ -34,6 +34,11 @@ SIZES = {  # height, width, frames; of others 1024 x 1024 or, for videos, 480 x 
     "stable-diffusion-2-1": (768, 768, 1), "stable-diffusion-v1-5": (512, 512, 1), "DiT-XL-2-256": (256, 256, 1),
     "LTX-Video": (512, 704, 161),
 }
+ARGUMENTS = {  # of a class whose defaults make no model
+    "HiDreamImageTransformer2DModel": {  # of HiDream-I1
+        "patch_size": 2, "in_channels": 16, "caption_channels": [4096, 4096], "axes_dims_rope": (64, 32, 32),
+        "llama_layers": [*range(32), *[31] * 16]},
+}
 
 
 def main() -> None:
@@ -61,7 +66,7 @@ def costs(row: dict[str, Any]) -> dict[str, Any]:
     else:
         try:
             with torch.device("meta"):
-                backbone = getattr(diffusers, row["cls"])()
+                backbone = getattr(diffusers, row["cls"])(**ARGUMENTS.get(row["cls"], {}))
         except (RuntimeError, TypeError, ValueError):
             return {"size": None, "sites": None, "tmacs": None, "prunable": None}
     usual = (480, 832, 81) if is_video(backbone) else (1024, 1024, 1)

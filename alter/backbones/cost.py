@@ -6,6 +6,7 @@ computed and fused attention kernels cannot hide from the counter.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,10 @@ def count_cost(backbone: Any, size: Size, frames: int = 1) -> CostTable:
     with torch.device("meta"):
         model = type(backbone).from_config(backbone.config)
     model.eval()
+    for module in model.modules():
+        if hasattr(module, "moe_infer"):
+            module.moe_infer = partial(_any_experts, module)
+            model.training = True  # of itself alone: else the sizes of the output are read from a tensor
     counter, counted = FlopCounterMode(display=False), _Counted()
     for site in find_sites(model):
         counted.watch(site.name, model.get_submodule(site.name), counter)
@@ -82,6 +87,12 @@ def count_cost(backbone: Any, size: Size, frames: int = 1) -> CostTable:
     total = counter.get_total_flops() // 2 + counted.repeated
     return CostTable(tuple(macs), tuple(macs.values()), tuple(_size(model.get_submodule(name)) for name in macs), total,
                      _size(model), backbone_class(model).__name__)
+
+
+def _any_experts(layer: Any, tokens: torch.Tensor, *_: Any) -> torch.Tensor:
+    """A mixture of experts, as in HiDream: which ones a token passes depends on values, how many does not."""
+    layer.experts[0](tokens.repeat_interleave(layer.num_activated_experts, dim=0))
+    return tokens
 
 
 class _Counted:

@@ -23,7 +23,7 @@ _MORE_THAN_TEXT = {
 }
 # Of the text that a backbone is given: the keys of its width, the first that is set.
 _TEXT_WIDTHS = ("encoder_hid_dim", "caption_channels", "text_dim", "text_embed_dim", "joint_attention_dim",
-                "cap_feat_dim", "context_in_dim", "cross_attention_dim")
+                "cap_feat_dim", "context_in_dim", "cross_attention_dim", "text_hidden_dim")
 _TEXT_TOKENS = {  # as their pipelines pad them; Qwen-Image and Z-Image do not: a long prompt
     "QwenImageTransformer2DModel": 128, "ZImageTransformer2DModel": 128,
     "UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "PixArtTransformer2DModel": 300,
@@ -34,8 +34,8 @@ _TEXT_TOKENS = {  # as their pipelines pad them; Qwen-Image and Z-Image do not: 
 _USUAL_TOKENS = 512
 # How a pipeline lays out latents: packed by 2 x 2 into tokens; as tokens; as those of a video; frames first.
 _PACKED = {"BriaTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel",
-           "FluxTransformer2DModel", "LongCatImageTransformer2DModel", "NucleusMoEImageTransformer2DModel",
-           "OvisImageTransformer2DModel", "QwenImageTransformer2DModel"}
+           "FluxTransformer2DModel", "Krea2Transformer2DModel", "LongCatImageTransformer2DModel",
+           "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel", "QwenImageTransformer2DModel"}
 _AS_TOKENS = {"BriaFiboTransformer2DModel"}
 _PACKED_VIDEO = {"LTXVideoTransformer3DModel"}
 _FRAMES_FIRST = {"CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"}
@@ -161,7 +161,10 @@ class _Inputs:
         config, batch, size = self.config, self.batch, (self.height, self.width)
         width = _width(config)
         if name == "encoder_hidden_states" and width is not None:
-            return self.zeros(batch, self.tokens, width)
+            layers = [config.num_text_layers] if "num_text_layers" in config else []  # of the encoder, in Krea 2
+            return self.zeros(batch, self.tokens, *layers, width)
+        if name == "position_ids" and "num_text_layers" in config:
+            return self.zeros(self.tokens + self.shape()[0], 3)
         if name == "cap_feats":
             return [self.zeros(self.tokens, config.cap_feat_dim)] * batch
         if name in ("encoder_attention_mask", "encoder_hidden_states_mask") and self.cls.__name__ not in (
@@ -201,9 +204,10 @@ class _Inputs:
             return self.zeros(batch, self.tokens, config.text_in_dim)
         if name == "text_lens":
             return torch.full((batch,), self.tokens, device=self.backbone.device)
-        if name in ("prior_token_id", "prior_token_drop"):  # GLM-Image
-            numbers = self.numbers(batch, (self.height // config.patch_size) * (self.width // config.patch_size))
-            return numbers if name == "prior_token_id" else numbers.bool()
+        if name == "prior_token_id":  # GLM-Image
+            return self.numbers(batch, (self.height // config.patch_size) * (self.width // config.patch_size))
+        if name == "prior_token_drop":  # an index: of none
+            return self.numbers(0)
         return self._second(name) if config.get("text_embed_2_dim") else (
             self._added() if name == "added_cond_kwargs" else None)
 

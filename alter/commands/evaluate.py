@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a demo's run, whose images are drawn first")
     source.add_argument("--compare", type=user_path, nargs="+", metavar="FILE",
                         help="show these metrics.json side by side")
+    parser.add_argument("--keep", type=float, metavar="RATIO", help="with --run: of the experts' ladder, the rung of "
+                        "this keep ratio or the next lower one (default: the one that experts.json names)")
     parser.add_argument("--reference", type=user_path, metavar="PATH",
                         help="folder, ADM reference batch (.npz) or saved statistics")
     parser.add_argument("--against", type=user_path, metavar="DIR",
@@ -114,6 +116,9 @@ def _check(arguments: argparse.Namespace) -> None:
     check_writable(arguments.cache, "--cache", folder=True)
     if arguments.out is not None:
         check_writable(arguments.out, "--out")
+    if arguments.keep is not None and not (arguments.run and 0 < arguments.keep <= 1):
+        raise InputError(f"--keep {arguments.keep}: " + ("choose a share in (0, 1]" if arguments.run else
+                         "chooses among the experts of a run: use --run, or `alter sample --keep` and --images"))
     others = [name for name in arguments.metrics or [] if (name in PAIRS) != (arguments.against is not None)]
     if others:
         raise InputError(f"--metrics {others[0]}: " + ("--against measures pairs: choose among " + ", ".join(PAIRS)
@@ -137,12 +142,13 @@ def _evaluate(arguments: argparse.Namespace, state: PartialState) -> None:
         run = arguments.run if (arguments.run / "config.yaml").is_file() else arguments.run / "latest"
         if not (run / "config.yaml").is_file():
             raise InputError(f"--run {arguments.run}: no run: it has no config.yaml")
-        check_writable(run / "evaluation", "--run", folder=True)
-        drawn = draw_run(run, run / "evaluation", state, against is not None)
+        rung = "" if arguments.keep is None else f"-keep-{arguments.keep:g}"
+        check_writable(run / f"evaluation{rung}", "--run", folder=True)
+        drawn = draw_run(run, run / f"evaluation{rung}", state, against is not None, arguments.keep)
         source, reference_source = drawn / "images", reference_source or drawn / "real"
         against = against and drawn / "dense"
         prompts_file = prompts_file or drawn / "prompts.txt"
-        out = out or run / (f"{AGAINST}.json" if against else "metrics.json")
+        out = out or run / f"{AGAINST if against else 'metrics'}{rung}.json"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     images = ImageSet(source, arguments.resize)
     ending = f"{AGAINST if against else 'metrics'}.json"

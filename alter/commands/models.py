@@ -33,6 +33,7 @@ each released model that has a configuration in `configs/models/`.
 TMACs are those of one forward with batch 1: convolutions, matrix and attention products, at the size in "at". Sites
 are layers that can be skipped; their share of the MACs is in "prunable". A dash: not counted, because the arguments of
 a forward depend on a pipeline or the computation on values; experts apply to it, `alter train` does not count it.
+"(defaults)" are those of the class; HiDreamImageTransformer2DModel has none and is counted as HiDream-I1.
 
 What was verified, on tiny random models of the class (`tests/`):
 

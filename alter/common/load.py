@@ -24,6 +24,8 @@ PAPER = {
     "search.method": "hypernetwork", "search.draws": "iteration", "search.supernet": False, "experts.router": "learned",
     "experts.start": "dense", "experts.offset": 4.0, "budget.descent": 0.0,
 }
+_LEARNED = ("experts.router", "experts.tau", "experts.offset", "search.draws", "loss.ratio", "loss.balance",
+            "optim.hypernetwork_lr")  # by the hypernetwork alone
 _PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
           "data.prior_path", "budget.latency_file")
 
@@ -79,6 +81,13 @@ def flatten(config: Config) -> dict[str, Any]:
             value = getattr(value, part)
         values[path] = value
     return values | {"train.search_steps": config.train.t_end}
+
+
+def without_effect(config: Config) -> list[str]:
+    """Each "key=value" of the hypernetwork's that has another value than its default though nothing is learned."""
+    values, defaults = flatten(config), {path: entry.default for path, entry, _ in schema.keys(Config)}
+    unused = config.search.method == "elastic" and config.experts.pretrained is None
+    return [f"{path}={values[path]}" for path in _LEARNED if unused and values[path] != defaults[path]]
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -25,6 +25,7 @@ class Rung:
         tuned: whether the weights were trained with it.
         error: predicted squared displacement of the samples (method/measured.py); None: not predicted.
         steps: of denoising, that it was planned for; None: any.
+        interval: what the noise of the measured samples leaves of `error`, 90%, low and high; None: not known.
     """
 
     keep_ratio_target: float
@@ -32,6 +33,7 @@ class Rung:
     tuned: bool = True
     error: float | None = None
     steps: int | None = None
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not np.issubdtype(self.expert_T.dtype, np.integer):
@@ -44,7 +46,7 @@ class Rung:
         return np.unique(self.expert_T).tolist()
 
     def _plain(self) -> tuple[Any, ...]:
-        return self.keep_ratio_target, self.tuned, self.error, self.steps, self.expert_T.tobytes()
+        return self.keep_ratio_target, self.tuned, self.error, self.interval, self.steps, self.expert_T.tobytes()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rung) and self._plain() == other._plain()
@@ -112,6 +114,8 @@ class Experts:
             raise InputError(f"{where}every timestep needs one of the experts 0 to {len(self.mask_EL) - 1}")
         if rung.error is not None and not 0 <= rung.error < math.inf:
             raise InputError(f"{where}error={rung.error}: expected a finite number of at least 0")
+        if rung.interval is not None and not 0 <= rung.interval[0] <= rung.interval[1] < math.inf:
+            raise InputError(f"{where}interval={list(rung.interval)}: expected two finite numbers, the lower one first")
         if rung.steps is not None and rung.steps < 1:
             raise InputError(f"{where}steps={rung.steps}: expected at least 1")
 
@@ -230,6 +234,7 @@ class Experts:
             "GMACs a forward": [f"{one.macs_mean / 1e9:.4g}" for one in each],
             "time": [f"{one.time_ratio:.1%}" if one.time_ratio is not None else "" for one in each],
             "predicted error": [f"{rung.error:.3g}" if rung.error is not None else "" for rung in self.ladder],
+            "90%": ["" if rung.interval is None else "{:.3g} to {:.3g}".format(*rung.interval) for rung in self.ladder],
             "steps": [str(rung.steps or "") for rung in self.ladder],
             "tuned": ["yes" if rung.tuned else "no" for rung in self.ladder],
             "": ["chosen" if rung is self.rung else "" for rung in self.ladder],
@@ -240,9 +245,11 @@ class Experts:
 
     def summary(self) -> str:
         """A few lines for the terminal: the chosen rung's experts, and the ladder if it has several rungs."""
-        count, unused = len(self.used), len(self.mask_EL) - len(self.used)
+        count, some = len(self.used), len(self.used_by_any)
+        others = [f"{some - count} more in other rungs"] * (some > count)
+        others += [f"{len(self.mask_EL) - some} unused"] * (len(self.mask_EL) > some)
         lines = [f"{count} expert{'s' * (count > 1)} over {len(self.sites)} sites"
-                 + f" ({unused} more unused)" * bool(unused) + f", {self.keep_ratio:.1%} of all MACs"]
+                 + f" ({', '.join(others)})" * bool(others) + f", {self.keep_ratio:.1%} of all MACs"]
         if self.latency is not None:
             lines[0] += f", {self.time_ratio:.1%} of the time ({self.latency.place})"
         for expert in self.used:

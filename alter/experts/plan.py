@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backbones.conditioning import stop_at_backbone
 from ..backbones.family import COMPONENTS, backbone_class, parameters
 from ..backbones.latency import measure_latency
+from ..backbones.latents import final_latents
 from ..backbones.schedules import as_rows
 from ..common.errors import InputError
 from ..method.planning import Front, Option, between, routes, step_losses
@@ -239,19 +240,22 @@ class Planner:
         try:
             for part in parts:
                 arguments = self._arguments(steps, part)
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(), final_latents(pipe.scheduler) as stepped:
                     torch.manual_seed(self.seed)
                     output = pipe(**arguments, output_type="latent")
                     left = [arguments["generator"][0].get_state(), torch.get_rng_state()]
                     if self.backbone.device.type == "cuda":
                         left.append(torch.cuda.get_rng_state(self.backbone.device))
-                done.append(output.frames if hasattr(output, "frames") else output.images)
+                latents = output.frames if hasattr(output, "frames") else output.images
+                if not isinstance(latents, Tensor) and [*map(len, stepped)] in ([len(part)], [2 * len(part)]):
+                    latents = stepped[0][: len(part)]  # a DiTPipeline; with guidance both halves are alike
+                done.append(latents)
         finally:
             hook.remove()
         self._compare(type(pipe.scheduler).__name__, steps, calls / len(parts) / steps, torch.cat(left))
         if not all(isinstance(images, Tensor) for images in done):
-            raise InputError(f"plan: a {type(pipe).__name__} gives no latents with output_type='latent', in which "
-                             "displacements are measured")
+            raise InputError(f"plan: a {type(pipe).__name__} gives no latents of these arguments with "
+                             "output_type='latent', in which displacements are measured")
         return torch.cat(done).float().cpu()
 
     def _compare(self, scheduler: str, steps: int, forwards: float, noise_left: Tensor) -> None:

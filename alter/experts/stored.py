@@ -24,7 +24,8 @@ def to_text(experts: Experts) -> str:
     def plain(rung: Rung) -> dict[str, Any]:
         chosen = experts.choose(rung)
         return {"keep_ratio_target": rung.keep_ratio_target, "keep_ratio_of_total": chosen.keep_ratio,
-                "time_ratio": chosen.time_ratio, "tuned": rung.tuned, "error": rung.error, "steps": rung.steps,
+                "time_ratio": chosen.time_ratio, "tuned": rung.tuned, "error": rung.error,
+                "interval": rung.interval, "steps": rung.steps,
                 "routes": runs(rung.expert_T)}
 
     measured = {"latency": experts.latency and asdict(experts.latency),
@@ -131,12 +132,13 @@ def _ladder(content: dict[str, Any]) -> tuple[tuple[Rung, ...], int]:
     with _field("ladder"):
         for number, plain in enumerate(content["ladder"]):
             with _field(f"ladder[{number}]"):
-                error, steps = plain["error"], plain["steps"]
+                error, steps, interval = plain["error"], plain["steps"], plain.get("interval")
                 if not isinstance(plain["tuned"], bool):
                     raise TypeError(f"tuned: expected true or false, found {plain['tuned']!r}")
                 rungs.append(Rung(
                     _number(plain["keep_ratio_target"]), from_runs(plain["routes"], count), plain["tuned"],
-                    None if error is None else _number(error), None if steps is None else _whole(steps)))
+                    None if error is None else _number(error), None if steps is None else _whole(steps),
+                    None if interval is None else (_number(interval[0]), _number(interval[1]))))
     with _field("default"):
         targets = [rung.keep_ratio_target for rung in rungs]
         if content["default"] not in targets:

@@ -31,38 +31,41 @@ class Frontier:
 
     def __init__(self, loss_MB: np.ndarray, cost_MB: np.ndarray, intervals: int | None = None) -> None:
         masks, bins = loss_MB.shape
-        runs = 1 if intervals is None else min(intervals, bins)
-        self._free = intervals is None or runs == bins
-        runs = 1 if self._free else runs
+        self._free = intervals is None or intervals >= bins
+        runs = 1 if intervals is None or self._free else intervals
         grain = cost_MB.max(axis=0).sum() / _GRAINS
         width_MB = np.rint(cost_MB / grain).astype(int)
         size = int(width_MB.max(axis=0).sum()) + 1
-        loss_RMG = np.full((runs, masks, size), np.inf)
-        spent_RMG = np.zeros((runs, masks, size))
-        self._before = np.zeros((bins, runs, masks, size), dtype=np.int16)  # the former bin's mask
+        kept = 1 if self._free else masks  # of free choices, what the present mask is does not matter
+        loss_RMG = np.full((runs, kept, size), np.inf)
+        spent_RMG = np.zeros((runs, kept, size))
+        loss_RMG[0, :, 0] = 0
+        # The former bin's mask; of free choices, this bin's.
+        self._before = np.zeros((bins, runs, kept, size), dtype=np.int16)
         for b in range(bins):
-            new, spent = np.full_like(loss_RMG, np.inf), np.zeros_like(spent_RMG)
+            new, spent = np.full((runs, masks, size), np.inf), np.zeros((runs, masks, size))
             best_RG = loss_RMG.argmin(axis=1)
-            for run in range(runs):
+            for run in range(runs if b else 1):
                 for m in range(masks):
                     width = width_MB[m, b]
-                    if b == 0:
-                        if run == 0:
-                            new[run, m, width], spent[run, m, width] = loss_MB[m, b], cost_MB[m, b]
-                        continue
-                    before = loss_RMG[run, m], spent_RMG[run, m], np.full(size, m)
-                    other = run if self._free else run - 1  # keeping the mask begins no run
-                    if other >= 0:
+                    own = 0 if self._free else m
+                    before = loss_RMG[run, own], spent_RMG[run, own], np.full(size, m)
+                    if run > 0:
                         g = np.arange(size)
-                        switched = np.where(best_RG[other] == m, np.inf, loss_RMG[other, best_RG[other], g])
+                        switched = np.where(best_RG[run - 1] == m, np.inf, loss_RMG[run - 1, best_RG[run - 1], g])
                         better = switched < before[0]
                         before = (np.where(better, switched, before[0]),
-                                  np.where(better, spent_RMG[other, best_RG[other], g], before[1]),
-                                  np.where(better, best_RG[other], before[2]))
+                                  np.where(better, spent_RMG[run - 1, best_RG[run - 1], g], before[1]),
+                                  np.where(better, best_RG[run - 1], before[2]))
                     left = size - width
                     new[run, m, width:] = before[0][:left] + loss_MB[m, b]
                     spent[run, m, width:] = before[1][:left] + cost_MB[m, b]
-                    self._before[b, run, m, width:] = before[2][:left]
+                    if not self._free:
+                        self._before[b, run, m, width:] = before[2][:left]
+            if self._free:
+                best_RMG = new.argmin(axis=1, keepdims=True)
+                new, spent = np.take_along_axis(new, best_RMG, 1), np.take_along_axis(spent, best_RMG, 1)
+                self._before[b] = best_RMG
             loss_RMG, spent_RMG = new, spent
         self._loss_RMG, self._spent_RMG, self._width_MB = loss_RMG, spent_RMG, width_MB
         self._loss_MB, self._cost_MB = loss_MB, cost_MB
@@ -79,11 +82,12 @@ class Frontier:
             return self._cheapest(budget)  # which shares its multiple of cost with a better one
         masks = []
         for b in reversed(range(self._loss_MB.shape[1])):
-            masks.append(m)
             before = int(self._before[b, run, m, g])
-            g -= int(self._width_MB[m, b])
-            run -= int(before != m and not self._free)
-            m = before
+            masks.append(before if self._free else m)
+            g -= int(self._width_MB[masks[-1], b])
+            if not self._free:
+                run -= int(before != m)
+                m = before
         mask_B = np.array(masks[::-1], dtype=np.int64)
         return self._choice(mask_B)
 
@@ -125,22 +129,70 @@ class Gain:
     high: float
 
 
-def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: int, seed: int = 0,
-         rounds: int = 40) -> Gain:
-    """What masks over time would gain over one, judged by samples on which they were not chosen.
+def smoothed(loss_MBS: np.ndarray) -> np.ndarray:
+    """Mean losses of samples, each drawn towards that of its neighbouring bins as far as noise explains how it differs.
 
-    In each round masks are chosen by one random half of the samples and their losses compared on the other half. The
+    In logarithms: d_b is x_b minus the mean of x_{b-1} and x_{b+1}; v_b the variance of d_b that the samples' noise
+    causes, c_b its covariance with x_b, and s, one for all, what d² has in the mean beyond v. The best linear estimate
+    is then x_b - d_b·c_b / (v_b + s). Both ends stay, and masks that somewhere lose nothing.
+
+    Args:
+        loss_MBS: float64, >= 0; of each sample.
+
+    Returns: float64 [M, B].
+    """
+    loss_MB, samples = loss_MBS.mean(axis=2), loss_MBS.shape[2]
+    lossy_M = (loss_MB > 0).all(axis=1)
+    if loss_MB.shape[1] < 3 or samples < 2 or not lossy_M.any():
+        return loss_MB
+
+    def bent(value: np.ndarray) -> np.ndarray:
+        return value[:, 1:-1] - (value[:, :-2] + value[:, 2:]) / 2
+
+    log_MB, part_MBS = np.log(loss_MB[lossy_M]), loss_MBS[lossy_M] / loss_MB[lossy_M][..., None] - 1
+    bend_MB, bend_MBS = bent(log_MB), bent(part_MBS)
+    noise_MB = (bend_MBS**2).sum(axis=2) / (samples - 1) / samples
+    shared_MB = (part_MBS[:, 1:-1] * bend_MBS).sum(axis=2) / (samples - 1) / samples
+    whole_MB = noise_MB + max(float((bend_MB**2 - noise_MB).mean()), 0.0)
+    pull_MB = np.divide(shared_MB, whole_MB, out=np.zeros_like(whole_MB), where=whole_MB > 0).clip(0, 1)
+    log_MB[:, 1:-1] -= pull_MB * bend_MB
+    loss_MB[lossy_M] = np.exp(log_MB)
+    return loss_MB
+
+
+def interval(loss_S: np.ndarray, image_S: np.ndarray, seed: int = 0, rounds: int = 1000) -> tuple[float, float]:
+    """Between what the mean loss of samples lies in 90% of resamples of their images, which may serve several."""
+    place_S = _places(image_S)
+    sum_I, count_I = np.bincount(place_S, loss_S), np.bincount(place_S)
+    drawn_RI = np.random.default_rng(seed).integers(len(sum_I), size=(rounds, len(sum_I)))
+    low, high = np.quantile(sum_I[drawn_RI].sum(axis=1) / count_I[drawn_RI].sum(axis=1), [0.05, 0.95])
+    return float(low), float(high)
+
+
+def _places(image_S: np.ndarray) -> np.ndarray:
+    """The images counted from 0, int64 [S]; the samples, where all are of one image."""
+    place_S = np.unique(image_S, return_inverse=True)[1]
+    return place_S if place_S.any() else np.arange(len(image_S))
+
+
+def gain(loss_MBS: np.ndarray, cost_MB: np.ndarray, budget: float, intervals: int, image_S: np.ndarray, seed: int = 0,
+         rounds: int = 40) -> Gain:
+    """What masks over time would gain over one, judged by images on which they were not chosen.
+
+    In each round masks are chosen by the samples of one random half of the images, and compared on the others. The
     single mask may lie on either side of the budget, so its loss is interpolated, between its neighbours in cost, at
     the cost that the several masks have.
 
     Args:
-        loss_MBS: float64; of each sample. cost_MB: as of `Frontier`. budget: of the sum of costs.
+        loss_MBS: float64; of each sample. cost_MB: as of `Frontier`. budget: of the sum of costs. image_S: which image
+            each sample is of.
     """
-    samples, source = loss_MBS.shape[2], np.random.default_rng(seed)
+    place_S, source = _places(image_S), np.random.default_rng(seed)
+    images = int(place_S.max()) + 1
     gains = []
     for _ in range(rounds):
-        order = source.permutation(samples)
-        half, other = (loss_MBS[..., part].mean(axis=2) for part in (order[: samples // 2], order[samples // 2 :]))
+        chosen_S = np.isin(place_S, source.permutation(images)[: images // 2])
+        half, other = smoothed(loss_MBS[..., chosen_S]), loss_MBS[..., ~chosen_S].mean(axis=2)
         chosen = Frontier(half, cost_MB, intervals).within(budget)
         lost = float(other[chosen.mask_B, np.arange(len(chosen.mask_B))].sum())
         single = _interpolated(half, other, cost_MB.sum(axis=1), chosen.cost)

@@ -14,7 +14,7 @@ SPACES = ("features", "latents", "pixels")  # in which the displacement of sampl
 CANDIDATES = 8  # layers that are measured again after each removal
 WINDOWS = 10  # of a sampler's steps, in which the response is measured
 EARLY_BINS = 10  # of timesteps, in which the dense model is measured before the search
-EARLY_FORWARDS = EARLY_BINS * (EARLY_BINS + 1) + 2 * EARLY_BINS  # for the early response: two steps in each bin
+EARLY_FORWARDS = EARLY_BINS * (EARLY_BINS + 1) + 3 * EARLY_BINS  # for the early response: two steps in each bin
 ORDER_SAMPLES, EARLY_SAMPLES, RESPONSE_SAMPLES = 32, 16, 32  # at most
 
 
@@ -108,9 +108,10 @@ def forwards(layers: int, least: float, samples: int, bins: int, steps: int, gui
     removed = min(int(layers * (1 - least) + 1e-9), layers - 1)
     tried = sum(1 + (layers - k if k == 0 else min(CANDIDATES, layers - k)) for k in range(removed))
     early = min(samples, EARLY_SAMPLES)
-    masks = removed + 1
+    masks, windows = removed + 1, min(WINDOWS, steps)
+    again = windows * (-(-steps // WINDOWS) - 1) + steps - 1  # dense, where a mask has moved what it is given
     return Forwards(
         order=tried * min(samples, ORDER_SAMPLES),
         forecast=(EARLY_FORWARDS + EARLY_BINS * (masks + 1)) * early,
         errors=2 * bins * (masks + 1) * samples,
-        response=min(samples, RESPONSE_SAMPLES) * steps * (2 + (min(WINDOWS, steps) + 1) // 2) * (1 + guided))
+        response=min(samples, RESPONSE_SAMPLES) * (steps * (2 + (windows + 1) // 2) * (1 + guided) + again))

@@ -76,24 +76,27 @@ def _classes(images: Tensor, labels: Tensor, count: int) -> DemoReference:
     return DemoReference(images, labels, {"labels": asked}, asked, [str(int(label)) for label in asked])
 
 
-def draw_run(run: Path, out: Path, state: PartialState, dense: bool = False) -> Path:
+def draw_run(run: Path, out: Path, state: PartialState, dense: bool = False, keep: float | None = None) -> Path:
     """`evaluate.samples` images of a demo's run, and its real ones, in out/images and out/real; returns out.
 
     dense: draw those of the dense model too, of the same seeds and conditions, in out/dense.
+    keep: the rung of the experts' ladder, as for `Experts.pick`.
 
     Raises:
-        InputError: for a run that has not finished, or is no demo's, or whose dense model is not there; on every
-            process.
+        InputError: for a run that has not finished, or is no demo's, or whose dense model is not there, or a ladder
+            without such a rung; on every process.
     """
-    on_main_process(lambda: _draw_run(run, out, state.device, dense))
+    on_main_process(lambda: _draw_run(run, out, state.device, dense, keep))
     return out
 
 
-def _draw_run(run: Path, out: Path, device: torch.device, dense: bool) -> None:
+def _draw_run(run: Path, out: Path, device: torch.device, dense: bool, keep: float | None) -> None:
     started = load_config(run / "config.yaml")
     config = own_weights(started, run / "final")
+    experts = TemporalExperts.from_pretrained(run / "final")
+    experts = experts.choose(experts.pick(keep))
     settings = repr((config.evaluate, config.seed))
-    made_of = {"images": _key(run / "final", settings)}
+    made_of = {"images": _key(run / "final", f"{settings} {experts.keep_ratio_target}")}
     original = dense_folder(started) if dense else None
     if original is not None:
         made_of["dense"] = _key(original / component_of(original)[1], settings)
@@ -105,7 +108,7 @@ def _draw_run(run: Path, out: Path, device: torch.device, dense: bool) -> None:
     if reference is None:
         raise InputError(f"--run {run}: not a demo: draw its images with scripts/sample.py, then use --images")
     done.unlink(missing_ok=True)
-    with TemporalExperts.from_pretrained(run / "final").serving(parts.simulator):
+    with experts.serving(parts.simulator):
         _draw(parts, parts.backbone.eval(), config, reference, out / "images")
     if original is not None:
         _draw(parts, load_backbone(original).to(device).eval(), config, reference, out / "dense")

@@ -31,13 +31,16 @@ class Probe:
     """Held-out samples (or, without any, training samples) with their noise, on which masks are tried.
 
     The same samples and noise for every range of timesteps, so that ranges differ by their timesteps alone.
+
+    Attributes:
+        image_S: which image each of the S samples is of, int64; where few are held out, one image serves several.
     """
 
     def __init__(self, config: Config, parts: Parts, samples: int, batch_size: int = 16) -> None:
         train, held_out = split(parts.source, config.data.holdout, config.seed)
         indices = np.resize(held_out if len(held_out) else train, samples)
         source = WithSubstitutes(parts.source, indices, config.seed, parts.fit)
-        self.parts, self.samples = parts, samples
+        self.parts, self.samples, self.image_S = parts, samples, indices
         self._batches = []
         buckets, first = parts.source.buckets, 0
         for some in of_one_shape(np.arange(samples), batch_size, None if buckets is None else buckets[indices]):
@@ -151,7 +154,7 @@ class Probe:
             guidance: of classifier-free guidance. views: what of the final latents is compared, under its name.
 
         Returns: the mean squared displacement of each view, and the mean squared change of the model's output (before
-            guidance) at the first step of each range, float64 [R], means over masks and samples.
+            guidance) at the steps of each range, float64 [R], means over masks, samples and steps.
         """
         moved, caused_R = {name: np.zeros(len(ranges)) for name in views}, np.zeros(len(ranges))
         bar = tqdm(total=len(ranges) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
@@ -173,8 +176,8 @@ class Probe:
 
     def _sample(self, mask_L: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
                 solver: Any, guidance: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
-        """Samples, the outputs of all steps before and after guidance, and the summed change of the output at the first
-        of the `masked` steps.
+        """Samples, the outputs of all steps before and after guidance, and the summed change of the output where the
+        masked steps find themselves, their mean.
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
@@ -193,8 +196,9 @@ class Probe:
                     base = self._predict(mask, scaled, there, nothing)
                     guided = base + guidance * (pred - base)
                 outputs.append((pred, guided))
-            if masked and step == masked[0]:
-                caused = mse_per_sample(outputs[-1][0], known[step][0]).sum().item()
+            if step in masked:
+                dense = known[step][0] if step == masked[0] else self._predict(None, scaled, there, given)
+                caused += mse_per_sample(outputs[-1][0], dense).sum().item() / len(masked)
             latents = solver.step(outputs[-1][1], timestep, latents).prev_sample
         return latents, outputs, caused
 

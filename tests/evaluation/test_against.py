@@ -1,5 +1,6 @@
 """Images against the dense model's: two folders, the command, a demo's run and its page."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from alter.commands.benchmarking.cases import draw_experts
 from alter.evaluation.pairs import drift, psnr, ssim
 from alter.evaluation.pictures import Pair, read_pairs, save_pairs
 from alter.evaluation.report.page import build_page, read_run
+from alter.experts.ladder import Rung
 
 
 def write_manifest(folder, **changes):
@@ -180,6 +182,35 @@ def test_a_demo_against_its_dense_model_on_the_page(small_config, evaluate, tmp_
     assert results["psnr"]["value"] == "inf" and results["drift"]["value"] == results["drift_latents"]["value"] == 0
     code, error = evaluate("--run", run, "--against", tmp_path)
     assert code == 2 and "use dense, or --images" in error
+
+
+def test_a_rung_of_a_runs_ladder(small_config, evaluate, tmp_path):
+    """Its images are those of a run whose experts are that rung alone, beside those of the chosen one."""
+    run = train(small_config("dit", evaluate={"guidance_scale": 1.0})).run_dir
+    experts = TemporalExperts.from_pretrained(run / "final")
+    every, few = np.ones(len(experts.sites), dtype=bool), np.arange(len(experts.sites)) < 1
+    rungs = [Rung(0.4, np.zeros(1000, dtype=int)), Rung(1.0, np.ones(1000, dtype=int))]
+    whole = dataclasses.replace(experts, mask_EL=np.stack([few, every]), ladder=tuple(rungs), chosen=1, measured=None)
+    whole.save_pretrained(run / "final")
+
+    def drawn(folder):
+        return [file.read_bytes() for file in sorted((run / folder / "images").glob("*.png"))]
+
+    assert evaluate("--run", run, "--keep", 0.5)[0] == evaluate("--run", run)[0] == 0
+    few, every = drawn("evaluation-keep-0.5"), drawn("evaluation")
+    assert len(few) == 100 and few != every
+    files = [json.loads((run / name).read_text()) for name in ("metrics-keep-0.5.json", "metrics.json")]
+    assert files[0]["fid"]["value"] != files[1]["fid"]["value"]
+    whole.only(0.4).save_pretrained(run / "final")
+    assert evaluate("--run", run)[0] == 0 and drawn("evaluation") == few
+    whole.save_pretrained(run / "final")
+    assert evaluate("--run", run, "--keep", 0.5, "--against", "dense")[0] == 0
+    assert (run / "against-keep-0.5.json").is_file() and not (run / "against.json").exists()
+    for arguments, message in ((["--run", run, "--keep", 0.3], "keep_ratio=0.3: is below the lowest rung"),
+                               (["--run", run, "--keep", 2], "--keep 2.0: choose a share"),
+                               (["--images", run, "--keep", 0.5], "use --run")):
+        code, error = evaluate(*arguments)
+        assert code == 2 and message in error and len(error.strip().splitlines()) == 1
 
 
 def test_pictures_of_several_sizes_come_back(tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import json
 import pickle
 import threading
 
@@ -13,7 +14,7 @@ from conftest import make_dit, make_inputs, make_unet, save_stable_diffusion
 from helpers import TARGETS, chain, draw
 from helpers import load_quietly as load
 
-from alter import InputError, load_pipeline
+from alter import InputError, TemporalExperts, load_pipeline
 from alter.experts.ladder import Rung
 from alter.method.measured import Measured
 
@@ -243,8 +244,29 @@ def test_the_table():
                             f"{rung.error:.3g}", "yes" if rung.tuned else "no"]
         assert line[5:] == (["chosen"] if rung is experts.rung else [])
     summary = repr(experts)
-    assert "2 experts over 6 sites (4 more unused)" in summary and "ladder of 3 rungs:\n" in summary
+    some = {int(expert) for rung in experts.ladder for expert in rung.expert_T}
+    assert f"2 experts over 6 sites ({len(some) - 2} more in other rungs" in summary
+    assert "ladder of 3 rungs:\n" in summary
+    more = dataclasses.replace(experts, mask_EL=np.concatenate([experts.mask_EL, experts.mask_EL[:2]]))
+    assert f"in other rungs, {8 - len(some)} unused)" in repr(more)
     assert "ladder" not in repr(experts.only()) and "unused" not in repr(experts.only())
+
+
+def test_the_interval_of_a_prediction_is_stored_and_told(tmp_path):
+    experts = chain(make_dit(layers=6))
+    known = dataclasses.replace(experts.ladder[0], interval=(0.25, 0.5))
+    experts = dataclasses.replace(experts, ladder=(known, *experts.ladder[1:]))
+    experts.save_pretrained(tmp_path)
+    again = TemporalExperts.from_pretrained(tmp_path)
+    assert again.ladder == experts.ladder and again.ladder[0].interval == (0.25, 0.5)
+    assert "0.25 to 0.5" in again.table().splitlines()[1] and " to " not in again.table().splitlines()[2]
+    with pytest.raises(InputError, match="interval="):
+        dataclasses.replace(experts, ladder=(dataclasses.replace(known, interval=(0.5, 0.25)),))
+    content = json.loads((tmp_path / "experts.json").read_text())
+    for rung in content["ladder"]:  # as before intervals were known
+        del rung["interval"]
+    (tmp_path / "experts.json").write_text(json.dumps(content))
+    assert all(rung.interval is None for rung in TemporalExperts.from_pretrained(tmp_path).ladder)
 
 
 def measured(rows, edges=(0, 300, 1000)):

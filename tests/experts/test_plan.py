@@ -284,10 +284,28 @@ def test_a_plan_that_turns_out_worse_is_not_taken():
 def _whole():
     torch.manual_seed(0)
     model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4,
-                                  num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000).eval()
-    pipe = DiTPipeline(model, make_vae(), DPMSolverMultistepScheduler())
+                                  num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000)
+    pipe = DiTPipeline(model.eval().requires_grad_(False), make_vae(), DPMSolverMultistepScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_pipeline_that_decodes_in_any_case(guidance):
+    """diffusers' DiTPipeline: its latents are those of one of ours with the same model."""
+    whole = _whole()
+    randomise(whole.transformer)
+    ours = ClassConditionalPipeline(whole.transformer, whole.scheduler)
+    ours.set_progress_bar_config(disable=True)
+    experts = chain(whole.transformer, measured=Measured(
+        (0, 1000), np.zeros((2, 1)), {"latents": np.ones(1)}, "any", 3, 1.0, 1), ladder=(), chosen=0.5)
+    call = {"class_labels": [3, 1, 4], "guidance_scale": guidance}
+    found, expected = (Planner(experts, pipe, call, batch_size=2) for pipe in (whole, ours))
+    assert found.reference.shape == (3, 4, 8, 8)
+    torch.testing.assert_close(found.reference, expected.reference, rtol=1e-4, atol=1e-4)
+    assert found.drift == pytest.approx(expected.drift, rel=1e-3)
+    plan = found.plan(macs=2.5 * experts.macs_total)
+    assert found.check(plan) == pytest.approx(expected.check(plan), rel=1e-3) and found.check(plan) > 0
 
 
 def test_refusals():
@@ -313,7 +331,7 @@ def test_refusals():
         (lambda: Planner(measured_chain(painted), painted, picture), "calls its backbone .* strength"),
         (lambda: Planner(chain(whole.transformer, measured=Measured(
             (0, 1000), np.zeros((2, 1)), {"latents": np.ones(1)}, "any", 2, 1.0, 1), ladder=(), chosen=0.5), whole,
-            {"class_labels": [1], "guidance_scale": 1.0}), "gives no latents"),
+            {"class_labels": torch.tensor([1, 2, 3]), "guidance_scale": 1.0}), "gives no latents of these"),
     ]
     for act, message in cases:
         with pytest.raises(InputError, match=message) as caught:

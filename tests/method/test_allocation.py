@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alter.method.allocation import Frontier, gain, one_mask
+from alter.method.allocation import Frontier, gain, interval, one_mask, smoothed
 from alter.method.measured import Measured
 from alter.method.planning import Front, between, covered, routes, step_losses
 
@@ -72,7 +73,7 @@ def test_the_gain_is_found_where_there_is_one_and_not_in_noise(effect):
     steep_B = np.exp(effect * np.linspace(-1, 1, 8))
     loss_MB = (1 - share_M)[:, None] ** 2 * steep_B
     loss_MBS = loss_MB[..., None] * source.lognormal(0, 0.5, size=(1, 8, 64)) * source.lognormal(0, 0.2, (10, 8, 64))
-    found = gain(loss_MBS, share_M[:, None] * np.full(8, 1 / 8), 0.6, 4)
+    found = gain(loss_MBS, share_M[:, None] * np.full(8, 1 / 8), 0.6, 4, np.arange(64))
     assert found.low <= found.mean <= found.high
     assert (found.low > 0.2) if effect else (found.low < 0.02)
 
@@ -125,7 +126,7 @@ def test_discretisation_between_measured_numbers_of_steps():
 
 
 def test_the_gain_over_nothing_lost_is_nothing():
-    found = gain(np.zeros((3, 4, 6)), np.array([[1.0], [0.7], [0.4]]) * np.full(4, 0.25), 1.0, 2)
+    found = gain(np.zeros((3, 4, 6)), np.array([[1.0], [0.7], [0.4]]) * np.full(4, 0.25), 1.0, 2, np.arange(6))
     assert (found.mean, found.low, found.high) == (0, 0, 0)
 
 
@@ -133,3 +134,59 @@ def test_losses_of_timesteps_are_shares_of_their_bins():
     response = {"latents": np.array([2.0, 5.0, 1.0])}
     measured = Measured((0, 2, 7, 10), np.array([[1.0, 2.0, 3.0]]), response, "x", 4, 1.0, 2)
     assert measured.loss_MT[0].tolist() == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1]
+
+
+def test_what_noise_explains_is_smoothed_away():
+    """Losses on a straight line in logarithms, with noise of the samples, come nearer to it but at both ends."""
+    source = np.random.default_rng(7)
+    line_MB = np.log([[1.0], [3.0]]) - np.linspace(0, 5, 20)
+    before, after = [], []
+    for _ in range(50):
+        loss_MBS = np.exp(line_MB)[..., None] * source.gamma(2, 0.5, (2, 20, 64))
+        measured_MB, smooth_MB = np.log(loss_MBS.mean(2)), np.log(smoothed(loss_MBS))
+        assert np.array_equal(smooth_MB[:, [0, -1]], measured_MB[:, [0, -1]])
+        before.append(((measured_MB - line_MB)[:, 1:-1] ** 2).mean())
+        after.append(((smooth_MB - line_MB)[:, 1:-1] ** 2).mean())
+    assert np.mean(after) < 0.6 * np.mean(before)  # of independent noise, equal weights of three bins would leave 1/3
+
+
+def test_the_smoothed_loss_is_the_best_linear_estimate():
+    """Of independent noise in three bins it is known: x - d·v / (v + v/2 + s), here with all of d² beyond the noise in
+    s, where the noise is found by taking every sample apart."""
+    source = np.random.default_rng(8)
+    loss_MBS = np.array([1.0, 1.3, 1.1])[:, None] * source.lognormal(0, 0.3, (1, 3, 10_000))
+    x_B = np.log(loss_MBS.mean(2))[0]
+    v = (np.exp(0.3**2) - 1) / 10_000  # of the logarithm of a mean
+    d = x_B[1] - (x_B[0] + x_B[2]) / 2
+    assert np.log(smoothed(loss_MBS))[0, 1] == pytest.approx(x_B[1] - d * v / d**2, abs=1e-4)
+
+
+def test_what_all_bins_share_and_what_has_no_noise_stays():
+    source = np.random.default_rng(9)
+    curve_MB = source.uniform(1, 2, (3, 8))
+    shared = curve_MB[..., None] * source.lognormal(0, 1, 16)  # no bend is of noise
+    assert smoothed(shared) == pytest.approx(shared.mean(2))
+    assert smoothed(curve_MB[..., None]) == pytest.approx(curve_MB)
+    shared[0] = 0
+    assert (smoothed(shared)[0] == 0).all()
+
+
+def test_the_interval_of_a_mean():
+    """Of a Gaussian, 1.645 standard errors to both sides; images that serve twice tell nothing new."""
+    loss_S = np.random.default_rng(10).normal(5, 1, 400)
+    expected = scipy.stats.norm.interval(0.9, loss_S.mean(), loss_S.std() / 20)
+    assert interval(loss_S, np.arange(400), rounds=20_000) == pytest.approx(expected, abs=0.005)
+    twice = interval(np.tile(loss_S, 2), np.tile(np.arange(400) + 7, 2), rounds=20_000)
+    assert twice == pytest.approx(expected, abs=0.005)
+    low, high = interval(loss_S, np.zeros(400, int))
+    assert low < loss_S.mean() < high
+
+
+def test_no_image_chooses_and_judges():
+    """Each image has a mask of its own that is best of all: whoever chose by it would gain."""
+    source = np.random.default_rng(11)
+    loss_MBI = 1 + source.uniform(size=(6, 4, 4))
+    loss_MBS = np.concatenate([loss_MBI, loss_MBI + 1e-6 * source.uniform(size=(6, 4, 4))], axis=2)
+    cost_MB = np.full((6, 4), 0.25)
+    seen, apart = (gain(loss_MBS, cost_MB, 1.0, 4, images) for images in (np.arange(8), np.tile(np.arange(4), 2)))
+    assert apart.mean < seen.mean - 0.02

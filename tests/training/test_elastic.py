@@ -11,6 +11,7 @@ import torch
 from helpers import assert_same_result, make_trainer, prepared, uneven_latency
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.common.load import without_effect
 from alter.method.allocation import likely
 from alter.method.diffusion import draw
 from alter.training.setup.describe import describe_run
@@ -127,7 +128,8 @@ def test_what_is_said_and_found(small_config, capsys):
     loss_MB, edges = experts.measured.loss_MB, experts.measured.edges
     for rung in experts.ladder:
         lost = sum(loss_MB[rung.expert_T[low], b] for b, low in enumerate(edges[:-1]))
-        assert rung.error == pytest.approx(lost)
+        low, high = rung.interval
+        assert rung.error == pytest.approx(lost) and 0.3 * lost < low <= lost <= high < 3 * lost or not lost
         assert experts.choose(rung).keep_ratio <= rung.keep_ratio_target + 0.005
 
 
@@ -223,3 +225,19 @@ def test_the_dry_run_tells_what_is_measured_and_what_random_depths_cost():
     removed = int(layers * 0.75)
     assert numbers[2] == 2 * 20 * 64 * (removed + 2)  # every bin, sample and mask, and the teacher, twice
     assert json.dumps(numbers) and min(numbers) > 0
+
+
+def test_keys_without_effect_are_named(small_config, tmp_path, capsys):
+    """Where they have another value than their default; of the search of before, and with given masks, none is."""
+    set_here = {"experts": {"router": "ordered", "tau": 0.5}, "loss": {"balance": 0.5},
+                "search": {"draws": "iteration"}}
+    config = elastic(small_config, **set_here)
+    named = ["experts.router=ordered", "experts.tau=0.5", "search.draws=iteration", "loss.balance=0.5"]
+    assert set(without_effect(config)) >= set(named)
+    assert not any(line.startswith("loss.ratio=5") for line in without_effect(config))
+    assert without_effect(small_config("dit", **set_here)) == []
+    assert without_effect(elastic(small_config, experts={"pretrained": "somewhere", "tau": 0.5})) == []
+    assert "no effect with search.method=elastic: experts.router=ordered, " in describe_run(config)
+    make_trainer(config, tmp_path).search.begin()
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert all(name in said for name in named) and said.endswith(": no effect with search.method=elastic")

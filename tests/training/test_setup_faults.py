@@ -1,7 +1,11 @@
 """Several faults of one configuration are told at once, each in its line."""
 
+import shutil
+
+import diffusers
 import pytest
 from conftest import make_dit, make_vae, save_latents, save_pipeline
+from zoo import ZOO
 
 from alter import InputError
 from alter.data.shapes import write_shapes
@@ -53,3 +57,12 @@ def test_both_sizes_of_latents_and_dit_are_named(small_config, tmp_path):
     (said,) = faults(check, small_config("dit", data={"source": "latents", "path": str(tmp_path / "wide"),
                                                        "resolution": 16}), 1)
     assert said.startswith("data.resolution=16: gives latents of 16x16, and this DiT was made for 8x8")
+
+
+@pytest.mark.parametrize("name", ["GlmImageTransformer2DModel", "HiDreamImageTransformer2DModel"])
+def test_backbones_that_are_counted_and_not_trained(small_config, tmp_path, name):
+    config = small_config("sd")
+    shutil.rmtree(tmp_path / "sd-pretrained/unet")
+    getattr(diffusers, name)(**ZOO[name].config).save_config(tmp_path / "sd-pretrained/transformer")
+    (said,) = [line for line in faults(check, config, 1) if name in line]
+    assert "is not trained yet, though experts apply to it: " in said

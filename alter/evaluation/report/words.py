@@ -116,12 +116,12 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
 
 
 def used(experts: TemporalExperts) -> str:
-    """Which experts no timestep uses, in words."""
+    """Which experts no rung uses, in words."""
     return _unused(_unused_experts(experts))
 
 
 def _unused_experts(experts: TemporalExperts) -> list[int]:
-    return sorted({*range(len(experts.mask_EL))} - {*experts.used})
+    return sorted({*range(len(experts.mask_EL))} - {*experts.used_by_any})
 
 
 def _unused(unused: list[int]) -> str:

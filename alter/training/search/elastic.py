@@ -2,7 +2,9 @@
 are allocated by their errors, for every budget at once."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,11 @@ from tqdm import tqdm
 
 from ...common.config import Config
 from ...common.errors import InputError
+from ...common.load import without_effect
 from ...common.process import on_main_process
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
-from ...method.allocation import Frontier, Gain, gain, likely
+from ...method.allocation import Frontier, Gain, gain, interval, likely, smoothed
 from ...method.budget import TOLERANCE
 from ...method.measured import EARLY_BINS, EARLY_SAMPLES, ORDER_SAMPLES, Measured, forwards
 from ...method.noising import edges_of
@@ -44,6 +47,8 @@ class ElasticSearch:
     def begin(self) -> None:
         """Order the layers by measurement on the dense model, and say what its errors promise."""
         config, parts, search = self.config, self.parts, self.config.search
+        if (unused := without_effect(config)) and self.trainer.accelerator.is_main_process:
+            tqdm.write(f"warning: {', '.join(unused)}: no effect with search.method=elastic", file=sys.stderr)
         steps, layers = len(sampler_of(config, parts)().timesteps), len(parts.cost.sites)
         counted = forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1)
 
@@ -121,7 +126,7 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
         edges = edges_of(parts.noising, EARLY_BINS)
         loss_MBS = few.against_teacher(masks_ML, edges) * weight_T[edges[:-1], None]
         tqdm.write("before any training, which makes such gains smaller: " + _forecast(
-            config, parts, masks_ML, edges, loss_MBS, "latents", config.budget.range[0]))
+            config, parts, masks_ML, edges, loss_MBS, few.image_S, "latents", config.budget.range[0]))
     return masks_ML
 
 
@@ -135,19 +140,19 @@ def allocated(config: Config, parts: Parts, masks_ML: np.ndarray, asked: Sequenc
     edges = edges_of(parts.noising, config.search.bins, _weight_T(parts))
     skipping_M = costs(parts, masks_ML)[1:]  # the dense model moves no sample
     near = 1 + int(np.abs(skipping_M - (min(asked) + max(asked)) / 2).argmin()) if len(skipping_M) else 0
-    measured, error_MBS = measured_family(config, parts, masks_ML, edges, near, batch_size)
-    response_B = measured.response[measured.space]
-    tqdm.write(_forecast(config, parts, masks_ML, edges, error_MBS * response_B[:, None], measured.space, asked[0]))
-    rungs = ladder(measured, bin_costs(parts, masks_ML, edges), config.experts.count, asked, tuned)
+    measured, error_MBS, image_S = measured_family(config, parts, masks_ML, edges, near, batch_size)
+    loss_MBS = error_MBS * measured.response[measured.space][:, None]
+    tqdm.write(_forecast(config, parts, masks_ML, edges, loss_MBS, image_S, measured.space, asked[0]))
+    rungs = ladder(loss_MBS, image_S, edges, bin_costs(parts, masks_ML, edges), config.experts.count, asked, tuned)
     return experts_of(parts, masks_ML, rungs, asked[0], measured)
 
 
-def _forecast(config: Config, parts: Parts, masks_ML: np.ndarray, edges: np.ndarray, loss_MBS: np.ndarray, space: str,
-              keep_ratio: float) -> str:
+def _forecast(config: Config, parts: Parts, masks_ML: np.ndarray, edges: np.ndarray, loss_MBS: np.ndarray,
+              image_S: np.ndarray, space: str, keep_ratio: float) -> str:
     """What masks over time promise at a budget, in plain words."""
     experts, cost_MB = config.experts.count, bin_costs(parts, masks_ML, edges)
     least = max(keep_ratio + TOLERANCE, cost_MB.min(axis=0).sum())
-    return describe_gain(gain(loss_MBS, cost_MB, least, experts, config.seed), keep_ratio, experts, space)
+    return describe_gain(gain(loss_MBS, cost_MB, least, experts, image_S, config.seed), keep_ratio, experts, space)
 
 
 def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> TemporalExperts:
@@ -155,19 +160,23 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
     allocated by them. Without a teacher the former errors, which no longer hold, are left out."""
     assert experts.measured is not None
     if parts.teacher is None:
-        unknown = tuple(dataclasses.replace(rung, error=None) for rung in experts.ladder)
+        unknown = tuple(dataclasses.replace(rung, error=None, interval=None) for rung in experts.ladder)
         return dataclasses.replace(experts, measured=None, ladder=unknown)
     edges = np.array(experts.measured.edges)
-    error_MBS = Probe(config, parts, config.search.samples).against_teacher(experts.mask_EL, edges)
+    probe = Probe(config, parts, config.search.samples)
+    error_MBS = probe.against_teacher(experts.mask_EL, edges)
     measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2))
+    loss_MBS = error_MBS * measured.response[measured.space][:, None]
     cost_MB = bin_costs(parts, experts.mask_EL, edges)
-    frontier, loss_MT = Frontier(measured.loss_MB, cost_MB, config.experts.count), measured.loss_MT
+    frontier = Frontier(smoothed(loss_MBS), cost_MB, config.experts.count)
     rungs = []
     for rung in experts.ladder:
-        if not rung.tuned and rung.steps is None:
+        if rung.steps is not None:
+            rungs.append(dataclasses.replace(rung, error=None, interval=None))
+            continue
+        if not rung.tuned:
             rung = dataclasses.replace(rung, expert_T=_allocated_T(frontier, cost_MB, edges, rung.keep_ratio_target))
-        lost = float(loss_MT[rung.expert_T, np.arange(edges[-1])].sum())
-        rungs.append(dataclasses.replace(rung, error=lost if rung.steps is None else None))
+        rungs.append(_predicted(rung, loss_MBS, probe.image_S, edges))
     return dataclasses.replace(experts, measured=measured, ladder=tuple(rungs))
 
 
@@ -189,21 +198,31 @@ def _weight_T(parts: Parts) -> np.ndarray:
     return np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
 
 
-def ladder(measured: Measured, cost_MB: np.ndarray, experts: int, asked: Sequence[float],
-           tuned: bool = True) -> list[Rung]:
+def ladder(loss_MBS: np.ndarray, image_S: np.ndarray, edges: np.ndarray, cost_MB: np.ndarray, experts: int,
+           asked: Sequence[float], tuned: bool = True) -> list[Rung]:
     """A rung for every budget that the masks allow: all of _RUNGS, and those asked for.
 
-    tuned: whether the weights were trained for the budgets between those asked for.
+    Args:
+        loss_MBS: of each sample, float64. image_S: its image. edges: of the bins. experts: at most.
+        tuned: whether the weights were trained for the budgets between those asked for.
     """
-    frontier, rungs, edges = Frontier(measured.loss_MB, cost_MB, experts), [], np.array(measured.edges)
+    frontier, rungs = Frontier(smoothed(loss_MBS), cost_MB, experts), []
     cheapest = cost_MB.min(axis=0).sum()
     for target in sorted({*np.round(_RUNGS, 2).tolist(), *asked}):
         if target + TOLERANCE < cheapest and target not in asked:
             continue
-        routes = _allocated_T(frontier, cost_MB, edges, target)
-        lost = float(measured.loss_MT[routes, np.arange(edges[-1])].sum())
-        rungs.append(Rung(target, routes, tuned and min(asked) <= target <= max(asked), lost))
+        routes, within = _allocated_T(frontier, cost_MB, edges, target), min(asked) <= target <= max(asked)
+        rungs.append(_predicted(Rung(target, routes, tuned and within), loss_MBS, image_S, edges))
     return rungs
+
+
+def _predicted(rung: Rung, loss_MBS: np.ndarray, image_S: np.ndarray, edges: np.ndarray) -> Rung:
+    """With the mean loss of the samples, and what their noise leaves of it."""
+    lost_S = np.zeros(loss_MBS.shape[2])
+    for b, (low, high) in enumerate(pairwise(edges)):
+        share_M = np.bincount(rung.expert_T[low:high], minlength=len(loss_MBS)) / (high - low)
+        lost_S += share_M @ loss_MBS[:, b]
+    return dataclasses.replace(rung, error=float(lost_S.mean()), interval=interval(lost_S, image_S))
 
 
 def _allocated_T(frontier: Frontier, cost_MB: np.ndarray, edges: np.ndarray, target: float) -> np.ndarray:
@@ -224,7 +243,7 @@ def experts_of(parts: Parts, masks: np.ndarray, rungs: list[Rung], keep_ratio: f
 def describe_gain(found: Gain, keep_ratio: float, experts: int, space: str) -> str:
     """What masks over time promise, in plain words."""
     said = (f"at keep ratio {keep_ratio:g}, {experts} experts over time would move samples (squared distance, in "
-            f"{space}) {found.mean:.1%} less than one mask of the same cost (90% of halves of the measured samples: "
+            f"{space}) {found.mean:.1%} less than one mask of the same cost (90% of halves of the measured images: "
             f"{found.low:.1%} to {found.high:.1%})")
     if found.low > 0:
         return said

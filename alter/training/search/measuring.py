@@ -137,9 +137,9 @@ def views_of(parts: Parts) -> dict[str, View]:
 
 
 def measured_family(config: Config, parts: Parts, masks: np.ndarray, edges: np.ndarray, at: int,
-                    batch_size: int = 16) -> tuple[Measured, np.ndarray]:
-    """Errors of masks bool [M, L] against the teacher, and the response with mask `at`; errors of each sample, float64
-    [M, B, S], beside."""
+                    batch_size: int = 16) -> tuple[Measured, np.ndarray, np.ndarray]:
+    """Errors of masks bool [M, L] against the teacher, and the response with mask `at`; the errors of each sample,
+    float64 [M, B, S], and its image, int64 [S], beside."""
     probe = Probe(config, parts, config.search.samples, batch_size)
     error_MBS = probe.against_teacher(masks, edges)
     error_MB = error_MBS.mean(axis=2)
@@ -148,4 +148,4 @@ def measured_family(config: Config, parts: Parts, masks: np.ndarray, edges: np.n
     own_B = np.array([probe.errors(masks[at][None], int(low), int(high))[0][0] for low, high in pairwise(edges)])
     response, sampler, steps = measure_response(config, parts, fewer, masks[at], edges, own_B, views_of(parts))
     return Measured(tuple(map(int, edges)), error_MB, response, sampler, steps, config.evaluate.guidance_scale,
-                    config.search.samples), error_MBS
+                    config.search.samples), error_MBS, probe.image_S

@@ -8,6 +8,7 @@ from torch import nn
 from ...backbones.pretrained import DTYPES, trained_parameters
 from ...common.config import Config
 from ...common.errors import Faults, InputError
+from ...common.load import without_effect
 from ...experts.artefact import TemporalExperts
 from ...method.allocation import likely
 from ...method.budget import Budget
@@ -120,11 +121,13 @@ def _forwards(config: Config, plan: Plan) -> Forwards:
 
 
 def _measured(config: Config, plan: Plan) -> list[str]:
-    """What an elastic search measures, in a line."""
+    """What an elastic search measures and what it does not use, in a line each."""
     if not _elastic(config, plan):
         return []
     counted = _forwards(config, plan)
-    return [f"measured, in forwards of one sample: about {counted.order:,} to order the layers, {counted.forecast:,} "
+    unused = [f"no effect with search.method=elastic: {', '.join(keys)}"] if (keys := without_effect(config)) else []
+    return [*unused,
+            f"measured, in forwards of one sample: about {counted.order:,} to order the layers, {counted.forecast:,} "
             f"for a forecast, {counted.errors:,} for errors and {counted.response:,} for the response of samples"]
 
 

@@ -42,6 +42,11 @@ from .encoding import check_encoding
 from .machine import check_machine
 from .noise import check_noise, sampled_timesteps, take_shift, trained_noising
 
+_NOT_TRAINED = {  # though their layers are counted
+    "GlmImageTransformer2DModel": "its pipeline makes tokens of the image that it will draw, not of those in the data",
+    "HiDreamImageTransformer2DModel": "in training it gives patches, and its text has samples on the second axis",
+}
+
 
 @dataclass
 class Plan:
@@ -83,6 +88,10 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
     faults, component = Faults(), component_of(folder, wanted=config.backbone.component)[1]
     backbone = meta_backbone(folder, component=component)
     size, scheduler, budget, experts = 0, None, None, None
+    with faults.caught():
+        if (name := type(backbone).__name__) in _NOT_TRAINED:
+            raise InputError(f"backbone.pretrained={config.backbone.pretrained!r}: a {name} is not trained yet, though "
+                             f"experts apply to it: {_NOT_TRAINED[name]}: use another backbone")
     with faults.caught():
         if config.backbone.gradient_checkpointing and not backbone._supports_gradient_checkpointing:
             raise InputError("backbone.gradient_checkpointing=true: this backbone does not support it: set false")
