@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from by_hand import Skip, counting, make_experts
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig
 from pipelines import draw, make_pipeline
 
 from alter import InputError
@@ -21,8 +20,8 @@ def first_block(pipe):
 
 
 def mag(pipe):
-    return diffusers.MagCacheConfig(threshold=0.5, num_inference_steps=STEPS, retention_ratio=0.2,
-                                    mag_ratios=torch.linspace(1, 1.02, STEPS))
+    return MagCacheConfig(threshold=0.5, num_inference_steps=STEPS, mag_ratios=torch.linspace(1, 1.02, STEPS),
+                          retention_ratio=0.2)
 
 
 def broadcast(pipe):
@@ -38,8 +37,7 @@ def faster(pipe):
         attention_weight_callback=lambda _: 0.3, is_guidance_distilled=True, tensor_format="BFCHW")
 
 
-FIRST_BLOCK = [first_block, *([mag] if hasattr(diffusers, "MagCacheConfig") else [])]  # which diffusers 0.36 lacks
-OF_ATTENTION = [broadcast, faster]
+FIRST_BLOCK, OF_ATTENTION = [first_block, mag], [broadcast, faster]
 
 
 def one_for_all(backbone, skipped):
