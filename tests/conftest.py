@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import alter.training.journal
 import alter.training.rating
+import alter.training.search.hypernetwork
 import alter.training.setup.plan
 import alter.training.summary
 from alter.common.load import CONFIGS, load_config
@@ -23,6 +25,7 @@ from alter.data.shapes import write_shapes
 from alter.evaluation.classifier import errors_by_timestep, train_classifier
 from alter.evaluation.report.figures import plot_experts, plot_samples
 from alter.training.demo import make_tokenizer
+from alter.training.measure import measure_sensitivity
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they give
 
@@ -35,13 +38,16 @@ _PICTURES = (
 
 @pytest.fixture(autouse=True, scope="session")
 def brief_runs():
-    """Whole runs count costs, measure their samples and draw pictures; in most tests that they do is enough."""
+    """Whole runs count costs, measure layers and samples and draw pictures; in most tests that they do is enough."""
     gc.collect()
     gc.freeze()  # what is imported by now is never garbage; looking through it takes a third of a second
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug
         patch.setattr(alter.training.setup.plan, "count_cost", known_cost)
-        patch.setattr(alter.training.rating, "train_classifier", functools.partial(train_classifier, steps=20))
+        patch.setattr(alter.training.rating, "train_classifier", functools.partial(train_classifier, steps=2))
         patch.setattr(alter.training.summary, "errors_by_timestep", functools.partial(errors_by_timestep, bins=4))
+        patch.setattr(alter.training.search.hypernetwork, "measure_sensitivity",
+                      functools.partial(measure_sensitivity, samples=4, trials=2))
         for module, name, _ in _PICTURES:
             patch.setattr(module, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))
         yield

@@ -36,7 +36,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 
-    # diffusers 0.36 to 0.38 reads no `|` and, in Python 3.10, no Any.
+    # diffusers 0.37 and 0.38 read no `|` and, in Python 3.10, no Any.
     def __init__(self, transformer: DiTTransformer2DModel, scheduler: SchedulerMixin,
                  vae: Optional[AutoencoderKL] = None) -> None:  # noqa: UP045
         super().__init__()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import draw, make_pipeline, unguided
-from zoo import ZOO
+from zoo import ZOO, of_the_newest
 
 from alter.backbones.asking import asked_timesteps
 from alter.backbones.schedules import load_scheduler
@@ -22,7 +22,8 @@ def with_steps(scheduler, given):
     return scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("name", ["flux2", "flux", "qwen", "z_image", "sd3", "ltx", "sana", "wan", "wan22"])
+@pytest.mark.parametrize("name", ["flux2", "flux", "qwen", pytest.param("z_image", marks=of_the_newest), "sd3", "ltx",
+                                  "sana", "wan", "wan22"])
 def test_a_pipeline_tells_what_it_does(name, tmp_path):
     pipe = make_pipeline(name, tmp_path)
     draw(pipe, num_inference_steps=5, **unguided(name))

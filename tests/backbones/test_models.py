@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from helpers import ROOT
+from zoo import of_the_newest
 
 from alter.backbones.models import FILE, MARKS, blocks_are_verified, known_models, table
 from alter.commands import main
@@ -18,6 +19,7 @@ def writer():
     return write_models
 
 
+@of_the_newest
 def test_its_marks_are_those_of_the_tests(writer):
     found = writer.verified()
     assert {row.cls for row in known_models()} == found.keys()
@@ -27,6 +29,7 @@ def test_its_marks_are_those_of_the_tests(writer):
     assert found["CosmosTransformer3DModel"]["blocks"] == "some"
 
 
+@of_the_newest
 def test_its_rows_are_the_models_that_are_known(writer):
     assert [(row.cls, row.model) for row in known_models()] == [(row["cls"], row["model"]) for row in writer.models()]
 

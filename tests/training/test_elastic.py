@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import config_factory
 from helpers import assert_same_result, make_trainer, prepared, uneven_latency
 
 from alter import InputError, TemporalExperts, load_config, train
@@ -141,10 +142,11 @@ def test_a_budget_of_time(small_config, tmp_path):
     assert run.experts.time_ratio <= 0.755
 
 
-@pytest.fixture
-def ladder(small_config):
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
     """A finished run for several budgets."""
-    return train(elastic(small_config, budget=RANGE, output_dir="ladder")).run_dir / "final"
+    folder = tmp_path_factory.mktemp("ladder")
+    return train(elastic(config_factory(folder), budget=RANGE)).run_dir / "final"
 
 
 @pytest.mark.parametrize("teacher", [False, True])
