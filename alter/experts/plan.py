@@ -57,8 +57,9 @@ class Plan:
 class Planner:
     """Measures a sampler once, by drawing, and plans for any budget.
 
-    Errors were measured against the dense model from which the experts were trained. Where they were tuned, that is another model than theirs at full depth: give it as `dense`, so that plans may be dense steps
-    of it. Without it predictions hold the distance between the two, and `drift` and `check` do not.
+    Errors were measured against the dense model from which the experts were trained. Where they were tuned, that is
+    another model than theirs at full depth: give it as `dense`, so that plans may be dense steps of it. Without it
+    predictions hold the distance between the two, and `drift` and `check` do not.
 
     Args:
         experts: with `measured` errors, of masks of which one keeps every layer. They may be applied to `pipe` or not.

@@ -87,8 +87,8 @@ class Front:
 
     def fewer_steps(self, cost: float) -> Option | None:
         """As many steps of every layer as cost at most `cost`, by the dense model where it may be had; None: none."""
-        steps = max((steps for steps in self.losses if steps * self.cost_M[self.full] <= cost * (1 + 1e-9)), default=None)
-        return None if steps is None else self.everything(steps)
+        fitting = [steps for steps in self.losses if steps * self.cost_M[self.full] <= cost * (1 + 1e-9)]
+        return self.everything(max(fitting)) if fitting else None
 
     def everything(self, steps: int) -> Option:
         """Every layer at all of so many steps, by the dense model where it may be had."""

@@ -88,7 +88,8 @@ def test_a_dynamic_shift_is_that_of_diffusers_pipelines(tmp_path, settings, kind
 
 
 @pytest.mark.parametrize("cls, even", [("FluxPipeline", True), ("QwenImagePipeline", True),
-                                       pytest.param("ZImagePipeline", True, marks=of_the_newest), ("HunyuanVideoPipeline", True), ("StableDiffusion3Pipeline", False),
+                                       pytest.param("ZImagePipeline", True, marks=of_the_newest),
+                                       ("HunyuanVideoPipeline", True), ("StableDiffusion3Pipeline", False),
                                        ("WanPipeline", False), ("NoSuchPipeline", False)])
 def test_which_pipelines_give_their_scheduler_even_sigmas(tmp_path, cls, even):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": cls}))
