@@ -105,7 +105,7 @@ def run_rows(rating: Rating, run: Path, variant: str, steps: int) -> Iterator[di
     """Of a finished run: its experts in `steps` denoising steps; of a ladder several tuned rungs, and plans of steps
     and depth, for _SHARES of the MACs of that many dense steps."""
     config = own_weights(load_config(run / "config.yaml"), run / "final")
-    parts = build(config)
+    parts = build(config, device=rating.parts.backbone.device)
     experts = parts.experts
     assert experts is not None
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
