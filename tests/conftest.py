@@ -15,8 +15,8 @@ from helpers import known_cost
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import alter.training.demo_images
 import alter.training.journal
-import alter.training.rating
 import alter.training.search.hypernetwork
 import alter.training.setup.plan
 import alter.training.summary
@@ -44,7 +44,7 @@ def brief_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)  # no test pulls the plug
         patch.setattr(alter.training.setup.plan, "count_cost", known_cost)
-        patch.setattr(alter.training.rating, "train_classifier", functools.partial(train_classifier, steps=2))
+        patch.setattr(alter.training.demo_images, "train_classifier", functools.partial(train_classifier, steps=2))
         patch.setattr(alter.training.summary, "errors_by_timestep", functools.partial(errors_by_timestep, bins=4))
         patch.setattr(alter.training.search.hypernetwork, "measure_sensitivity",
                       functools.partial(measure_sensitivity, samples=4, trials=2))

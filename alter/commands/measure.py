@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..backbones.pretrained import DTYPES
     from ..evaluation.report.figures import plot_sensitivity
     from ..evaluation.report.records import SENSITIVITY, write_sensitivity
-    from ..method.sensitivity import as_text, verdict
+    from ..evaluation.report.words import as_text, verdict
     from ..training.measure import measure_sensitivity
     from ..training.setup.parts import build
 

@@ -137,27 +137,32 @@ def _draw(parts: Parts, backbone: Backbone, config: Config, reference: DemoRefer
     write_text(folder / "manifest.json", json.dumps({"settings": settings, "images": listed}, indent=1) + "\n")
 
 
-def save_classifier(classifier: SmallClassifier, file: Path) -> None:
-    """Write its weights, complete or not at all."""
-    partial = file.with_name(f".{os.getpid()}-{file.name}")  # another may do the same beside it
-    save_file(classifier.state_dict(), partial)
-    partial.replace(file)
+def kept_classifier(images: Tensor, targets: Tensor, seed: int, file: Path) -> SmallClassifier:
+    """The one in `file`, complete or not there at all; it is trained first (`train_classifier`) if it is not."""
+    if not file.is_file():
+        trained = train_classifier(images, targets, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{os.getpid()}-{file.name}")  # another may do the same beside it
+        save_file(trained.state_dict(), partial)
+        partial.replace(file)
+        return trained
+    classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
+    classifier = SmallClassifier(images.shape[1], images.shape[-1], classes)
+    classifier.load_state_dict(load_file(file))
+    return classifier.eval().requires_grad_(False)
 
 
 def demo_network(cache: Path, state: PartialState, seed: int = 0) -> Demo:
     """A classifier of scikit-learn's digits, trained once, by the first process."""
     digits, file = Digits(), cache / f"digits-classifier-{seed}.safetensors"
-    if not file.is_file() and state.is_main_process:
+    if state.is_main_process:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the same weights whatever the number of threads and processes
-        trained = train_classifier(digits.images, digits.labels, seed)
+        kept_classifier(digits.images, digits.labels, seed, file)
         torch.set_num_threads(threads)
-        cache.mkdir(parents=True, exist_ok=True)
-        save_classifier(trained, file)
     state.wait_for_everyone()
-    classifier = SmallClassifier(digits.images.shape[1], digits.images.shape[-1], len(digits.labels.unique()))
-    classifier.load_state_dict(load_file(file))
-    return Demo(classifier.eval().requires_grad_(False), digits.images.shape[-1], digits.images.shape[1])
+    classifier = kept_classifier(digits.images, digits.labels, seed, file)
+    return Demo(classifier, digits.images.shape[-1], digits.images.shape[1])
 
 
 def own_weights(config: Config, final: Path) -> Config:

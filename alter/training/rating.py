@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..common.config import Config
-from ..evaluation.classifier import SmallClassifier, accuracy, train_classifier
+from ..evaluation.classifier import SmallClassifier, accuracy
 from ..evaluation.distances import frechet_distance
 from ..evaluation.pairs import drift
 from ..experts.artefact import TemporalExperts
-from .demo_images import DemoReference, demo_reference, save_classifier
+from .demo_images import DemoReference, demo_reference, kept_classifier
 from .probe import Probe
 from .search.measuring import measure_response
 from .setup.parts import Parts
@@ -116,11 +116,4 @@ def demo_classifier(config: Config, reference: DemoReference) -> SmallClassifier
     images, targets = reference.images, reference.targets
     trained_on = hashlib.sha256(images.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()[:16]
     file = Path(str(config.backbone.pretrained)).with_name(f"classifier-{trained_on}.safetensors")
-    if not file.is_file():
-        trained = train_classifier(images, targets, 0)
-        save_classifier(trained, file)
-        return trained
-    classes = int(targets.max()) + 1 if targets.dim() == 1 else targets.shape[1]
-    classifier = SmallClassifier(images.shape[1], images.shape[-1], classes)
-    classifier.load_state_dict(load_file(file))
-    return classifier.eval().requires_grad_(False)
+    return kept_classifier(images, targets, 0, file)

@@ -91,10 +91,10 @@ def test_requirements_txt_is_the_package_with_its_extras():
 # As tests/conftest.py has it for runs in the process of the tests.
 BRIEF = """
 import functools, sys
-import alter.training.rating as rating
+import alter.training.demo_images as demo_images
 import alter.training.summary as summary
 
-rating.train_classifier = functools.partial(rating.train_classifier, steps=20)
+demo_images.train_classifier = functools.partial(demo_images.train_classifier, steps=2)
 summary.errors_by_timestep = functools.partial(summary.errors_by_timestep, bins=4)
 from alter.commands import main
 sys.exit(main(["train", "--config", "demo_dit", *sys.argv[1:]]))

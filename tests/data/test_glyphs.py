@@ -35,8 +35,8 @@ def test_no_letter_is_cut_off_at_the_border():
 
 
 def test_a_classifier_learns_the_labels():
-    classifier = train_classifier(*draw_glyphs(2000, 0), seed=0, steps=200)
-    assert accuracy(classifier, *draw_glyphs(300, 1)) > 0.7
+    classifier = train_classifier(*draw_glyphs(1000, 0), seed=0, steps=100)
+    assert accuracy(classifier, *draw_glyphs(300, 1)) > 0.5  # by chance 0.1
 
 
 def test_written_letters_are_latents_with_classes(tmp_path):

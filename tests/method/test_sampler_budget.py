@@ -9,10 +9,11 @@ from helpers import table_of
 
 from alter import TemporalExperts
 from alter.backbones.cost import CostTable
+from alter.evaluation.report.words import verdict
 from alter.method import losses
 from alter.method.budget import Budget, timestep_weights
 from alter.method.hypernetwork import Logits
-from alter.method.sensitivity import allocate, verdict
+from alter.method.sensitivity import allocate
 from alter.training.run import make_accelerator
 from alter.training.setup.parts import build
 from alter.training.trainer import Trainer

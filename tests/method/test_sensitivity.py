@@ -9,10 +9,11 @@ import torch
 from helpers import table_of, times_of
 from scipy.optimize import linprog
 
+from alter.evaluation.report.words import verdict
 from alter.method.budget import Budget
 from alter.method.hypernetwork import HyperNetwork
 from alter.method.noising import Flow
-from alter.method.sensitivity import allocate, start_near, verdict
+from alter.method.sensitivity import allocate, start_near
 
 
 def test_the_response_decides_which_timesteps_keep_layers():

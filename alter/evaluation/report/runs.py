@@ -15,10 +15,10 @@ from ...common.load import load_config
 from ...experts.artefact import FILE_NAME as EXPERTS
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget
-from ...method.sensitivity import Sensitivity, verdict
+from ...method.sensitivity import Sensitivity
 from ..pictures import AGAINST, read_pairs
 from .records import HISTORY, SENSITIVITY, read_history, read_sensitivity
-from .words import achieved
+from .words import achieved, verdict
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""Numbers as text with their units, and what a run achieved as a table of a few groups."""
+"""Numbers as text with their units, what a run achieved as a table of a few groups, and what a table of layers says."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from math import floor, isfinite, log10
 from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
 from ...experts.artefact import TemporalExperts
+from ...method.budget import Budget
+from ...method.sensitivity import Sensitivity
 
 Groups = dict[str, dict[str, str]]  # rows by their name, by the title of their group
 _SI = EngFormatter(sep=" ")
@@ -136,3 +139,32 @@ def summary_table(summary: dict[str, Any]) -> str:
     width = max((len(name) for rows in groups.values() for name in rows), default=0)
     return "\n".join("\n".join([title, *(f"  {name:{width}}  {text}" for name, text in rows.items())])
                      for title, rows in groups.items())
+
+
+def verdict(table: Sensitivity, budget: Budget, experts: int) -> str:
+    """What the table says about experts on this model, in plain words."""
+    middle = [(low + high - 1) / 2 for low, high in pairwise(table.edges)]
+    depth_B = table.relative_LB.mean(axis=0)
+    deepest, strongest = int(depth_B.argmax()), int(table.amplification_B.argmax())
+    gain = table.gain(budget, experts)
+    kind = ("nearly the same at all timesteps" if table.agreement > 0.9 else
+            "similar at all timesteps" if table.agreement > 0.6 else "different at different timesteps")
+    return (
+        f"The ranking of the layers is {kind} (mean rank correlation {table.agreement:.2f}). Skipping a layer costs "
+        f"most around t = {middle[deepest]:.0f}: {depth_B[deepest] / depth_B.mean():.1f} times the mean, in units of "
+        f"the dense model's error there. An error of the output moves samples most around t = {middle[strongest]:.0f}: "
+        f"{table.amplification_B[strongest] / table.amplification_B.mean():.1f} times the mean. At keep ratio "
+        f"{budget.keep_ratio}, if effects added up, one mask for all timesteps would move the samples {gain:.2f} times "
+        f"as far (squared) as {experts} experts' masks: "
+        + ("experts may have something to gain (where that was tuned, effects did not add up: docs/results.md)."
+           if gain > 1.1 else "experts have little to gain over one mask."))
+
+
+def as_text(table: Sensitivity) -> str:
+    """The table in plain text, one line per layer: absolute errors, in brackets those relative to the dense model's."""
+    bins, width = [f"t {low}-{high - 1}" for low, high in pairwise(table.edges)], max(map(len, table.sites))
+    lines = [" " * width + "".join(f"{name:>20}" for name in bins)]
+    for site, absolute_B, relative_B in zip(table.sites, table.error_LB, table.relative_LB, strict=True):
+        cells = (f"{absolute:.2e} ({relative:.2g})" for absolute, relative in zip(absolute_B, relative_B, strict=True))
+        lines.append(f"{site:{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
