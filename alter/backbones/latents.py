@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import InputError
+from .stepping import restored
 
 _OVERFLOW = "StableDiffusionXL"
 
@@ -127,8 +128,6 @@ def final_latents(scheduler: Any) -> Iterator[list[Tensor]]:
         seen[begun:] = [output[0].detach().clone()]
         return output
 
-    scheduler.set_timesteps, scheduler.step = preparing, stepping
-    try:
+    with restored(scheduler, "set_timesteps", "step"):
+        scheduler.set_timesteps, scheduler.step = preparing, stepping
         yield seen
-    finally:
-        del scheduler.set_timesteps, scheduler.step

@@ -1,18 +1,19 @@
 """Plain sampling from a backbone, batched; users sample through diffusers' pipelines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .family import predict
 from .schedules import image_tokens, make_solver, set_timesteps
+from .stepping import only_steps
 
 
 @torch.no_grad()
 def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Mapping[str, Tensor],
                    unconditional: Mapping[str, Tensor], steps: int, seed: int, guidance_scale: float = 1.0,
-                   batch_size: int = 250) -> Tensor:
+                   batch_size: int = 250, chosen: Sequence[int] | None = None) -> Tensor:
     """Draw one sample for each row of `conditioning` with `make_solver`.
 
     Args:
@@ -21,6 +22,7 @@ def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Ma
         conditioning, unconditional: the backbone's arguments, [N, ...], on its device.
         steps: denoising steps. guidance_scale: >= 1; at 1 the unconditional arguments are not used.
         seed: sample i depends on it, on i and on its row alone. batch_size: samples per forward.
+        chosen: those of the steps that are taken; None: all.
 
     Returns: float32 [N, C, h, w].
     """
@@ -33,7 +35,8 @@ def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Ma
                           for arguments in (conditioning, unconditional))
         latents = noise[rows].to(next(iter(given.values())).device)
         solver = make_solver(scheduler, tokens)
-        set_timesteps(solver, steps, tokens)
+        with only_steps(solver, chosen):
+            set_timesteps(solver, steps, tokens)
         for timestep in solver.timesteps:
             timesteps = timestep.expand(len(latents)).to(latents.device)
             pred = predict(backbone, latents, timesteps, given)[:, :channels].float()

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
                        help="--original, with the backbone of this pipeline")
     parser.add_argument("--most", type=int, help="steps at most (default: those that experts.json was measured with)")
+    parser.add_argument("--own-steps", action="store_true", help="visit the scheduler's own timesteps (default: of its "
+                        "most steps those that serve best, where its class can)")
     parser.add_argument("--images", type=int, default=24, help="drawn each time; prompts or labels repeat (default 24)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
@@ -74,7 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     name = "prompt" if arguments.labels is None else "class_labels"
     call = {name: [conditions[i % len(conditions)] for i in range(arguments.images)]}
     call |= {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
-    planner = Planner(experts, pipe, call, arguments.most, arguments.seed, arguments.batch, dense)
+    planner = Planner(experts, pipe, call, arguments.most, arguments.seed, arguments.batch, dense,
+                      arguments.own_steps)
     if dense is None and planner.fixed(2, 1).error > planner.fixed(2, 1).discretisation:
         print("at full depth these weights are not the dense model that errors were measured against: predictions hold "
               "that distance too; --original makes the dense model a choice")
@@ -85,7 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
     rows = front_rows(planner)
     masks = plan.rung.expert_T[planner.visited[plan.steps]]
     chosen = {**plan_row(planner, plan), "seconds": plan.seconds, "discretisation": plan.discretisation,
-              "dense": plan.dense, "timesteps": planner.visited[plan.steps].tolist(), "masks": masks.tolist(),
+              "dense": plan.dense, "asked": plan.asked, "taken": plan.chosen,
+              "timesteps": planner.visited[plan.steps].tolist(), "masks": masks.tolist(),
               "layers": experts.mask_EL[masks].sum(axis=1).tolist()}
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)

@@ -58,10 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ..backbones.latents import decoded
+    from ..backbones.stepping import keep_steps
     from ..common.process import this_process
 
     arguments.steps = _steps(arguments)
-    _take_settings(arguments)
+    asked, arguments.taken = _take_settings(arguments)
     state, out = this_process(), arguments.out
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
@@ -71,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings |= {"run": str(arguments.run.resolve()), "experts": digest}  # latest may move
     _check_manifest(out / "manifest.json", settings, images)
     pipe = load_asked(arguments).to(state.device)
+    if arguments.taken is not None:
+        keep_steps(pipe.scheduler, arguments.taken)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
         if state.is_main_process:
@@ -91,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
             generators = [torch.Generator().manual_seed(image["seed"]) for image in batch]
             torch.manual_seed(batch[0]["seed"])
             with decoded(pipe.vae if arguments.latents else None) as latents:
-                drawn = pipe([image["condition"] for image in batch], num_inference_steps=arguments.steps,
+                drawn = pipe([image["condition"] for image in batch], num_inference_steps=asked,
                              generator=generators, **extra).images
             for image, row in zip(batch, latents, strict=True) if arguments.latents else ():
                 np.save((out / image["file"]).with_suffix(".npy"), row.numpy())
@@ -196,20 +199,22 @@ def _steps(arguments: argparse.Namespace) -> int:
     return planned or arguments.steps or 20
 
 
-def _take_settings(arguments: argparse.Namespace) -> None:
+def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None]:
     """A plan holds for its scheduler and guidance, and may be one of the dense model: take what `alter plan` wrote.
+
+    Returns: how many steps to ask the pipeline for, and which of them are taken; None: all.
 
     Raises:
         InputError: if others are.
     """
     file = arguments.plan / "plan.json" if arguments.plan else None
     if file is None or not file.is_file():
-        return
+        return arguments.steps, None
     try:
         written = json.loads(read_text(file, "--plan"))
-        settings, of_dense_model = written["settings"], written["chosen"].get("dense", False)
+        settings, chosen = written["settings"], written["chosen"]
         planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"]}
-        if of_dense_model:
+        if chosen.get("dense"):
             pipeline = settings["dense_pipeline"]
             arguments.original, arguments.dense_pipeline = pipeline is None, pipeline and Path(pipeline)
     except (LookupError, TypeError, ValueError):
@@ -219,6 +224,7 @@ def _take_settings(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} {getattr(arguments, name)}: --plan {arguments.plan} was made with "
                              f"{'the default' if value is None else value}: leave it out, or plan again")
         setattr(arguments, name, value)
+    return chosen.get("asked", arguments.steps), chosen.get("taken")
 
 
 def _experts_digest(run: Path) -> str | None:

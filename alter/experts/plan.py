@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,10 @@ from ..backbones.family import COMPONENTS, backbone_class, parameters
 from ..backbones.latency import measure_latency
 from ..backbones.latents import final_latents
 from ..backbones.schedules import as_rows
+from ..backbones.stepping import can_skip_steps, only_steps, outputs_given
 from ..common.errors import InputError
-from ..method.planning import Front, Option, between, routes, step_losses
+from ..method.measured import Measured
+from ..method.planning import Front, Option, between, choose_steps, routes, step_losses
 from .apply import Applied, asking, backbone_of, check_same
 from .ladder import Experts, Rung
 
@@ -34,6 +36,8 @@ class Plan:
     Attributes:
         rung: to be served with `experts.at(plan.rung)`; its `steps` are to be asked of the pipeline.
         dense: to be drawn by the dense model instead (`Planner`'s `dense`), without experts, in as many steps.
+        asked: what the pipeline is to be called with as `num_inference_steps`. chosen: which of the sampler's steps are
+            taken then, inside `stepping`; None: all.
         macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
         seconds: of the backbone, as of `Planner.plan`; None where they were neither measured nor asked for.
         error: predicted mean squared displacement of the latents from those of many dense steps. discretisation: the
@@ -46,12 +50,18 @@ class Plan:
     error: float
     discretisation: float
     dense: bool
+    asked: int
+    chosen: tuple[int, ...] | None
 
     @property
     def steps(self) -> int:
         """Denoising steps."""
         assert self.rung.steps is not None
         return self.rung.steps
+
+    def stepping(self, pipe: Any) -> AbstractContextManager[None]:
+        """For calls of `pipe` inside a `with` block: its scheduler takes the plan's steps."""
+        return only_steps(pipe.scheduler, self.chosen)
 
 
 class Planner:
@@ -68,10 +78,13 @@ class Planner:
         most: the largest number of steps considered; None: those for which the response was measured.
         seed: of the images drawn. batch_size: images of one call.
         dense: a pipeline like `pipe`, with its scheduler, of the dense model; None: `pipe` at full depth.
+        own_steps: whether plans visit the timesteps that the sampler visits in as many steps; else they take steps of
+            its `most` ones where those lie better, if its class can (backbones/stepping.py).
 
     Attributes:
         reference: latents of many dense steps, float32 [N, ...]. drift: by number of steps, the displacement of as many
-            dense ones from it, where drawn. visited: by number of steps, the training timesteps, int64 [steps].
+            dense ones from it, where drawn. chosen_drift: the same with chosen timesteps. chosen: by number of steps,
+            those of `most` that are taken; None: the sampler's own. visited: the training timesteps, int64 [steps].
         forwards: of the backbone, in a step; 2 where guidance has one of its own.
 
     Raises:
@@ -80,7 +93,7 @@ class Planner:
     """
 
     def __init__(self, experts: Experts, pipe: Any, call: Mapping[str, Any], most: int | None = None, seed: int = 0,
-                 batch_size: int = 8, dense: Any = None) -> None:
+                 batch_size: int = 8, dense: Any = None, own_steps: bool = False) -> None:
         measured = experts.measured
         if measured is None or SPACE not in measured.response:
             raise InputError("plan: the experts hold no measured errors of masks, from which plans are made: train "
@@ -102,15 +115,20 @@ class Planner:
         self._noise_left: Tensor | None = None
         many = max(2 * self.most, min(4 * self.most, 200))
         known = [steps for steps in _MEASURED_STEPS if steps < self.most] + [self.most, many]
-        drawn = {steps: self._draw(self._everything, steps, dense is not None)
+        self._gram_NN = np.zeros((self.most, self.most))
+        drawn = {steps: self._draw(self._everything, steps, dense is not None, watched=steps == self.most)
                  for steps in tqdm(known, unit="draw", desc="the solver's own error", dynamic_ncols=True)}
         self.reference = drawn.pop(known[-1])
         self.drift = {steps: displacement(latents, self.reference) for steps, latents in drawn.items()}
+        self.discretisation = {steps: between(self.drift, steps) for steps in self.visited}
+        self.chosen = dict[int, tuple[int, ...] | None].fromkeys(self.visited)
+        self.chosen_drift = dict[int, float]()
+        if not own_steps and all(can_skip_steps(each.scheduler) for each in (pipe, dense) if each is not None):
+            self._choose_steps(measured)
         loss_MB = measured.error_MB * measured.response[SPACE]
         losses = {steps: step_losses(loss_MB, measured.edges, visited) for steps, visited in self.visited.items()}
         self.macs_M = self._left_M(np.array(experts.macs) / experts.macs_total) * experts.macs_total
-        self.front = Front(losses, self.macs_M, {steps: between(self.drift, steps) for steps in losses}, self.full,
-                           dense is not None)
+        self.front = Front(losses, self.macs_M, self.discretisation, self.full, dense is not None)
         self._seconds_M: np.ndarray | None = None
         if experts.latency is not None:
             self._seconds_M = self._left_M(experts.latency.share_L) * experts.latency.seconds_total
@@ -175,7 +193,8 @@ class Planner:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
         key = plan.rung, plan.dense
         if key not in self._checked:
-            self._checked[key] = displacement(self._draw(plan.rung, plan.steps, plan.dense), self.reference)
+            latents = self._draw(plan.rung, plan.steps, plan.dense, plan.chosen)
+            self._checked[key] = displacement(latents, self.reference)
         return self._checked[key]
 
     @property
@@ -211,13 +230,31 @@ class Planner:
         expert_T = routes(masks, self.visited[steps], len(experts.expert_T))
         seconds = None if self._seconds_M is None else float(self._seconds_M[masks].sum())
         return Plan(Rung(kept, expert_T, False, option.error, steps), float(self.macs_M[masks].sum()), seconds,
-                    option.error, option.discretisation, option.dense)
+                    option.error, option.discretisation, option.dense, self.most if self.chosen[steps] else steps,
+                    self.chosen[steps])
 
-    def _draw(self, rung: Rung, steps: int, dense: bool = False) -> Tensor:
+    def _choose_steps(self, measured: Measured) -> None:
+        """Of the sampler's `most` steps those that tell the others best, wherever samples come nearer by it."""
+        visited, response_B = self.visited[self.most], measured.response[SPACE]
+        weight_N = step_losses(response_B[None], measured.edges, visited)[0]
+        chosen = {steps: tuple(taken.tolist()) for steps, taken in choose_steps(self._gram_NN, weight_N).items()}
+        drawn = [steps for steps in self.drift if steps < self.most]
+        for steps in tqdm(drawn, unit="draw", desc="chosen timesteps", dynamic_ncols=True):
+            latents = self._draw(self._everything, steps, self._dense is not None, chosen[steps])
+            self.chosen_drift[steps] = displacement(latents, self.reference)
+        self.chosen_drift[self.most] = self.drift[self.most]
+        for steps in range(2, self.most):
+            moved = between(self.chosen_drift, steps)
+            if moved < self.discretisation[steps]:
+                self.discretisation[steps], self.chosen[steps] = moved, chosen[steps]
+                self.visited[steps] = visited[[*chosen[steps]]]
+
+    def _draw(self, rung: Rung, steps: int, dense: bool = False, chosen: tuple[int, ...] | None = None,
+              watched: bool = False) -> Tensor:
         if dense:
-            return self._call(self._dense, steps)
+            return self._call(self._dense, steps, chosen, watched)
         with self._serving(rung):
-            return self._call(self.pipe, steps)
+            return self._call(self.pipe, steps, chosen, watched)
 
     @contextmanager
     def _serving(self, rung: Rung) -> Iterator[None]:
@@ -228,9 +265,13 @@ class Planner:
             stack.enter_context(asking(self.experts, rung))
             yield
 
-    def _call(self, pipe: Any, steps: int) -> Tensor:
-        """Final latents of the call, float32 [N, ...]; sample i depends on the seed, on i and on its prompt."""
+    def _call(self, pipe: Any, steps: int, chosen: tuple[int, ...] | None, watched: bool) -> Tensor:
+        """Final latents of the call, float32 [N, ...]; sample i depends on the seed, on i and on its prompt.
+
+        watched: whether inner products of the outputs at all steps are added to `_gram_NN`.
+        """
         calls, thread = 0, threading.get_ident()
+        watching = outputs_given if watched else contextlib.nullcontext
 
         def count(*_: Any) -> None:
             nonlocal calls
@@ -240,8 +281,9 @@ class Planner:
         done, parts = [], list(self._parts())
         try:
             for part in parts:
-                arguments = self._arguments(steps, part)
-                with torch.random.fork_rng(), final_latents(pipe.scheduler) as stepped:
+                arguments = self._arguments(self.most if chosen else steps, part)
+                with (torch.random.fork_rng(), only_steps(pipe.scheduler, chosen),
+                      final_latents(pipe.scheduler) as stepped, watching(pipe.scheduler) as outputs):
                     torch.manual_seed(self.seed)
                     output = pipe(**arguments, output_type="latent")
                     left = [arguments["generator"][0].get_state(), torch.get_rng_state()]
@@ -251,6 +293,9 @@ class Planner:
                 if not isinstance(latents, Tensor) and [*map(len, stepped)] in ([len(part)], [2 * len(part)]):
                     latents = stepped[0][: len(part)]  # a DiTPipeline; with guidance both halves are alike
                 done.append(latents)
+                if watched:
+                    flat_ND = torch.stack([output.flatten() for output in outputs]).double()
+                    self._gram_NN += (flat_ND @ flat_ND.T).numpy() / self._images
         finally:
             hook.remove()
         self._compare(type(pipe.scheduler).__name__, steps, calls / len(parts) / steps, torch.cat(left))

@@ -34,6 +34,49 @@ def step_losses(loss_MB: np.ndarray, edges: tuple[int, ...], visited: np.ndarray
     return np.stack([np.bincount(step_T, density_T, len(visited)) for density_T in density_MT])
 
 
+def choose_steps(gram_NN: np.ndarray, weight_N: np.ndarray) -> dict[int, np.ndarray]:
+    """Which of a fine sampler's N steps to take, for each number of steps n: int64 [n], ascending from 0.
+
+    At a step that is left out, a solver goes on with what it makes of the outputs of the last two steps taken. What no
+    two numbers times these two explain of the output there, times `weight_N`, is lost. The least sum over all steps
+    that are left out is found by dynamic programming over the last two steps taken.
+
+    Args:
+        gram_NN: inner products of the outputs at the N steps, mean over samples. weight_N: of errors of the output.
+    """
+    count = len(gram_NN)
+    lost = np.full((count + 1, count, count + 1), np.inf)  # [former + 1, last, next]; former is -1 where last is 0
+    for last in range(count):
+        for former in range(-1, last) if last else (-1,):
+            if last and former < 0:
+                continue
+            left_out = np.arange(last + 1, count)
+            errors = weight_N[left_out] * _unexplained(gram_NN, left_out, [last] if former < 0 else [last, former])
+            lost[former + 1, last, last + 1 :] = np.concatenate([[0.0], errors.cumsum()])
+    best, origins, found = np.full((count + 1, count), np.inf), list[np.ndarray](), {}
+    best[0, 0] = 0.0
+    for steps in range(1, count + 1):
+        ends = best + lost[:, :, count]
+        row, end = divmod(int(ends.argmin()), count)
+        taken, state = [end], row - 1
+        for origin in reversed(origins):
+            taken.append(state)
+            state = int(origin[state, taken[-2]]) - 1
+        found[steps] = np.array(taken[::-1])
+        options = best[:, :, None] + lost[:, :, :count]
+        origins.append(options.argmin(axis=0))
+        best = np.concatenate([np.full((1, count), np.inf), options.min(axis=0)])
+    return found
+
+
+def _unexplained(gram_NN: np.ndarray, steps: np.ndarray, known: list[int]) -> np.ndarray:
+    """The squared rest of the outputs at `steps` after their best fit by those at `known`, float64 [steps]."""
+    own, cross = gram_NN[known][:, known], gram_NN[known][:, steps]
+    fit = np.linalg.solve(own + 1e-6 * np.trace(own) * np.eye(len(known)), cross)
+    rest = gram_NN[steps, steps] - 2 * (fit * cross).sum(axis=0) + (fit * (own @ fit)).sum(axis=0)
+    return rest.clip(0)
+
+
 def routes(mask_N: np.ndarray, visited: np.ndarray, num_timesteps: int) -> np.ndarray:
     """The mask of each training timestep, that of the nearest visited one, int64 [T]."""
     place = {int(timestep): step for step, timestep in enumerate(visited)}

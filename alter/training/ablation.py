@@ -140,10 +140,12 @@ def _planned_rows(rating: Rating, run: Path, parts: Parts, steps: int) -> Iterat
     planner = Planner(experts, pipes[0], call, steps, dense=pipes[1])
     for share in _SHARES:
         plan = planner.plan(macs=share * steps * experts.macs_total)
-        images = rating.dense(plan.steps) if plan.dense else rating.drawn(parts, experts.only(plan.rung), plan.steps)
+        images = rating.dense(plan.asked, plan.chosen) if plan.dense else rating.drawn(
+            parts, experts.only(plan.rung), plan.asked, plan.chosen)
         depths = [int(experts.mask_EL[expert].sum()) for expert in plan.rung.expert_T[planner.visited[plan.steps]]]
         yield {"variant": "planned", "rung": share, "steps": plan.steps, "macs": plan.macs, "depths": depths,
                "keep_ratio": plan.macs / plan.steps / experts.macs_total, "predicted": plan.error, "dense": plan.dense,
+               "chosen": plan.chosen,
                "discretisation": plan.discretisation, "measured": planner.check(plan), **rating.rate(images)}
 
 

@@ -7,7 +7,7 @@ held-out error weighted by the response of samples. All in the features of one c
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,20 @@ class Rating:
         self.batch: dict[str, Any] = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                                       for name, value in reference.batch.items()}
 
-    def dense(self, steps: int) -> Tensor:
-        """Samples of the dense model, float32 [N, C, H, W]."""
+    def dense(self, steps: int, chosen: Sequence[int] | None = None) -> Tensor:
+        """Samples of the dense model, float32 [N, C, H, W]; `chosen` of the steps: as of `Parts.drawn`."""
         def draw() -> dict[str, Tensor]:
             with self.parts.dense() as backbone:
-                return {"images": self.parts.draw(backbone, self.batch, steps, self.config.seed)}
+                return {"images": self.parts.draw(backbone, self.batch, steps, self.config.seed, chosen=chosen)}
 
+        if chosen is not None:
+            return draw()["images"]
         return self._once(f"dense-{self.config.seed}-{steps}", draw)["images"]
 
-    def drawn(self, parts: Parts, experts: TemporalExperts, steps: int) -> Tensor:
-        """Samples of a run with its experts, float32 [N, C, H, W]."""
+    def drawn(self, parts: Parts, experts: TemporalExperts, steps: int, chosen: Sequence[int] | None = None) -> Tensor:
+        """Samples of a run with its experts, as `dense`."""
         with experts.serving(parts.simulator):
-            return parts.draw(parts.backbone.eval(), self.batch, steps, self.config.seed)
+            return parts.draw(parts.backbone.eval(), self.batch, steps, self.config.seed, chosen=chosen)
 
     def rate(self, images: Tensor) -> dict[str, float]:
         """Fréchet distance with the standard deviation of bootstrapped samples, accuracy, and drift with its error."""

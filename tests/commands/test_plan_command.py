@@ -11,6 +11,7 @@ from helpers import chain, known_cost, load_quietly
 from PIL import Image
 
 from alter import TemporalExperts
+from alter.backbones.stepping import only_steps
 from alter.commands import main
 from alter.method.measured import Measured
 
@@ -39,8 +40,9 @@ def test_the_front_is_printed_drawn_and_written(folder, capsys):
     printed = capsys.readouterr().out
     content = json.loads((folder / "planned/plan.json").read_text())
     chosen, rows = content["chosen"], content["front"]
-    assert {row["series"] for row in rows} == {"dense", "one mask", "experts", "planned"}
-    assert all(title in printed for title in ("dense, fewer steps", "one mask", "experts, all steps", "planned"))
+    assert {row["series"] for row in rows} == {"dense", "chosen", "one mask", "experts", "planned"}
+    assert all(title in printed for title in ("dense, fewer steps", "chosen timesteps", "one mask", "all steps",
+                                              "planned"))
     assert chosen["share"] <= 0.5 and sum(row["share"] <= 0.5 for row in rows) > 3
     assert f"chosen: {chosen['steps']} steps of" in printed and len(chosen["layers"]) == chosen["steps"]
     for row in rows:
@@ -64,8 +66,8 @@ def test_the_front_is_printed_drawn_and_written(folder, capsys):
 
 def _planned(pipe, experts, chosen):
     """The first image, by the experts that the plan's folder holds."""
-    with experts.apply(pipe):
-        return pipe(["a red circle", "a blue square"], guidance_scale=2.0, num_inference_steps=chosen["steps"],
+    with experts.apply(pipe), only_steps(pipe.scheduler, chosen["taken"]):
+        return pipe(["a red circle", "a blue square"], guidance_scale=2.0, num_inference_steps=chosen["asked"],
                     generator=[torch.Generator().manual_seed(i) for i in range(2)]).images[0].tobytes()
 
 
@@ -75,7 +77,7 @@ def test_a_plan_of_the_dense_model_is_drawn_by_it(folder, tmp_path, capsys):
     unet.conv_out.weight.data *= 1.5
     unet.save_pretrained(original / "unet")
     solver = ["--scheduler", "DPMSolverMultistepScheduler", "--guidance", "2"]
-    assert plan(folder, *solver, "--dense-pipeline", str(original), "--quality", "3") == 0
+    assert plan(folder, *solver, "--dense-pipeline", str(original), "--quality", "3", "--own-steps") == 0
     assert "chosen: 3 steps of the dense model" in capsys.readouterr().out
     drawing = ["sample", "--prompts", str(folder / "prompts.txt"), *solver, "--seed", "5"]
     assert main([*drawing, "--run", str(folder / "run"), "--plan", str(folder / "planned"), "--out",

@@ -26,6 +26,7 @@ from alter.experts.plan import Planner, displacement
 from alter.method.measured import Measured
 from alter.method.planning import routes
 
+PlannerAsSpaced = functools.partial(Planner, own_steps=True)  # of chosen timesteps see test_stepping.py
 KINDS = ("dit", "sd", "flux")
 CALLS = {
     "dit": {"class_labels": [3, 1, 4], "guidance_scale": 1.0},
@@ -67,7 +68,7 @@ def measured_chain(pipe, **changes):
 def made(kind):
     pipe = make(kind)
     experts = measured_chain(pipe)
-    return pipe, experts, Planner(experts, pipe, CALLS[kind], batch_size=2)
+    return pipe, experts, PlannerAsSpaced(experts, pipe, CALLS[kind], batch_size=2)
 
 
 def drawn(pipe, kind, steps):
@@ -144,7 +145,7 @@ def predicted(planner, steps, masks):
 def test_the_plan_is_the_best_of_all_choices():
     """Of two or three steps and four masks."""
     pipe = make("dit")
-    planner = Planner(measured_chain(pipe), pipe, CALLS["dit"], most=3)
+    planner = PlannerAsSpaced(measured_chain(pipe), pipe, CALLS["dit"], most=3)
     choices = [(planner.macs_M[list(masks)].sum(), predicted(planner, steps, masks), masks)
                for steps in (2, 3) for masks in itertools.product(range(4), repeat=steps)]
     for share in (0.2, 0.34, 0.5, 0.66, 0.71, 0.9, 1.0):
@@ -213,7 +214,7 @@ def test_planning_leaves_the_pipeline_as_it_was():
     with experts.apply(pipe, 0.35), experts.at(0.65):
         before = drawn(pipe, "dit", 3)
         state = torch.get_rng_state()
-        plan = experts.plan(pipe, CALLS["dit"], macs=2.5 * experts.macs_total)
+        plan = experts.plan(pipe, CALLS["dit"], macs=2.5 * experts.macs_total, own_steps=True)
         assert torch.equal(before, drawn(pipe, "dit", 3)) and torch.equal(state, torch.get_rng_state())
     assert plan.rung.expert_T.tolist() == expected.plan(macs=2.5 * experts.macs_total).rung.expert_T.tolist()
     assert not hasattr(pipe.transformer, "_alter_applied")
@@ -223,7 +224,7 @@ def test_seconds_of_the_experts_latency():
     pipe = make("dit")
     latency = uneven_latency()
     experts = measured_chain(pipe, latency=latency)
-    planner = Planner(experts, pipe, CALLS["dit"], most=4)
+    planner = PlannerAsSpaced(experts, pipe, CALLS["dit"], most=4)
     for budget in (1.5, 1.8, 2.4):
         plan = planner.plan(seconds=budget)
         masks = experts.mask_EL[plan.rung.expert_T[planner.visited[plan.steps]]]
@@ -245,7 +246,7 @@ def test_seconds_are_measured_for_one_image_with_its_guidance(kind, batch, forwa
         return dataclasses.replace(found, seconds=tuple(0.1 * share), seconds_total=0.1)
 
     monkeypatch.setattr(alter.experts.plan, "measure_latency", fixed)
-    planner = Planner(experts, pipe, CALLS[kind], most=2)
+    planner = PlannerAsSpaced(experts, pipe, CALLS[kind], most=2)
     plan = planner.plan(seconds=0.17 * forwards)
     assert given == [batch] and 0 < plan.seconds <= 0.17 * forwards
     assert plan.seconds == pytest.approx(0.1 * forwards * plan.macs / experts.macs_total)
@@ -254,7 +255,7 @@ def test_seconds_are_measured_for_one_image_with_its_guidance(kind, batch, forwa
 def test_the_reference_can_be_another_model():
     pipe, experts, _ = made("dit")
     dense = make("dit", layers=2)
-    planner = Planner(experts, pipe, CALLS["dit"], most=2, dense=dense)
+    planner = PlannerAsSpaced(experts, pipe, CALLS["dit"], most=2, dense=dense)
     assert torch.allclose(planner.reference, drawn(dense, "dit", 8), atol=1e-4)
     assert planner.drift[2] == pytest.approx(distance(drawn(dense, "dit", 2), drawn(dense, "dit", 8)), rel=1e-3)
     expected = distance(drawn(pipe, "dit", 2), drawn(dense, "dit", 8))
@@ -268,7 +269,7 @@ def test_a_plan_that_turns_out_worse_is_not_taken():
     """Errors that were measured on other weights promise what the samples do not keep."""
     pipe, experts, _ = made("dit")
     promising = dataclasses.replace(experts.measured, error_MB=0 * experts.measured.error_MB)
-    planner = Planner(dataclasses.replace(experts, measured=promising), pipe, CALLS["dit"], most=MOST)
+    planner = PlannerAsSpaced(dataclasses.replace(experts, measured=promising), pipe, CALLS["dit"], most=MOST)
     taken = []
     for steps in (2, MOST):
         promised, control = planner.front.within(steps * experts.macs_total), planner.fixed(steps, 1)
@@ -300,7 +301,7 @@ def test_a_pipeline_that_decodes_in_any_case(guidance):
     experts = chain(whole.transformer, measured=Measured(
         (0, 1000), np.zeros((2, 1)), {"latents": np.ones(1)}, "any", 3, 1.0, 1), ladder=(), chosen=0.5)
     call = {"class_labels": [3, 1, 4], "guidance_scale": guidance}
-    found, expected = (Planner(experts, pipe, call, batch_size=2) for pipe in (whole, ours))
+    found, expected = (PlannerAsSpaced(experts, pipe, call, batch_size=2) for pipe in (whole, ours))
     assert found.reference.shape == (3, 4, 8, 8)
     torch.testing.assert_close(found.reference, expected.reference, rtol=1e-4, atol=1e-4)
     assert found.drift == pytest.approx(expected.drift, rel=1e-3)
@@ -318,18 +319,18 @@ def test_refusals():
         del picture[name]
     cases = [
         (lambda: Planner(dataclasses.replace(experts, measured=None), pipe, call), "no measured errors of masks"),
-        (lambda: Planner(experts.only(0.35), pipe, call), "keeps every layer"),
+        (lambda: PlannerAsSpaced(experts.only(0.35), pipe, call), "keeps every layer"),
         (lambda: experts.plan(pipe, call, macs=1e9, quality=3), "give one of"),
         (lambda: planner.plan(), "give one of"),
         (lambda: planner.plan(macs=1.0), "macs=1: .*the cheapest option costs"),
         (lambda: planner.plan(quality=99), "quality=99: choose 2 to 6"),
         (lambda: planner.fixed(99), "choose 2 to 6"),
-        (lambda: Planner(experts, pipe, call, most=1), "most=1: give at least 2"),
-        (lambda: Planner(experts, make("dit", scheduler=HeunDiscreteScheduler), call), "one call a step"),
-        (lambda: Planner(experts, make("dit", scheduler=DDPMScheduler), call), "adds noise at its steps"),
-        (lambda: Planner(experts, pipe, {**call, "strange": 1}), "strange"),
-        (lambda: Planner(measured_chain(painted), painted, picture), "calls its backbone .* strength"),
-        (lambda: Planner(chain(whole.transformer, measured=Measured(
+        (lambda: PlannerAsSpaced(experts, pipe, call, most=1), "most=1: give at least 2"),
+        (lambda: PlannerAsSpaced(experts, make("dit", scheduler=HeunDiscreteScheduler), call), "one call a step"),
+        (lambda: PlannerAsSpaced(experts, make("dit", scheduler=DDPMScheduler), call), "adds noise at its steps"),
+        (lambda: PlannerAsSpaced(experts, pipe, {**call, "strange": 1}), "strange"),
+        (lambda: PlannerAsSpaced(measured_chain(painted), painted, picture), "calls its backbone .* strength"),
+        (lambda: PlannerAsSpaced(chain(whole.transformer, measured=Measured(
             (0, 1000), np.zeros((2, 1)), {"latents": np.ones(1)}, "any", 2, 1.0, 1), ladder=(), chosen=0.5), whole,
             {"class_labels": torch.tensor([1, 2, 3]), "guidance_scale": 1.0}), "gives no latents of these"),
     ]
@@ -344,4 +345,4 @@ def test_two_backbones_are_refused():
     experts = chain(pipe.transformer, 4, component="transformer", measured=Measured(
         (0, 1000), np.zeros((3, 1)), {"latents": np.ones(1)}, "any", 2, 1.0, 1))
     with pytest.raises(InputError, match="has two backbones"):
-        Planner(experts, pipe, {"prompt": ["a red circle"]})
+        PlannerAsSpaced(experts, pipe, {"prompt": ["a red circle"]})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alter.method.allocation import Frontier, gain, interval, one_mask, smoothed
 from alter.method.measured import Measured
-from alter.method.planning import Front, between, covered, routes, step_losses
+from alter.method.planning import Front, between, choose_steps, covered, routes, step_losses
 
 
 def tried(loss_MB, cost_MB, intervals, budget):
@@ -119,6 +119,29 @@ def test_the_front_is_never_behind_fewer_dense_steps():
     with pytest.raises(ValueError, match="least that is predicted"):
         front.cheapest(1e-9)
     assert front.fewer_steps(1.5) is None
+
+
+def test_the_steps_chosen_are_the_best_of_all():
+    """Against every choice of steps, each rest by least squares on the vectors themselves."""
+    source = np.random.default_rng(3)
+    outputs = source.standard_normal((7, 3)).cumsum(axis=0)
+    weight_N = source.uniform(0.1, 1, 7)
+
+    def loss(taken):
+        total = 0.0
+        for n in range(7):
+            if n in taken:
+                continue
+            known = outputs[[step for step in taken if step < n][-2:]]
+            fit = np.linalg.lstsq(known.T, outputs[n], rcond=None)[0]
+            total += weight_N[n] * np.square(outputs[n] - fit @ known).sum()
+        return total
+
+    chosen = choose_steps(outputs @ outputs.T, weight_N)
+    assert sorted(chosen) == [1, 2, 3, 4, 5, 6, 7] and chosen[7].tolist() == [*range(7)]
+    for steps, taken in chosen.items():
+        least = min(loss((0, *others)) for others in itertools.combinations(range(1, 7), steps - 1))
+        assert len(taken) == steps and loss(taken.tolist()) == pytest.approx(least, rel=1e-4, abs=1e-4)
 
 
 def test_discretisation_between_measured_numbers_of_steps():

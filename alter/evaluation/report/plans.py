@@ -11,13 +11,14 @@ from ...experts.plan import Plan, Planner
 from .drawing import BLUE, INK, ORANGE, WIDTH, styled
 
 _SHARES = (0.25, 0.35, 0.5, 0.65, 0.8, 1.0)  # of the MACs of the most steps, dense
-_SERIES = {"dense": ("dense, fewer steps", INK), "one mask": ("one mask", "#009E73"),
-           "experts": ("experts, all steps", BLUE), "planned": ("planned", ORANGE)}
+_SERIES = {"dense": ("dense, fewer steps", INK), "chosen": ("dense, chosen timesteps", "#7F7F7F"),
+           "one mask": ("one mask", "#009E73"), "experts": ("experts, all steps", BLUE), "planned": ("planned", ORANGE)}
 
 
 def front_rows(planner: Planner) -> list[dict[str, Any]]:
-    """Points of the dense model at fewer steps, of the best single mask, of rungs of the ladder at the most steps and
-    of plans; of each the steps, the MACs of an image, their share, and the displacement as predicted and as measured.
+    """Points of the dense model at fewer steps, as the sampler spaces them and at chosen timesteps; of the best single
+    mask, of rungs of the ladder at the most steps, and of plans. Each has its steps, the MACs of an image, their share,
+    and the displacement as predicted and as measured.
     """
     total = planner.experts.macs_total
     whole, least = planner.most * total, 2 * float(planner.macs_M.min())
@@ -26,8 +27,11 @@ def front_rows(planner: Planner) -> list[dict[str, Any]]:
     rungs = [min(planner.experts.ladder, key=lambda rung: abs(rung.keep_ratio_target - share)) for share in _SHARES]
     plans += [("experts", planner.fixed(planner.most, rung)) for rung in dict.fromkeys(rungs)]
     plans += [("planned", planner.plan(macs=budget)) for budget in budgets]
-    rows = [{"series": "dense", "steps": steps, "macs": steps * total, "share": steps / planner.most,
-             "predicted": moved, "measured": moved} for steps, moved in planner.drift.items()]
+    rows: list[dict[str, Any]] = [
+        {"series": series, "steps": steps, "macs": steps * total, "share": steps / planner.most, "predicted": moved,
+         "measured": moved}
+        for series, drift in (("dense", planner.drift), ("chosen", planner.chosen_drift))
+        for steps, moved in drift.items()]
     for series, plan in tqdm(plans, unit="plan", desc="predictions checked", dynamic_ncols=True):
         rows.append({"series": series, **plan_row(planner, plan)})
     return rows
@@ -60,7 +64,7 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
             continue
         share, measured, predicted = np.array(points).T
         axis.plot(share, measured, color=color, linewidth=2 if series == "dense" else 1.2, marker=".", markersize=5)
-        if series != "dense":
+        if series not in ("dense", "chosen"):
             axis.plot(share, predicted, color=color, linewidth=0.8, linestyle=":")
         end, side = (-1, "left") if series in ("dense", "planned") else (0, "right")
         axis.annotate(title, (share[end], measured[end]), (4 if end else -4, 2), textcoords="offset points", fontsize=6,

@@ -1,6 +1,6 @@
 """From a configuration to everything that the trainer needs: models, costs, budget, data."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -36,6 +36,7 @@ from ...backbones.sampling import sample_latents
 from ...backbones.schedules import image_tokens, make_solver
 from ...backbones.sites import feature_points
 from ...backbones.sizes import pixel_size
+from ...backbones.stepping import only_steps
 from ...common.config import Config
 from ...common.device import to_device
 from ...common.errors import InputError
@@ -176,33 +177,33 @@ class Parts:
         return mean if posterior is None else mean + std * to_device(
             posterior(tuple(mean.shape[1:])), mean.device)
 
-    def draw(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int,
-             batch_size: int = 250) -> Tensor:
+    def draw(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int, batch_size: int = 250,
+             chosen: Sequence[int] | None = None) -> Tensor:
         """The images of `drawn`."""
-        return self.drawn(backbone, batch, steps, seed, batch_size)[0]
+        return self.drawn(backbone, batch, steps, seed, batch_size, chosen)[0]
 
-    def drawn(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int,
-              batch_size: int = 250) -> tuple[Tensor, Tensor]:
+    def drawn(self, backbone: Backbone, batch: Mapping[str, Any], steps: int, seed: int, batch_size: int = 250,
+              chosen: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Images float32 [N, C, H, W] (of videos [N, F, C, H, W]) in [-1, 1] by the weights of `backbone`, and their
         latents float32 [N, ...] as the scheduler steps them, both on the CPU.
 
         Args:
             batch: has "labels" long [N], on its device, or "captions" (a list of N), which the pipeline draws itself.
             steps: denoising steps. seed: sample i depends on it, on i and on its condition alone.
-            batch_size: samples per forward.
+            batch_size: samples per forward. chosen: those of the steps that are taken; None: all.
         """
         if "captions" in batch:
             conditioner = self.conditioner or self._conditioner()
             solver = make_solver(self.scheduler, self.tokens) if isinstance(
                 self.noising, Betas) else conditioner.pipe.scheduler
-            with final_latents(solver) as latents:
+            with only_steps(solver, chosen), final_latents(solver) as latents:
                 images = conditioner.draw(backbone, batch["captions"], steps, self.guidance_scale, seed, solver,
                                           batch_size)
             return images, torch.cat(latents).float().cpu()
         everything = torch.ones(len(batch["labels"]), dtype=torch.bool)
         given, nothing = self.conditioning(batch, ~everything), self.conditioning(batch, everything)
         found = sample_latents(backbone, self.scheduler, self.latent_shape, given, nothing, steps, seed,
-                               self.guidance_scale, batch_size)
+                               self.guidance_scale, batch_size, chosen)
         return self.images(found), found.cpu()
 
     def _conditioner(self) -> Conditioner:
