@@ -10,6 +10,7 @@ is not run again. At the end it prints a table of means and standard deviations,
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -92,7 +93,8 @@ def _rows_of(file: Path) -> list[dict[str, Any]]:
 def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> list[dict[str, Any]]:
     """Train the variant, unless that is done, and rate it."""
     stem, device = Path(arguments.config).stem, _device()
-    folder = arguments.runs / f"{stem}-{name.replace('/', '_')}-{keep}-{seed}"
+    short = name if len(name) < 100 else f"{variant}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    folder = arguments.runs / f"{stem}-{short.replace('/', '_')}-{keep}-{seed}"
     settings = [*arguments.overrides, f"seed={seed}", f"output_dir={folder / 'run'}"]
     config = load_config(arguments.config, settings)
     make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all

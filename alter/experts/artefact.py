@@ -166,7 +166,8 @@ class TemporalExperts(Experts):
             call: arguments of `pipe`, for example {"prompt": [...], "guidance_scale": 5.0}; a few dozen images.
             macs, seconds, quality: one of them, as of `Planner.plan`. measuring: further arguments of `Planner`.
 
-        Returns: a plan, to be drawn with by `with experts.at(plan.rung): pipe(..., num_inference_steps=plan.steps)`.
+        Returns: a plan, to be drawn with by
+            `with experts.at(plan.rung), plan.stepping(pipe): pipe(..., num_inference_steps=plan.asked)`.
 
         Raises:
             InputError: as `Planner` and `Planner.plan`.
