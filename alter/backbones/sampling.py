@@ -35,7 +35,7 @@ def sample_latents(backbone, scheduler, shape: tuple[int, ...], conditioning: Ma
                           for arguments in (conditioning, unconditional))
         latents = noise[rows].to(next(iter(given.values())).device)
         solver = make_solver(scheduler, tokens)
-        with only_steps(solver, chosen):
+        with only_steps(solver, chosen, steps):
             set_timesteps(solver, steps, tokens)
         for timestep in solver.timesteps:
             timesteps = timestep.expand(len(latents)).to(latents.device)

@@ -16,28 +16,28 @@ _FREE = (  # that go from any timestep to any other, by `timesteps` and `sigmas`
 
 
 def can_skip_steps(scheduler: Any) -> bool:
-    """Whether `keep_steps` knows a scheduler's class."""
-    return type(scheduler).__name__ in _FREE
+    """Whether `keep_steps` knows a scheduler's class, and its settings prepare nothing else for each step."""
+    prepares = scheduler.config.get("interpolation_type") == "log_linear" or getattr(scheduler, "solver_p", None)
+    return type(scheduler).__name__ in _FREE and not prepares
 
 
-def keep_steps(scheduler: Any, chosen: Sequence[int]) -> None:
-    """Let `scheduler` prepare for as many steps as it is asked for, and take `chosen` of them alone, ascending from 0.
+def keep_steps(scheduler: Any, chosen: Sequence[int], of: int) -> None:
+    """Let `scheduler` prepare for `of` steps, and take `chosen` of them alone, ascending from 0.
 
     Raises:
-        InputError: if its class is not one that can; later, when it prepares for fewer steps.
+        InputError: if it is not one that can; later, when it is to prepare for another number of steps.
     """
     if not can_skip_steps(scheduler):
-        raise InputError(f"scheduler: a {type(scheduler).__name__} cannot leave out steps: use one of "
-                         f"{', '.join(_FREE)}")
+        raise InputError(f"scheduler: a {type(scheduler).__name__} with these settings cannot leave out steps: use one "
+                         f"of {', '.join(_FREE)}")
     prepare = scheduler.set_timesteps
 
     @wraps(prepare)
     def preparing(*arguments: Any, **options: Any) -> None:
         prepare(*arguments, **options)
         steps = len(scheduler.timesteps)
-        if chosen[-1] >= steps or len(scheduler.sigmas) != steps + 1:
-            raise InputError(f"num_inference_steps: of {steps} steps there is none numbered {chosen[-1]}: ask for as "
-                             "many as the steps were chosen from")
+        if steps != of:
+            raise InputError(f"num_inference_steps={steps}: the steps were chosen of {of}: ask for {of}")
         rows = list(chosen)
         scheduler.timesteps = scheduler.timesteps[rows]
         scheduler.sigmas = scheduler.sigmas[[*rows, -1]]
@@ -47,11 +47,12 @@ def keep_steps(scheduler: Any, chosen: Sequence[int]) -> None:
 
 
 @contextmanager
-def only_steps(scheduler: Any, chosen: Sequence[int] | None) -> Iterator[None]:
-    """`keep_steps` inside the block; None: all of them."""
+def only_steps(scheduler: Any, chosen: Sequence[int] | None, of: int) -> Iterator[None]:
+    """`keep_steps` inside the block, whatever was kept around it; None: all of any number of steps."""
     with restored(scheduler, "set_timesteps"):
+        vars(scheduler).pop("set_timesteps", None)
         if chosen is not None:
-            keep_steps(scheduler, chosen)
+            keep_steps(scheduler, chosen, of)
         yield
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_manifest(out / "manifest.json", settings, images)
     pipe = load_asked(arguments).to(state.device)
     if arguments.taken is not None:
-        keep_steps(pipe.scheduler, arguments.taken)
+        keep_steps(pipe.scheduler, arguments.taken, asked)
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
         if state.is_main_process:
@@ -208,8 +208,10 @@ def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None
         InputError: if others are.
     """
     file = arguments.plan / "plan.json" if arguments.plan else None
-    if file is None or not file.is_file():
+    if file is None:
         return arguments.steps, None
+    if not file.is_file():
+        raise InputError(f"--plan {arguments.plan}: has no plan.json, which says at which timesteps: plan again")
     try:
         written = json.loads(read_text(file, "--plan"))
         settings, chosen = written["settings"], written["chosen"]

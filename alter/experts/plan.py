@@ -34,10 +34,9 @@ class Plan:
     """What `Planner.plan` chose.
 
     Attributes:
-        rung: to be served with `experts.at(plan.rung)`; its `steps` are to be asked of the pipeline.
-        dense: to be drawn by the dense model instead (`Planner`'s `dense`), without experts, in as many steps.
-        asked: what the pipeline is to be called with as `num_inference_steps`. chosen: which of the sampler's steps are
-            taken then, inside `stepping`; None: all.
+        rung: to be served with `experts.at(plan.rung)`.
+        dense: to be drawn by the dense model instead (`Planner`'s `dense`), without experts, at the same timesteps.
+        asked: the pipeline's `num_inference_steps`. chosen: which of these are taken, inside `stepping`; None: all.
         macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
         seconds: of the backbone, as of `Planner.plan`; None where they were neither measured nor asked for.
         error: predicted mean squared displacement of the latents from those of many dense steps. discretisation: the
@@ -60,8 +59,8 @@ class Plan:
         return self.rung.steps
 
     def stepping(self, pipe: Any) -> AbstractContextManager[None]:
-        """For calls of `pipe` inside a `with` block: its scheduler takes the plan's steps."""
-        return only_steps(pipe.scheduler, self.chosen)
+        """For calls of `pipe` in a `with` block: its scheduler takes the plan's steps."""
+        return only_steps(pipe.scheduler, self.chosen, self.asked)
 
 
 class Planner:
@@ -76,15 +75,15 @@ class Planner:
         pipe: a diffusers pipeline with their backbone and the scheduler that will be used, which adds no noise.
         call: arguments of `pipe`, for example {"prompt": [...], "guidance_scale": 5.0}; a few dozen images are enough.
         most: the largest number of steps considered; None: those for which the response was measured.
-        seed: of the images drawn. batch_size: images of one call.
-        dense: a pipeline like `pipe`, with its scheduler, of the dense model; None: `pipe` at full depth.
-        own_steps: whether plans visit the timesteps that the sampler visits in as many steps; else they take steps of
-            its `most` ones where those lie better, if its class can (backbones/stepping.py).
+        seed: of the images drawn. batch_size: images of one call. dense: a pipeline like `pipe`, with its scheduler, of
+            the dense model; None: `pipe` at full depth.
+        own_steps: whether plans visit the sampler's own timesteps; else they take steps of its `most` ones where those
+            lie better and its class can (backbones/stepping.py).
 
     Attributes:
         reference: latents of many dense steps, float32 [N, ...]. drift: by number of steps, the displacement of as many
-            dense ones from it, where drawn. chosen_drift: the same with chosen timesteps. chosen: by number of steps,
-            those of `most` that are taken; None: the sampler's own. visited: the training timesteps, int64 [steps].
+            dense ones from it, where drawn; chosen_drift: at chosen timesteps. chosen: by number of steps, those of
+            `most` that are taken; None: the sampler's own. visited: the training timesteps, int64 [steps].
         forwards: of the backbone, in a step; 2 where guidance has one of its own.
 
     Raises:
@@ -142,7 +141,8 @@ class Planner:
             macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
             seconds: of the backbone's forwards: at the experts' measured latency, one of its batch a step; without one,
                 for one image, with guidance, measured on this pipeline when they are asked for first.
-            quality: as good as this many steps at full depth, as predicted; of the dense model where it is at hand.
+            quality: as good as this many steps at full depth, of the dense model where it is at hand, at the sampler's
+                own timesteps, as predicted.
 
         Raises:
             InputError: if not one of them is given, or none can be had.
@@ -158,8 +158,9 @@ class Planner:
                 return self._drawn_best(front.within(value), front.fewer_steps(value))
             if quality not in self.visited:
                 raise ValueError(f"choose 2 to {self.most} dense steps")
-            asked_for = self.front.everything(quality)
-            return self._drawn_best(self.front.cheapest(asked_for.error), asked_for)
+            full = self.front.everything(quality)
+            as_good = full.error - full.discretisation + between(self.drift, quality)
+            return self._drawn_best(self.front.cheapest(as_good), full)
         except ValueError as error:
             raise InputError(f"plan: {name}={value:g}: {error}") from None
 
@@ -171,11 +172,6 @@ class Planner:
         mask_N, solver = rung.expert_T[self.visited[steps]], self.front.discretisation[steps]
         lost = float(self.front.losses[steps][mask_N, np.arange(steps)].sum())
         return self._plan(Option(mask_N, float(self.macs_M[mask_N].sum()), solver + lost, solver))
-
-    def fewer_steps(self, macs: float) -> Plan | None:
-        """As many steps at full depth as cost at most so much, the control of every plan; None: not two."""
-        option = self.front.fewer_steps(macs)
-        return None if option is None else self._plan(option)
 
     def one_mask(self, macs: float) -> Plan:
         """As `plan`, with one mask at all steps.
@@ -193,8 +189,8 @@ class Planner:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
         key = plan.rung, plan.dense
         if key not in self._checked:
-            latents = self._draw(plan.rung, plan.steps, plan.dense, plan.chosen)
-            self._checked[key] = displacement(latents, self.reference)
+            self._checked[key] = displacement(self._draw(plan.rung, plan.steps, plan.dense, plan.chosen),
+                                              self.reference)
         return self._checked[key]
 
     @property
@@ -234,7 +230,7 @@ class Planner:
                     self.chosen[steps])
 
     def _choose_steps(self, measured: Measured) -> None:
-        """Of the sampler's `most` steps those that tell the others best, wherever samples come nearer by it."""
+        """Of the sampler's `most` steps those that tell the others best, where samples come nearer by it."""
         visited, response_B = self.visited[self.most], measured.response[SPACE]
         weight_N = step_losses(response_B[None], measured.edges, visited)[0]
         chosen = {steps: tuple(taken.tolist()) for steps, taken in choose_steps(self._gram_NN, weight_N).items()}
@@ -282,7 +278,7 @@ class Planner:
         try:
             for part in parts:
                 arguments = self._arguments(self.most if chosen else steps, part)
-                with (torch.random.fork_rng(), only_steps(pipe.scheduler, chosen),
+                with (torch.random.fork_rng(), only_steps(pipe.scheduler, chosen, self.most),
                       final_latents(pipe.scheduler) as stepped, watching(pipe.scheduler) as outputs):
                     torch.manual_seed(self.seed)
                     output = pipe(**arguments, output_type="latent")
@@ -294,8 +290,9 @@ class Planner:
                     latents = stepped[0][: len(part)]  # a DiTPipeline; with guidance both halves are alike
                 done.append(latents)
                 if watched:
-                    flat_ND = torch.stack([output.flatten() for output in outputs]).double()
-                    self._gram_NN += (flat_ND @ flat_ND.T).numpy() / self._images
+                    for image in range(len(part)):  # one at a time, for the memory of double precision
+                        flat_ND = torch.stack([output[image].flatten() for output in outputs]).double()
+                        self._gram_NN += (flat_ND @ flat_ND.T).numpy() / self._images
         finally:
             hook.remove()
         self._compare(type(pipe.scheduler).__name__, steps, calls / len(parts) / steps, torch.cat(left))

@@ -48,12 +48,6 @@ class Measured:
         """How far (squared) final samples move when mask m is in force in bin b alone, float64 [M, B]."""
         return self.error_MB * self.response[self.space]
 
-    @property
-    def loss_MT(self) -> np.ndarray:
-        """`loss_MB`, spread evenly over the training timesteps of each bin, float64 [M, T]."""
-        width_B = np.diff(self.edges)
-        return np.repeat(self.loss_MB / width_B, width_B, axis=1)
-
     def to_plain(self) -> dict[str, Any]:
         """As plain lists and numbers, for JSON."""
         return {"edges": list(self.edges), "error": self.error_MB.tolist(),

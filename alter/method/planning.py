@@ -129,9 +129,9 @@ class Front:
         return min([*fitting, *filter(None, (everything,))], key=lambda option: option.error)
 
     def fewer_steps(self, cost: float) -> Option | None:
-        """As many steps of every layer as cost at most `cost`, by the dense model where it may be had; None: none."""
+        """The best number of steps of every layer that cost at most `cost`; None: there is none."""
         fitting = [steps for steps in self.losses if steps * self.cost_M[self.full] <= cost * (1 + 1e-9)]
-        return self.everything(max(fitting)) if fitting else None
+        return min(map(self.everything, fitting), key=lambda option: option.error) if fitting else None
 
     def everything(self, steps: int) -> Option:
         """Every layer at all of so many steps, by the dense model where it may be had."""

@@ -138,6 +138,10 @@ def _planned_rows(rating: Rating, run: Path, parts: Parts, steps: int) -> Iterat
     some = {name: value[:_PLANNED_ON] for name, value in rating.batch.items()}
     call |= {"class_labels": some["labels"].tolist()} if "labels" in some else {"prompt": some["captions"]}
     planner = Planner(experts, pipes[0], call, steps, dense=pipes[1])
+    for count, taken in planner.chosen.items():
+        if taken is not None and count in {round(share * steps) for share in _SHARES}:
+            yield {"variant": "dense_chosen", "rung": round(count / steps, 3), "steps": count, "chosen": taken,
+                   "macs": count * experts.macs_total, "keep_ratio": 1.0, **rating.rate(rating.dense(steps, taken))}
     for share in _SHARES:
         plan = planner.plan(macs=share * steps * experts.macs_total)
         images = rating.dense(plan.asked, plan.chosen) if plan.dense else rating.drawn(

@@ -40,10 +40,11 @@ class Probe:
         train, held_out = split(parts.source, config.data.holdout, config.seed)
         indices = np.resize(held_out if len(held_out) else train, samples)
         source = WithSubstitutes(parts.source, indices, config.seed, parts.fit)
-        self.parts, self.samples, self.image_S = parts, samples, indices
         self._batches = []
         buckets, first = parts.source.buckets, 0
-        for some in of_one_shape(np.arange(samples), batch_size, None if buckets is None else buckets[indices]):
+        groups = [*of_one_shape(np.arange(samples), batch_size, None if buckets is None else buckets[indices])]
+        self.parts, self.samples, self.image_S = parts, samples, indices[np.concatenate(groups)]
+        for some in groups:
             keys = [(int(k), int(indices[k])) for k in some]
             batch: Any = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                           for name, value in collate([source[key] for key in keys]).items()}

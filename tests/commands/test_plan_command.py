@@ -66,7 +66,7 @@ def test_the_front_is_printed_drawn_and_written(folder, capsys):
 
 def _planned(pipe, experts, chosen):
     """The first image, by the experts that the plan's folder holds."""
-    with experts.apply(pipe), only_steps(pipe.scheduler, chosen["taken"]):
+    with experts.apply(pipe), only_steps(pipe.scheduler, chosen["taken"], chosen["asked"]):
         return pipe(["a red circle", "a blue square"], guidance_scale=2.0, num_inference_steps=chosen["asked"],
                     generator=[torch.Generator().manual_seed(i) for i in range(2)]).images[0].tobytes()
 

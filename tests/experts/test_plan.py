@@ -262,7 +262,7 @@ def test_the_reference_can_be_another_model():
     assert planner.check(planner.fixed(2, 1)) == pytest.approx(expected, rel=1e-3)
     plan = planner.plan(macs=2 * experts.macs_total)  # it is nearer to itself than random layers to it
     assert plan.dense and plan.steps == 2 and planner.check(plan) == pytest.approx(planner.drift[2])
-    assert planner.plan(quality=2).dense and planner.fewer_steps(2.9 * experts.macs_total) == plan
+    assert planner.plan(quality=2).dense
 
 
 def test_a_plan_that_turns_out_worse_is_not_taken():

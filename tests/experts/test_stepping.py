@@ -6,7 +6,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from test_plan import CALLS, backbone_in, distance, make, measured_chain, told
 
 from alter import InputError
@@ -28,7 +34,7 @@ def test_they_are_those_of_a_solver_that_is_given_the_timesteps():
     whole, given, kept = (DPMSolverMultistepScheduler(use_karras_sigmas=False) for _ in range(3))
     whole.set_timesteps(8)
     given.set_timesteps(timesteps=[int(whole.timesteps[step]) for step in CHOSEN])
-    keep_steps(kept, CHOSEN)
+    keep_steps(kept, CHOSEN, 8)
     kept.set_timesteps(8)
     assert kept.timesteps.tolist() == given.timesteps.tolist() and torch.allclose(kept.sigmas, given.sigmas)
     samples = sampled(kept)
@@ -39,21 +45,30 @@ def test_they_are_those_of_a_flow_that_is_given_the_sigmas():
     whole, given, kept = (FlowMatchEulerDiscreteScheduler(shift=1.0) for _ in range(3))
     whole.set_timesteps(8)
     given.set_timesteps(sigmas=whole.sigmas[list(CHOSEN)].tolist())
-    keep_steps(kept, CHOSEN)
+    keep_steps(kept, CHOSEN, 8)
     kept.set_timesteps(8)
     assert torch.allclose(kept.sigmas, given.sigmas) and torch.allclose(sampled(kept), sampled(given))
 
 
-@pytest.mark.parametrize("name", ["DEISMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_other_classes(name):
-    scheduler = getattr(diffusers, name)()
+@pytest.mark.parametrize(("name", "settings"), [
+    ("DEISMultistepScheduler", {}), ("EulerDiscreteScheduler", {}), ("UniPCMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
+], ids=str)
+def test_other_classes(name, settings):
+    scheduler = getattr(diffusers, name)(**settings)
     scheduler.set_timesteps(8)
     expected, whole = scheduler.timesteps[list(CHOSEN)].tolist(), scheduler.timesteps.tolist()
+    sigmas = scheduler.sigmas[[*CHOSEN, -1]].tolist()
     signature = inspect.signature(scheduler.set_timesteps)
-    with only_steps(scheduler, CHOSEN):
+    with only_steps(scheduler, CHOSEN, 8):
         assert inspect.signature(scheduler.set_timesteps) == signature  # by which pipelines see what it takes
         scheduler.set_timesteps(8)
-        assert scheduler.timesteps.tolist() == expected and len(scheduler.sigmas) == 5
+        assert scheduler.timesteps.tolist() == expected and scheduler.sigmas.tolist() == sigmas
+        with only_steps(scheduler, None, 8):
+            scheduler.set_timesteps(8)
+            assert scheduler.timesteps.tolist() == whole
+        scheduler.set_timesteps(8)
         with outputs_given(scheduler) as outputs:
             assert sampled(scheduler).isfinite().all() and len(outputs) == 4
     scheduler.set_timesteps(8)
@@ -62,12 +77,15 @@ def test_other_classes(name):
 
 def test_refusals():
     assert not can_skip_steps(DDIMScheduler())
-    with pytest.raises(InputError, match="a DDIMScheduler cannot leave out steps: use one of"):
-        keep_steps(DDIMScheduler(), CHOSEN)
+    assert not can_skip_steps(EulerDiscreteScheduler(interpolation_type="log_linear"))
+    assert not can_skip_steps(UniPCMultistepScheduler(solver_p=DPMSolverMultistepScheduler()))
+    with pytest.raises(InputError, match="a DDIMScheduler .* cannot leave out steps: use one of"):
+        keep_steps(DDIMScheduler(), CHOSEN, 8)
     scheduler = DPMSolverMultistepScheduler()
-    keep_steps(scheduler, CHOSEN)
-    with pytest.raises(InputError, match="of 5 steps there is none numbered 7"):
-        scheduler.set_timesteps(5)
+    keep_steps(scheduler, CHOSEN, 8)
+    for steps in (5, 12):
+        with pytest.raises(InputError, match=f"num_inference_steps={steps}: the steps were chosen of 8: ask for 8"):
+            scheduler.set_timesteps(steps)
 
 
 @pytest.mark.parametrize("kind", ["dit", "sd", "flux"])
@@ -79,11 +97,13 @@ def test_a_planner_takes_them_where_samples_come_nearer(kind):
     assert planner.drift == spaced.drift and not any(spaced.chosen.values())
     assert planner.chosen[8] is None and (kind == "flux" or any(planner.chosen.values()))
     for steps, taken in planner.chosen.items():
-        assert planner.discretisation[steps] <= spaced.discretisation[steps]
+        if steps in planner.drift:  # drawn, so that it is known which are nearer
+            nearer = planner.check(planner.fixed(steps, 1))
+            assert nearer <= spaced.check(spaced.fixed(steps, 1)) == pytest.approx(planner.drift[steps])
         if taken is not None:
             assert len(taken) == steps and planner.visited[steps].tolist() == planner.visited[8][list(taken)].tolist()
     if not any(planner.chosen.values()):  # this flow's own steps are as good
-        planner.chosen[3], planner.visited[3] = (0, 2, 5), planner.visited[8][[0, 2, 5]]
+        planner.chosen[5], planner.visited[5] = (0, 2, 4, 5, 7), planner.visited[8][[0, 2, 4, 5, 7]]
     steps = next(steps for steps, taken in planner.chosen.items() if taken is not None)
     plan = planner.fixed(steps, 1)
     assert plan.asked == 8 and plan.chosen == planner.chosen[steps]

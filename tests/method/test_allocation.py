@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alter.method.allocation import Frontier, gain, interval, one_mask, smoothed
-from alter.method.measured import Measured
 from alter.method.planning import Front, between, choose_steps, covered, routes, step_losses
 
 
@@ -152,11 +151,6 @@ def test_the_gain_over_nothing_lost_is_nothing():
     found = gain(np.zeros((3, 4, 6)), np.array([[1.0], [0.7], [0.4]]) * np.full(4, 0.25), 1.0, 2, np.arange(6))
     assert (found.mean, found.low, found.high) == (0, 0, 0)
 
-
-def test_losses_of_timesteps_are_shares_of_their_bins():
-    response = {"latents": np.array([2.0, 5.0, 1.0])}
-    measured = Measured((0, 2, 7, 10), np.array([[1.0, 2.0, 3.0]]), response, "x", 4, 1.0, 2)
-    assert measured.loss_MT[0].tolist() == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1]
 
 
 def test_what_noise_explains_is_smoothed_away():

@@ -130,7 +130,8 @@ def test_what_is_said_and_found(small_config, capsys):
     for rung in experts.ladder:
         lost = sum(loss_MB[rung.expert_T[low], b] for b, low in enumerate(edges[:-1]))
         low, high = rung.interval
-        assert rung.error == pytest.approx(lost) and 0.3 * lost < low <= lost <= high < 3 * lost or not lost
+        assert rung.error == pytest.approx(lost) and low <= lost <= high
+        assert 0.3 * lost < low and high < 3 * lost or not lost
         assert experts.choose(rung).keep_ratio <= rung.keep_ratio_target + 0.005
 
 

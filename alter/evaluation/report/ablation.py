@@ -10,9 +10,9 @@ from .drawing import EXPERTS, INK, WIDTH, styled
 
 _LINE, _BESIDE = 14.0, 60.0  # pixels: between names, and within which they would overlap
 _SERIES = {  # in the order in which they take colours, after the dense model
-    "planned": "steps and depth planned", "elastic_range": "elastic, one run", "elastic": "elastic",
-    "elastic_one": "elastic, one mask", "hypernetwork": "hypernetwork", "one_mask": "one measured mask",
-    "paper": "paper's search",
+    "dense_chosen": "dense, chosen timesteps", "planned": "steps and depth planned",
+    "elastic_range": "elastic, one run", "elastic": "elastic", "hypernetwork": "hypernetwork",
+    "one_mask": "one measured mask", "paper": "paper's search",
 }
 
 

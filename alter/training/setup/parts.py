@@ -196,7 +196,7 @@ class Parts:
             conditioner = self.conditioner or self._conditioner()
             solver = make_solver(self.scheduler, self.tokens) if isinstance(
                 self.noising, Betas) else conditioner.pipe.scheduler
-            with only_steps(solver, chosen), final_latents(solver) as latents:
+            with only_steps(solver, chosen, steps), final_latents(solver) as latents:
                 images = conditioner.draw(backbone, batch["captions"], steps, self.guidance_scale, seed, solver,
                                           batch_size)
             return images, torch.cat(latents).float().cpu()
