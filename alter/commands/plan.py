@@ -27,13 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--quality", type=int, metavar="STEPS", help="the cheapest plan that is predicted to be as "
                         "good as so many steps at full depth")
     dense = parser.add_mutually_exclusive_group()
-    dense.add_argument("--original", action="store_true", help="with the dense model that the run started from, as its "
-                       "config.yaml names it, as a choice (default: these weights at full depth)")
+    dense.add_argument("--original", action="store_true", help="with the run's dense model, as its config.yaml names it, "
+                       "as a choice (default: these weights at full depth)")
     dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
                        help="--original, with the backbone of this pipeline")
     parser.add_argument("--most", type=int, help="steps at most (default: those that experts.json was measured with)")
-    parser.add_argument("--own-steps", action="store_true", help="visit the scheduler's own timesteps (default: of its "
-                        "most steps those that serve best, where its class can)")
+    parser.add_argument("--own-steps", action="store_true", help="visit the scheduler's own timesteps, not chosen ones")
     parser.add_argument("--images", type=int, default=24, help="drawn each time; prompts or labels repeat (default 24)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
