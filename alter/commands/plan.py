@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--quality", type=int, metavar="STEPS", help="the cheapest plan that is predicted to be as "
                         "good as so many steps at full depth")
     dense = parser.add_mutually_exclusive_group()
-    dense.add_argument("--original", action="store_true", help="with the run's dense model, as its config.yaml names it, "
-                       "as a choice (default: these weights at full depth)")
+    dense.add_argument("--original", action="store_true", help="with the run's dense model, as its config.yaml names "
+                       "it, as a choice (default: these weights at full depth)")
     dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
                        help="--original, with the backbone of this pipeline")
     parser.add_argument("--most", type=int, help="steps at most (default: those that experts.json was measured with)")
