@@ -41,7 +41,7 @@ def test_the_front_is_printed_drawn_and_written(folder, capsys):
     content = json.loads((folder / "planned/plan.json").read_text())
     chosen, rows = content["chosen"], content["front"]
     assert {row["series"] for row in rows} == {"dense", "chosen", "one mask", "experts", "planned"}
-    assert all(title in printed for title in ("dense, fewer steps", "chosen timesteps", "one mask", "all steps",
+    assert all(title in printed for title in ("dense, fewer steps", "chosen steps", "one mask", "all steps",
                                               "planned"))
     assert chosen["share"] <= 0.5 and sum(row["share"] <= 0.5 for row in rows) > 3
     assert f"chosen: {chosen['steps']} steps of" in printed and len(chosen["layers"]) == chosen["steps"]

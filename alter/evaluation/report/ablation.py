@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .drawing import EXPERTS, INK, WIDTH, styled
 
 _LINE, _BESIDE = 14.0, 60.0  # pixels: between names, and within which they would overlap
+_COLORS = (*EXPERTS, "#8C564B", "#56B4E9")
 _SERIES = {  # in the order in which they take colours, after the dense model
     "dense_chosen": "dense, chosen timesteps", "planned": "steps and depth planned",
     "elastic_range": "elastic, one run", "elastic": "elastic", "hypernetwork": "hypernetwork",
@@ -33,14 +35,17 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
                 continue
             points = np.array([(*np.mean(group, axis=0), np.std(group, axis=0)[1]) for group in groups])
             x, y, spread = points[np.argsort(points[:, 0])].T
-            color = INK if variant == "dense" else EXPERTS[(index - 1) % len(EXPERTS)]
+            color = INK if variant == "dense" else _COLORS[index - 1]
             axis.plot(x, y, color=color, linewidth=2 if variant == "dense" else 1.2, marker=".", markersize=5)
             if len(x) > 1:
                 axis.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, linewidth=0)
             else:
                 axis.vlines(x, y - spread, y + spread, color=color, linewidth=1)
             ends.append((x[-1], y[-1], title, color))
-        axis.set(xlabel="MACs of all steps (20 dense steps: 1)", ylabel=label, yscale="log", xlim=(None, 1.45))
+        axis.set(xlabel="MACs of all steps (20 dense steps: 1)", ylabel=label, yscale="log", xlim=(None, 1.8))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xticks([0.25, 0.5, 0.75, 1.0])
         axis.grid()
         _name(axis, ends)

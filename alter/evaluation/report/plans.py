@@ -11,7 +11,7 @@ from ...experts.plan import Plan, Planner
 from .drawing import BLUE, INK, ORANGE, WIDTH, styled
 
 _SHARES = (0.25, 0.35, 0.5, 0.65, 0.8, 1.0)  # of the MACs of the most steps, dense
-_SERIES = {"dense": ("dense, fewer steps", INK), "chosen": ("dense, chosen timesteps", "#7F7F7F"),
+_SERIES = {"dense": ("dense, fewer steps", INK), "chosen": ("dense, chosen steps", "#7F7F7F"),
            "one mask": ("one mask", "#009E73"), "experts": ("experts, all steps", BLUE), "planned": ("planned", ORANGE)}
 
 
@@ -66,11 +66,12 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
         axis.plot(share, measured, color=color, linewidth=2 if series == "dense" else 1.2, marker=".", markersize=5)
         if series not in ("dense", "chosen"):
             axis.plot(share, predicted, color=color, linewidth=0.8, linestyle=":")
-        end, side = (-1, "left") if series in ("dense", "planned") else (0, "right")
-        axis.annotate(title, (share[end], measured[end]), (4 if end else -4, 2), textcoords="offset points", fontsize=6,
-                      color=color, ha=side, va="bottom")
+        end, shift, side = {"dense": (len(share) // 2, (6, 4), "left"), "chosen": (2, (-4, -6), "right"),
+                            "planned": (-1, (6, -9), "left")}.get(series, (0, (-4, 2), "right"))
+        axis.annotate(title, (share[end], measured[end]), shift, textcoords="offset points", fontsize=6, color=color,
+                      ha=side, va="bottom")
     axis.set(xlabel="MACs of all steps (most steps, dense: 1)", ylabel="mean squared displacement of latents",
-             yscale="log", xlim=(0, 1.35))
+             yscale="log", xlim=(0, 1.2))
     axis.grid()
     return figure
 
