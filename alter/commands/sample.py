@@ -216,7 +216,8 @@ def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None
         written = json.loads(read_text(file, "--plan"))
         settings, chosen = written["settings"], written["chosen"]
         planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"]}
-        if chosen.get("dense"):
+        asked, taken = chosen["asked"], chosen["taken"]
+        if chosen["dense"]:
             pipeline = settings["dense_pipeline"]
             arguments.original, arguments.dense_pipeline = pipeline is None, pipeline and Path(pipeline)
     except (LookupError, TypeError, ValueError):
@@ -226,7 +227,7 @@ def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None
             raise InputError(f"--{name} {getattr(arguments, name)}: --plan {arguments.plan} was made with "
                              f"{'the default' if value is None else value}: leave it out, or plan again")
         setattr(arguments, name, value)
-    return chosen.get("asked", arguments.steps), chosen.get("taken")
+    return asked, taken
 
 
 def _experts_digest(run: Path) -> str | None:

@@ -47,9 +47,7 @@ def choose_steps(gram_NN: np.ndarray, weight_N: np.ndarray) -> dict[int, np.ndar
     count = len(gram_NN)
     lost = np.full((count + 1, count, count + 1), np.inf)  # [former + 1, last, next]; former is -1 where last is 0
     for last in range(count):
-        for former in range(-1, last) if last else (-1,):
-            if last and former < 0:
-                continue
+        for former in range(last) if last else (-1,):
             left_out = np.arange(last + 1, count)
             errors = weight_N[left_out] * _unexplained(gram_NN, left_out, [last] if former < 0 else [last, former])
             lost[former + 1, last, last + 1 :] = np.concatenate([[0.0], errors.cumsum()])
@@ -111,8 +109,8 @@ class Front:
 
     def __init__(self, losses: dict[int, np.ndarray], cost_M: np.ndarray, discretisation: dict[int, float], full: int,
                  dense: bool = False) -> None:
-        self.losses, self.cost_M, self.discretisation, self.full, self.dense = (losses, cost_M, discretisation, full,
-                                                                                dense)
+        self.losses, self.cost_M, self.discretisation = losses, cost_M, discretisation
+        self.full, self.dense = full, dense
         self._frontiers = {steps: Frontier(loss, np.repeat(cost_M[:, None], steps, axis=1))
                            for steps, loss in losses.items()}
 
@@ -125,8 +123,8 @@ class Front:
         fitting = [self._option(steps, cost) for steps in self.losses if steps * self.cost_M.min() <= cost]
         if not fitting:
             raise ValueError(f"cost={cost}: the cheapest option costs {min(self.losses) * self.cost_M.min()}")
-        everything = self.fewer_steps(cost) if self.dense else None
-        return min([*fitting, *filter(None, (everything,))], key=lambda option: option.error)
+        control = self.fewer_steps(cost) if self.dense else None
+        return min(filter(None, (*fitting, control)), key=lambda option: option.error)
 
     def fewer_steps(self, cost: float) -> Option | None:
         """The best number of steps of every layer that cost at most `cost`; None: there is none."""

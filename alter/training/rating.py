@@ -56,9 +56,8 @@ class Rating:
             with self.parts.dense() as backbone:
                 return {"images": self.parts.draw(backbone, self.batch, steps, self.config.seed, chosen=chosen)}
 
-        if chosen is not None:
-            return draw()["images"]
-        return self._once(f"dense-{self.config.seed}-{steps}", draw)["images"]
+        taken = "" if chosen is None else f"-{'-'.join(map(str, chosen))}"
+        return self._once(f"dense-{self.config.seed}-{steps}{taken}", draw)["images"]
 
     def drawn(self, parts: Parts, experts: TemporalExperts, steps: int, chosen: Sequence[int] | None = None) -> Tensor:
         """Samples of a run with its experts, as `dense`."""
