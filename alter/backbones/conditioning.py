@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..common.errors import InputError
-from ..method.diffusion import generator
 from .asking import Stopped
+from .draws import generator
 from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
 from .pretrained import absent_parts, component_of, hollow, load_backbone, precision, variant_of
 

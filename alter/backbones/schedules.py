@@ -13,8 +13,8 @@ import numpy as np
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from ..common.errors import InputError
-from ..method.noising import PREDICTION_TYPES, Betas, Flow, Noising
 from .inputs import latent_shape
+from .noising import PREDICTION_TYPES, Betas, Flow, Noising
 from .pretrained import meta_backbone, read_config
 from .sizes import latent_size
 

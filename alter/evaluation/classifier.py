@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..method.diffusion import gaussian
-from ..method.noising import Noising
+from ..backbones.draws import gaussian
+from ..backbones.noising import Noising
 
 Predict: TypeAlias = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 

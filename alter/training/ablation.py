@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..backbones.family import predict
+from ..backbones.noising import Betas
 from ..backbones.schedules import make_solver, visited_rows
 from ..backbones.sites import Site
 from ..common.config import Config
@@ -21,7 +22,6 @@ from ..experts.load import load_dense
 from ..experts.plan import Planner
 from ..method.budget import Budget
 from ..method.hypernetwork import Logits
-from ..method.noising import Betas
 from .demo_images import own_weights
 from .probe import Probe
 from .rating import Rating

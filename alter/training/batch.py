@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..method.diffusion import Draw
+from ..backbones.draws import Draw
 
 
 @dataclass

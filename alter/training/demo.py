@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ..backbones.dit import null_class, tie_embedders
+from ..backbones.draws import draw, generator
 from ..backbones.family import Backbone
 from ..backbones.pretrained import absent_parts, component_of, export
 from ..backbones.schedules import load_scheduler, make_noising, tokens_of
@@ -33,7 +34,6 @@ from ..data.batches import GlobalBatches, Order, make_loader, split
 from ..data.glyphs import write_glyphs
 from ..data.open import open_source
 from ..method import losses
-from ..method.diffusion import draw, generator
 
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _WRITERS = {"shapes": shapes.write_shapes, "scenes": shapes.write_scenes, "glyphs": write_glyphs}

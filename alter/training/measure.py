@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 from tqdm import tqdm
 
+from ..backbones.noising import edges_of
 from ..common.config import Config
-from ..method.noising import edges_of
 from ..method.sensitivity import Sensitivity
 from .probe import Probe
 from .setup.parts import Parts

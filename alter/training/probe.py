@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backbones.draws import gaussian
 from ..backbones.family import backbone_class, predict
 from ..backbones.gates import HardRows
 from ..backbones.models import blocks_are_verified
+from ..backbones.noising import Flow
 from ..backbones.residual import not_residual
 from ..backbones.schedules import solver_at
 from ..common.config import Config
 from ..common.errors import InputError
 from ..data.batches import WithSubstitutes, collate, of_one_shape, split
-from ..method.diffusion import gaussian
 from ..method.losses import mse_per_sample
-from ..method.noising import Flow
 from .setup.parts import Parts
 
 View = Callable[[Tensor], Tensor]  # of final latents [B, ...], any tensor [B, ...]

@@ -14,8 +14,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
+from ..backbones.draws import Draw, draw, generator
 from ..backbones.family import predict
 from ..backbones.gates import HardRows, Rows
+from ..backbones.noising import Flow
 from ..backbones.pretrained import trained_parameters
 from ..common.config import Config
 from ..common.device import reads_pinned, to_device
@@ -23,8 +25,6 @@ from ..common.process import Interrupted
 from ..data.batches import GlobalBatches, Order, WithSubstitutes, make_loader, split, warn_while_waiting
 from ..experts.artefact import TemporalExperts
 from ..method import losses
-from ..method.diffusion import Draw, draw, generator
-from ..method.noising import Flow
 from .batch import Batch
 from .journal import Journal
 from .readout import Readout

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..backbones.family import family_of
 from ..backbones.inputs import is_class_conditional
+from ..backbones.noising import Betas, Flow
 from ..backbones.schedules import as_rows, make_solver, visited_timesteps
 from ..common.config import Config
 from ..common.errors import InputError
@@ -21,7 +22,6 @@ from ..experts.artefact import TemporalExperts
 from ..method.budget import TOLERANCE
 from ..method.measured import EARLY_FORWARDS, EARLY_SAMPLES
 from ..method.measured import forwards as measured_forwards
-from ..method.noising import Betas, Flow
 from .probe import check_blocks
 from .search.elastic import allocated, costs, ordered
 from .search.measuring import sampler_of

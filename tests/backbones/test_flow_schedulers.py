@@ -14,6 +14,7 @@ from torch import nn
 from zoo import of_the_newest
 
 from alter import InputError
+from alter.backbones.noising import Betas, Flow
 from alter.backbones.sampling import sample_latents
 from alter.backbones.schedules import (
     hands_sigmas,
@@ -27,7 +28,6 @@ from alter.backbones.schedules import (
     visited_rows,
 )
 from alter.common.config import FlowConfig
-from alter.method.noising import Betas, Flow
 from alter.training.setup.describe import describe_run
 from alter.training.setup.plan import check
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from alter import InputError
 from alter.backbones.conditioning import Conditioner
+from alter.backbones.draws import generator
 from alter.backbones.gates import Simulator
-from alter.method.diffusion import generator
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
 

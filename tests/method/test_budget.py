@@ -6,11 +6,11 @@ import torch
 from helpers import times_of
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from alter.backbones.noising import Flow
 from alter.common.errors import InputError
 from alter.method.budget import Budget, timestep_weights
 from alter.method.hypernetwork import HyperNetwork, Logits
 from alter.method.losses import log_ratio
-from alter.method.noising import Flow
 
 
 def random_logits(experts, sites, spread=1.0, seed=0):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from helpers import times_of
 
-from alter.method.diffusion import draw
+from alter.backbones.draws import draw
+from alter.backbones.noising import Flow
 from alter.method.hypernetwork import HyperNetwork, Logits
-from alter.method.noising import Flow
 
 ROUTERS = ("learned", "smooth", "ordered", "uniform")
 

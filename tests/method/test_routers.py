@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import logistic
 
+from alter.backbones.noising import Betas, Flow
 from alter.method.budget import rows_of, timestep_weights
-from alter.method.noising import Betas, Flow
 from alter.method.routers import SLOW, OrderedRouter, Times, make_router, slow_features
 
 NOISINGS = {

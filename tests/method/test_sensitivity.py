@@ -9,10 +9,10 @@ import torch
 from helpers import table_of, times_of
 from scipy.optimize import linprog
 
+from alter.backbones.noising import Flow
 from alter.evaluation.report.words import verdict
 from alter.method.budget import Budget
 from alter.method.hypernetwork import HyperNetwork
-from alter.method.noising import Flow
 from alter.method.sensitivity import allocate, start_near
 
 

@@ -12,9 +12,9 @@ from conftest import config_factory
 from helpers import assert_same_result, make_trainer, prepared, uneven_latency
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.backbones.draws import draw
 from alter.common.load import without_effect
 from alter.method.allocation import likely
-from alter.method.diffusion import draw
 from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build
 from alter.training.setup.plan import check

@@ -11,9 +11,9 @@ from helpers import make_trainer
 from test_trained_families import family_config as family_config
 
 from alter import InputError, TemporalExperts, load_pipeline, train
+from alter.backbones.draws import draw
+from alter.backbones.noising import Flow
 from alter.evaluation.classifier import errors_by_timestep
-from alter.method.diffusion import draw
-from alter.method.noising import Flow
 from alter.training.setup.plan import check
 
 ALONE = {"loss": {"denoise": 0.0, "output_kd": 1.0, "feature_kd": 0.0}, "budget": {"sampling_steps": 4},

@@ -11,7 +11,7 @@ from helpers import assert_same_result, make_trainer, metrics_of, prepared
 
 from alter import TemporalExperts, train
 from alter.backbones.dit import null_class
-from alter.method.diffusion import draw
+from alter.backbones.draws import draw
 from alter.training.measure import measure_sensitivity
 from alter.training.probe import Probe
 from alter.training.setup.parts import build

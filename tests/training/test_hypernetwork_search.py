@@ -7,11 +7,11 @@ import pytest
 import torch
 from helpers import changed, make_trainer, prepared, snapshot
 
+from alter.backbones.draws import generator
 from alter.backbones.gates import SoftRows
 from alter.common.errors import InputError
 from alter.evaluation.report.records import read_sensitivity
 from alter.method import losses
-from alter.method.diffusion import generator
 from alter.training.run import train
 
 

@@ -13,9 +13,9 @@ from test_trained_families import family_config as family_config
 
 from alter import InputError, TemporalExperts, load_pipeline, train
 from alter.backbones.conditioning import Conditioner
+from alter.backbones.draws import draw as draw_batch
+from alter.backbones.draws import generator
 from alter.backbones.pretrained import share_of
-from alter.method.diffusion import draw as draw_batch
-from alter.method.diffusion import generator
 from alter.training.measure import measure_sensitivity
 from alter.training.probe import Probe
 from alter.training.setup.describe import describe_run

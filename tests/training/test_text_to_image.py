@@ -17,11 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import CLIPTextModel
 
 from alter import InputError, TemporalExperts, load_config, train
+from alter.backbones.draws import generator
 from alter.backbones.schedules import load_scheduler
 from alter.common.load import CONFIGS, save_config
 from alter.data.shapes import COLOURS, KINDS, draw_shapes, kinds, write_shapes
 from alter.evaluation.report.figures import summary_table
-from alter.method.diffusion import generator
 from alter.training.demo import make_tokenizer
 from alter.training.demo_images import demo_reference
 from alter.training.setup.parts import build

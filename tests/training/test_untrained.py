@@ -10,12 +10,12 @@ from pipelines import PROMPTS, SIZE, backbones, make_pipeline
 
 import alter.commands.measure
 from alter import TemporalExperts, load_config
+from alter.backbones.draws import generator
 from alter.backbones.latents import final_latents
 from alter.commands import main
 from alter.data.drawn import Drawn
 from alter.evaluation.pairs import drift
 from alter.experts.load import usual_guidance
-from alter.method.diffusion import generator
 from alter.training.setup.parts import build
 from alter.training.untrained import Lost, check, find_untrained, verdict
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ...backbones.noising import edges_of
 from ...common.config import Config
 from ...common.errors import InputError
 from ...common.load import without_effect
@@ -20,7 +21,6 @@ from ...experts.ladder import Rung
 from ...method.allocation import Frontier, Gain, gain, interval, likely, smoothed
 from ...method.budget import TOLERANCE
 from ...method.measured import EARLY_BINS, EARLY_SAMPLES, ORDER_SAMPLES, Measured, forwards
-from ...method.noising import edges_of
 from ..batch import Batch
 from ..probe import Probe
 from ..setup.parts import Parts

@@ -8,12 +8,12 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from ...backbones.draws import generator
 from ...backbones.gates import SoftRows
 from ...common.device import to_device
 from ...evaluation.report.records import SENSITIVITY, write_sensitivity
 from ...experts.artefact import TemporalExperts
 from ...method import losses
-from ...method.diffusion import generator
 from ...method.hypernetwork import Logits
 from ...method.sensitivity import start_near
 from ..batch import Batch

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ...backbones.noising import Flow, edges_of
 from ...backbones.schedules import as_rows, hands_sigmas, make_sampler, make_solver, set_timesteps
 from ...common.config import Config
 from ...common.errors import InputError
 from ...method.budget import Budget
 from ...method.measured import CANDIDATES, EARLY_BINS, RESPONSE_SAMPLES, WINDOWS, Measured
-from ...method.noising import Flow, edges_of
 from ..probe import Probe, View
 from ..setup.parts import Parts
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ...backbones.noising import Betas
 from ...backbones.pretrained import DTYPES, trained_parameters
 from ...common.config import Config
 from ...common.errors import Faults, InputError
@@ -13,7 +14,6 @@ from ...experts.artefact import TemporalExperts
 from ...method.allocation import likely
 from ...method.budget import Budget
 from ...method.measured import Forwards, forwards
-from ...method.noising import Betas
 from .machine import check_shares
 from .parts import choose_trained
 from .plan import Plan, known_folder, make_plan

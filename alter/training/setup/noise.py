@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from ...backbones.asking import asked_timesteps
+from ...backbones.draws import generator
+from ...backbones.noising import Flow, Noising
 from ...backbones.pretrained import component_of, pipeline_of, share_of
 from ...backbones.schedules import hands_sigmas, is_flow, make_noising, make_sampler, visited_timesteps
 from ...backbones.sizes import pixel_size
 from ...common.config import Config, FlowConfig
 from ...common.errors import Faults, InputError
-from ...method.diffusion import generator
-from ...method.noising import Flow, Noising
 
 # Pipelines whose dynamic shift is not that of `schedules.mean_shift`.
 _OWN_SHIFTS = ("CogView4", "EasyAnimate", "Flux2", "GlmImage", "HiDream", "Krea2")

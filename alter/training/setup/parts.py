@@ -24,6 +24,7 @@ from ...backbones.latency import Latency
 from ...backbones.latents import encode, final_latents
 from ...backbones.lora import FILE_NAME as ADAPTERS
 from ...backbones.lora import Base, add_adapters, load_adapters, merge_adapters, put_adapters, without_adapters
+from ...backbones.noising import Betas, Noising
 from ...backbones.pretrained import (
     DTYPES,
     load_backbone,
@@ -45,7 +46,6 @@ from ...data.batches import Fit
 from ...experts.artefact import TemporalExperts
 from ...method.budget import Budget, rows_of, timestep_weights
 from ...method.hypernetwork import HyperNetwork
-from ...method.noising import Betas, Noising
 from ...method.routers import Times, slow_features
 from .machine import check_machine
 from .plan import Plan, by_time, make_plan, open_data, plan_latency, reads_captions

@@ -15,6 +15,7 @@ from ...backbones.family import COMPONENTS, Backbone
 from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_text, text_width
 from ...backbones.latency import Latency, measure_latency
 from ...backbones.lora import Base
+from ...backbones.noising import Noising
 from ...backbones.pretrained import (
     DTYPES,
     check_text,
@@ -37,7 +38,6 @@ from ...data.batches import WithSubstitutes, split
 from ...data.open import open_source
 from ...experts.artefact import TemporalExperts
 from ...method.budget import TOLERANCE, Budget
-from ...method.noising import Noising
 from .encoding import check_encoding
 from .machine import check_machine
 from .noise import check_noise, sampled_timesteps, take_shift, trained_noising

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from alter.method.diffusion import draw, generator
-from alter.method.noising import Betas, Flow
+from alter.backbones.draws import draw, generator
+from alter.backbones.noising import Betas, Flow
 
 BETAS = Betas(torch.linspace(0.99, 0.01, 1000))
 

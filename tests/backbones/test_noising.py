@@ -10,9 +10,9 @@ from diffusers.training_utils import (
     compute_snr,
 )
 
+from alter.backbones.draws import generator
+from alter.backbones.noising import PREDICTION_TYPES, Betas, Flow, edges_of
 from alter.method.budget import timestep_weights
-from alter.method.diffusion import generator
-from alter.method.noising import PREDICTION_TYPES, Betas, Flow, edges_of
 
 SHAPES = pytest.mark.parametrize("shape", [(1, 4, 4), (2, 3, 4, 4), (5, 8)], ids=["image", "video", "tokens"])
 
