@@ -51,3 +51,6 @@ class SearchConfig:
     bins: int = key(20, "elastic: intervals of timesteps, of equal weight in the budget, in which masks are measured.",
                     within="[1, inf)")
     least: float = key(0.25, "elastic: every expert keeps at least this share of the prunable cost.", within="[0, 1)")
+    features: str | None = key(
+        None, "elastic: folder of a CLIP in transformers' format. How far samples move is measured in its image "
+        "features too, and masks are allocated by these instead of by latents.")

@@ -114,22 +114,26 @@ class Dino(nn.Module):
 
 
 class ClipVision(nn.Module):
-    """The image half of a CLIP in transformers' format, for CMMD: "embedding" [D]."""
+    """The image half of a CLIP in transformers' format, for CMMD: "embedding" [D].
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        option: by which the user named it, for messages.
+    """
+
+    def __init__(self, folder: Path, option: str = "--cmmd-model-path ") -> None:
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
         if not (folder / "config.json").is_file():
-            raise InputError(f"--cmmd-model-path {folder}: no such model: put a copy of "
+            raise InputError(f"{option}{folder}: no such model: put a copy of "
                              "openai/clip-vit-large-patch14-336 there (config.json and model.safetensors)")
         try:
             self.net, found = CLIPVisionModelWithProjection.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"--cmmd-model-path {folder}: {' '.join(str(error).split())[:200]}") from None
+            raise InputError(f"{option}{folder}: {' '.join(str(error).split())[:200]}") from None
         if found["missing_keys"]:  # which would be random
-            raise InputError(f"--cmmd-model-path {folder}: its weights lack {sorted(found['missing_keys'])[0]} and "
+            raise InputError(f"{option}{folder}: its weights lack {sorted(found['missing_keys'])[0]} and "
                              "maybe more: name a CLIP with its image projection")
         self.size = self.net.config.image_size
         self.name = f"CLIP vision of {folder.name}, centre square of {self.size} px"
@@ -219,6 +223,15 @@ class Demo(nn.Module):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         pool = self.net.features(images)
         return {"pool": pool, "logits": self.net.head(pool)}
+
+
+@torch.no_grad()
+def embedded(network: ClipVision, images: Tensor) -> Tensor:
+    """Embeddings float32 [B, D] of images [B, 1 or 3, H, W] in [-1, 1], as of their files."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = [Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3))) for image in pixels]
+    prepared = torch.stack([network.prepare(picture) for picture in pictures])
+    return network.features(prepared.to(network.net.device))["embedding"]
 
 
 def read_weights(file: Path, option: str, wanted: str) -> dict[str, Tensor]:

@@ -94,7 +94,10 @@ def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
     with pytest.raises(InputError, match="its weights lack visual_projection"):
         networks.ClipVision(tmp_path / "cmmd")
     assert vision.prepare(picture).shape == (3, 28, 28)
-    assert vision.features(vision.prepare(picture)[None])["embedding"].shape == (1, 8)
+    features = vision.features(vision.prepare(picture)[None])["embedding"]
+    assert features.shape == (1, 8)
+    values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    assert torch.equal(networks.embedded(vision, values), features)
 
 
 def test_missing_damaged_and_hostile_weights(tmp_path, inception_weights, monkeypatch):

@@ -7,6 +7,8 @@ from conftest import make_dit, make_vae, save_pipeline
 from diffusers import DPMSolverMultistepScheduler
 from helpers import load_quietly
 from pipelines import PROMPTS, SIZE, backbones, make_pipeline
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import alter.commands.measure
 from alter import TemporalExperts, load_config
@@ -25,7 +27,7 @@ QUICK = ["--bins", "3", "--keep", "0.7", "--images", "3", "evaluate.sampling_ste
 def save(name, folder):
     """A tiny pipeline, and the arguments that name its conditions."""
     if name.startswith("dit"):
-        save_pipeline(folder, make_dit() if name == "dit" else make_dit(channels=4))
+        save_pipeline(folder, make_dit() if name == "dit" else make_dit(channels=4))  # of pixels, or of latents
         if name == "dit_vae":
             make_vae().save_pretrained(folder / "vae")
         return ["--labels", "0-1,7"]
@@ -66,6 +68,40 @@ def drawn_config(folder, count, **changes):
         "data": {"path": "drawn", "resolution": 32, "holdout": 0}, "budget": {"keep_ratio": 1.0},
         "search": {"method": "elastic", "samples": count, "bins": 3}, "train": {"mixed_precision": "no"},
         "evaluate": {"sampling_steps": 4, "guidance_scale": 2.0}, **changes})
+
+
+def test_masks_go_by_the_features_of_a_network(tmp_path, capsys):
+    words = save("dit_vae", tmp_path / "pipe")
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=8)).save_pretrained(tmp_path / "clip")
+    command = ["measure", "--apply", "--pipeline", str(tmp_path / "pipe"), *words, *QUICK]
+    assert main([*command, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*command, "--out", str(tmp_path / "seen"), f"search.features={tmp_path / 'clip'}"]) == 0
+    assert ", in features)" in capsys.readouterr().out
+    plain, seen = (TemporalExperts.from_pretrained(tmp_path / name).measured for name in ("plain", "seen"))
+    assert plain.space == "latents" and seen.space == "features"
+    np.testing.assert_allclose(seen.response["latents"], plain.response["latents"])
+    # One weight for all features moves them all as far, squared.
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    weights["visual_projection.weight"] *= 3
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    assert main([*command, "--out", str(tmp_path / "thrice"), f"search.features={tmp_path / 'clip'}"]) == 0
+    thrice = TemporalExperts.from_pretrained(tmp_path / "thrice").measured
+    np.testing.assert_allclose(thrice.response["features"], 9 * seen.response["features"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("dit_vae", "search.features='nowhere': no such model"), ("dit_latents", "samples of this backbone are no pictures")])
+def test_features_that_cannot_be_had_are_refused_first(tmp_path, capsys, name, message):
+    words = save(name, tmp_path / "pipe")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "config.json").write_text("{}")
+    given = "nowhere" if name == "dit_vae" else tmp_path / "clip"
+    assert main(["measure", "--apply", "--pipeline", str(tmp_path / "pipe"), *words, "--out", str(tmp_path / "out"),
+                 *QUICK, f"search.features={given}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_what_is_lost_is_what_the_users_pipeline_loses(tmp_path):

@@ -25,7 +25,7 @@ from ..batch import Batch
 from ..probe import Probe
 from ..setup.parts import Parts
 from ..update import Update
-from .measuring import early_response, measured_family, order_layers, sampler_of
+from .measuring import early_response, measured_family, order_layers, sampler_of, views_of
 
 _RUNGS = np.arange(0.3, 1.001, 0.05)  # budgets of the ladder, beside those asked for
 
@@ -117,6 +117,7 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
 
     promises: whether to say what the dense model's errors promise of masks over time.
     """
+    views_of(config, parts)  # refuses weights that cannot be read, before anything takes long
     samples = config.search.samples
     few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size)
     weight_T = early_response(few, len(parts.cost.sites))

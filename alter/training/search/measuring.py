@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ...backbones.noising import Flow, edges_of
 from ...backbones.schedules import as_rows, hands_sigmas, make_sampler, make_solver, set_timesteps
 from ...common.config import Config
 from ...common.errors import InputError
+from ...evaluation.networks import ClipVision, embedded
 from ...method.budget import Budget
 from ...method.measured import CANDIDATES, EARLY_BINS, RESPONSE_SAMPLES, WINDOWS, Measured
 from ..probe import Probe, View
@@ -128,11 +130,19 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
     return prepare
 
 
-def views_of(parts: Parts) -> dict[str, View]:
-    """What of final latents is compared: the latents and, where the VAE is at hand and decodes them, the pixels."""
+def views_of(config: Config, parts: Parts) -> dict[str, View]:
+    """What of final latents is compared: the latents; where the VAE is at hand and decodes them, the pixels; and the
+    features of `search.features`.
+
+    Raises:
+        InputError: if that network cannot be loaded.
+    """
     views: dict[str, View] = {"latents": lambda latents: latents}
     if parts.vae is not None and len(parts.latent_shape) == 3 and type(parts.vae).__name__ == "AutoencoderKL":
         views["pixels"] = partial(parts.images)
+    if config.search.features is not None:
+        network = ClipVision(Path(config.search.features), "search.features=").to(parts.backbone.device)
+        views["features"] = lambda latents: embedded(network, parts.images(latents))
     return views
 
 
@@ -146,6 +156,6 @@ def measured_family(config: Config, parts: Parts, masks: np.ndarray, edges: np.n
     fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size)
     # Displacements are those from the backbone's own full depth, which is not the teacher any more.
     own_B = np.array([probe.errors(masks[at][None], int(low), int(high))[0][0] for low, high in pairwise(edges)])
-    response, sampler, steps = measure_response(config, parts, fewer, masks[at], edges, own_B, views_of(parts))
+    response, sampler, steps = measure_response(config, parts, fewer, masks[at], edges, own_B, views_of(config, parts))
     return Measured(tuple(map(int, edges)), error_MB, response, sampler, steps, config.evaluate.guidance_scale,
                     config.search.samples), error_MBS, probe.image_S

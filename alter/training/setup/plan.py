@@ -120,6 +120,8 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
                              "budget.cost=macs")
     shape = latent_shape(backbone, size, frames)
     with faults.caught():
+        _check_features(config, folder, shape)
+    with faults.caught():
         if source is not None and size:
             _check_source(config, folder, backbone, source, shape)
     if scheduler is None or not size:
@@ -295,6 +297,15 @@ def _check_validation(config: Config, backbone: Backbone) -> None:
                          f"validate.{other}; or validate.every=null")
     if by_class and not all(0 <= label < null_class(backbone) for label in validate.labels):
         raise InputError(f"validate.labels={list(validate.labels)}: the backbone knows 0 to {null_class(backbone) - 1}")
+
+
+def _check_features(config: Config, folder: Path, shape: tuple[int, ...]) -> None:
+    given = config.search.features
+    if given is not None and not (Path(given) / "config.json").is_file():
+        raise InputError(f"search.features={given!r}: no such model: name the folder of a CLIP (config.json and "
+                         "model.safetensors)")
+    if given is not None and (len(shape) > 3 or not (folder / "vae").is_dir() and shape[0] not in (1, 3)):
+        raise InputError(f"search.features={given!r}: samples of this backbone are no pictures: leave it out")
 
 
 def _check_source(config: Config, folder: Path, backbone: Backbone, source: Source, shape: tuple[int, ...]) -> None:
