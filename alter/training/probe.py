@@ -139,13 +139,13 @@ class Probe:
             own = sorted({int(rows[quarter * len(rows) // 4]) for quarter in (1, 3)}, reverse=True)
             ranges.append(range(len(steps), len(steps) + len(own)))
             steps += own
-        moved, caused_B = self.displacement(masks, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
+        moved, _, caused_B = self.displacement(masks, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
         return np.divide(moved["latents"], caused_B, out=np.ones(len(bins)), where=caused_B > 0)
 
     @torch.no_grad()
     def displacement(self, masks: np.ndarray, ranges: Sequence[range], prepare: Callable[[], Any],
                      guidance: float = 1.0, views: Mapping[str, View] = _LATENTS) -> tuple[
-                         dict[str, np.ndarray], np.ndarray]:
+                         dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
         """How far final samples move when masks are in force at some steps of a sampler alone.
 
         A backbone of less noise begins at noised samples; that of more noise ends where its last step leads.
@@ -154,26 +154,33 @@ class Probe:
             masks: bool [M, L]. ranges: of consecutive steps, R of them. prepare: a solver with its steps set.
             guidance: of classifier-free guidance. views: what of the final latents is compared, under its name.
 
-        Returns: the mean squared displacement of each view, and the mean squared change of the model's output (before
-            guidance) at the steps of each range, float64 [R], means over masks, samples and steps.
+        Returns: of each view the mean squared displacement, and the mean inner product of the displacement with that of
+            the last range; and the mean squared change of the model's output (before guidance) at the steps of each
+            range; float64 [R], means over masks, samples and steps.
         """
-        moved, caused_R = {name: np.zeros(len(ranges)) for name in views}, np.zeros(len(ranges))
+        moved, along = ({name: np.zeros(len(ranges)) for name in views} for _ in range(2))
+        caused_R = np.zeros(len(ranges))
         bar = tqdm(total=len(ranges) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
         device = self.parts.backbone.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a sampler may draw noise
             for batch in self._batches:
                 samples, known, _ = self._sample(None, range(0), batch, [], prepare(), guidance)
                 seen = {name: view(samples) for name, view in views.items()}
-                for r, steps in enumerate(ranges):
+                last: dict[tuple[str, int], Tensor] = {}
+                for r, steps in reversed([*enumerate(ranges)]):
                     bar.update()
-                    for mask_L in masks:
+                    for m, mask_L in enumerate(masks):
                         changed, _, caused = self._sample(mask_L, steps, batch, known, prepare(), guidance)
                         for name, view in views.items():
-                            moved[name][r] += mse_per_sample(view(changed), seen[name]).sum().item()
+                            away = (view(changed) - seen[name]).double().flatten(1)
+                            whole = last.setdefault((name, m), away)
+                            moved[name][r] += away.square().mean(dim=1).sum().item()
+                            along[name][r] += (away * whole).mean(dim=1).sum().item()
                         caused_R[r] += caused
         bar.close()
         count = self.samples * max(len(masks), 1)
-        return {name: value / count for name, value in moved.items()}, caused_R / count
+        return ({name: value / count for name, value in moved.items()},
+                {name: value / count for name, value in along.items()}, caused_R / count)
 
     def _sample(self, mask_L: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
                 solver: Any, guidance: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:

@@ -151,13 +151,14 @@ def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, monkeypat
         return latents, np.mean(changes or 0), solver.timesteps.numpy()
 
     dense, _, visited = sample([])
-    each = []
+    everything, each = sample([0, 1, 2])[0], []
     for window in windows:
         samples, change, _ = sample(window)
-        each.append((samples - dense).square().mean().item() / change)
+        moved = samples - dense
+        each.append(max(moved.square().mean().item(), (moved * (everything - dense)).mean().item()) / change)
     middles = (edges[:-1] + edges[1:] - 1) / 2
     shape_B = np.interp(middles, [visited[window].mean() for window in windows][::-1], each[::-1])
-    everywhere = (sample([0, 1, 2])[0] - dense).square().mean().item()
+    everywhere = (everything - dense).square().mean().item()
     assert found["latents"] @ error_B == pytest.approx(everywhere, rel=1e-3)
     assert found["latents"] / found["latents"].sum() == pytest.approx(shape_B / shape_B.sum(), rel=1e-3)
 
@@ -169,7 +170,8 @@ def test_windows_of_steps_are_of_equal_length(small_config):
 
     def displacement(masks, ranges, prepare, guidance, views):
         seen.extend(ranges)
-        return {name: np.ones(len(ranges)) for name in views}, np.ones(len(ranges))
+        ones = {name: np.ones(len(ranges)) for name in views}
+        return ones, ones, np.ones(len(ranges))
 
     measure_response(config, parts, SimpleNamespace(displacement=displacement), np.ones(4, bool),
                      np.array([0, 500, 1000]), np.ones(2), {"latents": lambda latents: latents})
@@ -186,8 +188,8 @@ def test_samplers_of_other_scales_and_with_noise_of_their_own(small_config, name
     parts.scheduler = DDPMScheduler.from_config(parts.scheduler.config, variance_type="learned_range")
     probe, prepare = Probe(config, parts, 2), sampler_of(config, parts)
     everything, before = np.ones((1, 4), dtype=bool), torch.get_rng_state()
-    moved, caused = probe.displacement(everything, [range(4)], prepare)
-    assert moved["latents"].tolist() == caused.tolist() == [0]
+    moved, along, caused = probe.displacement(everything, [range(4)], prepare)
+    assert moved["latents"].tolist() == along["latents"].tolist() == caused.tolist() == [0]
     assert torch.equal(torch.get_rng_state(), before)
     if name != "EulerDiscreteScheduler":
         return

@@ -93,7 +93,8 @@ def test_masks_go_by_the_features_of_a_network(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("dit_vae", "search.features='nowhere': no such model"), ("dit_latents", "samples of this backbone are no pictures")])
+    ("dit_vae", "search.features='nowhere': no such model"),
+    ("dit_latents", "samples of this backbone are no pictures")])
 def test_features_that_cannot_be_had_are_refused_first(tmp_path, capsys, name, message):
     words = save(name, tmp_path / "pipe")
     (tmp_path / "clip").mkdir()

@@ -64,9 +64,11 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
                      error_B: np.ndarray, views: dict[str, View]) -> tuple[dict[str, np.ndarray], str, int]:
     """How far samples move, squared, for a unit of error of the output in each bin, by the sampler that will be used.
 
-    The mask is in force in some windows of the sampler's steps, of equal length, one at a time; the displacement of the
-    final samples is divided by the change of the output there and interpolated to the bins. All is then scaled so that
-    `error_B` gives the displacement that the mask causes at all steps.
+    The mask is in force in some windows of the sampler's steps, of equal length, one at a time, and at all steps. What
+    a window adds to the squared displacement d_all of the final samples is that of its own displacement d_w along it,
+    ⟨d_w, d_all⟩: those of several steps point alike, and do not add up in squares. At least it is ‖d_w‖². This is
+    divided by the change of the output there and interpolated to the bins. All is then scaled so that `error_B` gives
+    the displacement that the mask causes at all steps.
 
     Args:
         edges: bin b holds the training timesteps from edges[b] up to edges[b+1]. error_B: of the mask, float64 [B].
@@ -80,13 +82,14 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
     length = -(-steps // WINDOWS)
     firsts = np.unique(np.linspace(0, steps - length, min(WINDOWS, steps)).round().astype(int)).tolist()
     windows = [range(first, first + length) for first in firsts]
-    moved, caused = probe.displacement(mask_L[None], [*windows, range(steps)], prepare, parts.free_guidance,
-                                       views)
+    moved, along, caused = probe.displacement(mask_L[None], [*windows, range(steps)], prepare, parts.free_guidance,
+                                              views)
     middle_W = np.array([visited[window.start : window.stop].mean() for window in windows])[::-1]
     middle_B = (edges[:-1] + edges[1:] - 1) / 2
     response = {}
     for name, value in moved.items():
-        each_W = np.divide(value[:-1], caused[:-1], out=np.zeros(len(windows)), where=caused[:-1] > 0)[::-1]
+        added = np.maximum(value, along[name])
+        each_W = np.divide(added[:-1], caused[:-1], out=np.zeros(len(windows)), where=caused[:-1] > 0)[::-1]
         response_B = np.interp(middle_B, middle_W, each_W)
         total = float(response_B @ error_B)
         response[name] = response_B * (value[-1] / total if total > 0 else 1.0)
