@@ -19,6 +19,8 @@ from alter.data.batches import GlobalBatches, Order, WithSubstitutes, of_one_sha
 from alter.data.encode import encode
 from alter.data.images import bucket_sizes, load_pixels, measure
 from alter.data.open import open_source
+from alter.training.probe import Probe
+from alter.training.setup.parts import build
 from alter.training.setup.plan import check
 
 RATIOS = [(32, 32), (64, 32), (30, 60), (48, 40)]
@@ -155,6 +157,22 @@ def test_a_run_with_buckets_is_resumed(tmp_path, monkeypatch):
     before = metrics_of(whole)
     train(resumed)
     assert metrics_of(whole) == before and len(before) == 6
+
+
+def test_a_probes_samples_are_of_the_images_that_it_names(tmp_path):
+    """Their latents are drawn from that image's moments, though samples of one shape come together."""
+    parts = build(stored := encoded(bucket_config(tmp_path, "sd"), tmp_path / "encoded"))
+    probe = Probe(stored, parts, samples=16, batch_size=3)
+    latents = [sample for batch in probe._batches for sample in batch[1]]
+    assert len(latents) == len(probe.image_S) == 16 and (np.diff(probe.image_S) < 0).any()
+    source = WithSubstitutes(parts.source, np.arange(24), 0)
+    moments = {int(image): source[0, int(image)]["moments"].chunk(2) for image in probe.image_S}
+    for found, image in zip(latents, probe.image_S, strict=True):
+        mean, std = moments.pop(int(image))
+        assert ((found - mean).abs() <= 6 * std).all()
+        same_shape = [other for other, _ in moments.values() if other.shape == mean.shape]
+        assert all((found - mean).norm() < (found - other).norm() for other in same_shape)
+        moments[int(image)] = mean, std
 
 
 def test_what_has_no_buckets_is_refused(tmp_path):
