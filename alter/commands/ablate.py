@@ -26,7 +26,7 @@ from ..common.load import load_config
 from ..evaluation.report.figures import plot_fronts
 from ..training.ablation import UNSEARCHED, ablation_table, dense_rows, run_rows, unsearched_experts
 from ..training.demo import make_demo
-from ..training.rating import Rating
+from ..training.rating import Rating, digest
 from ..training.run import train
 from ..training.setup.parts import build
 from .options import add_config, check_keep, user_path
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         if any((row["run"], row["seed"], row["budget"]) == (name, seed, keep) for row in rows):
             continue
         print(f"== {name}, keep ratio {keep}, seed {seed}", flush=True)
-        rows += _rows(arguments, variant, name, keep, seed)
+        rows += _rows(arguments, variant, name, keep, seed, rows)
         write_text(out, json.dumps(rows, indent=1) + "\n")
     print(ablation_table(rows))
     plot_fronts(rows, out.with_suffix(".png"))
@@ -90,21 +90,26 @@ def _rows_of(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> list[dict[str, Any]]:
-    """Train the variant, unless that is done, and rate it."""
+def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int,
+          beside: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train the variant, unless that is done, and rate it, by the same real images as the rows beside it."""
     stem, device = Path(arguments.config).stem, _device()
     short = name if len(name) < 100 else f"{variant}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     folder = arguments.runs / f"{stem}-{short.replace('/', '_')}-{keep}-{seed}"
     settings = [*arguments.overrides, f"seed={seed}", f"output_dir={folder / 'run'}"]
     config = load_config(arguments.config, settings)
     make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
+    rating = Rating(config, build(config, device=device), arguments.runs / f"{stem}-rating")
+    real = digest(rating.reference)
+    if any(row.get("real", real) != real for row in beside):
+        raise InputError(f"--out: its rows were rated by other real images than are drawn here ({real}; other versions "
+                         "of matplotlib or Pillow, or another configuration): choose another file")
     if variant != "dense" and not (folder / "run" / "summary.json").is_file():
         _train(arguments, config, variant, folder, [*settings, *SEARCHED.get(variant, ["paper=true"])], keep, seed)
-    rating = Rating(config, build(config, device=device), arguments.runs / f"{stem}-rating")
     steps, total = config.evaluate.sampling_steps, rating.parts.cost.macs_total
     found = dense_rows(rating, steps) if variant == "dense" else run_rows(rating, folder / "run", variant, steps)
     common = {"run": name, "seed": seed, "budget": keep, "device": device_name(device), "torch": torch.__version__,
-              "samples": config.evaluate.samples}
+              "samples": config.evaluate.samples, "real": real}
     return [{**common, **row, "share": row["macs"] / (steps * total)} for row in found]
 
 

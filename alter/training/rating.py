@@ -114,7 +114,10 @@ def demo_classifier(config: Config, reference: DemoReference) -> SmallClassifier
 
     It is trained once, and kept beside the run's pretrained model.
     """
-    images, targets = reference.images, reference.targets
-    trained_on = hashlib.sha256(images.numpy().tobytes() + targets.numpy().tobytes()).hexdigest()[:16]
-    file = Path(str(config.backbone.pretrained)).with_name(f"classifier-{trained_on}.safetensors")
-    return kept_classifier(images, targets, 0, file)
+    file = Path(str(config.backbone.pretrained)).with_name(f"classifier-{digest(reference)}.safetensors")
+    return kept_classifier(reference.images, reference.targets, 0, file)
+
+
+def digest(reference: DemoReference) -> str:
+    """Of the real images and their classes. Drawn letters depend on the versions of matplotlib and Pillow."""
+    return hashlib.sha256(reference.images.numpy().tobytes() + reference.targets.numpy().tobytes()).hexdigest()[:16]

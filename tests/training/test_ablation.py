@@ -117,6 +117,10 @@ def test_the_script_continues_its_rows(scenes, tmp_path):
     written = summary.stat().st_mtime_ns
     (tmp_path / "rows.json").write_text(json.dumps(dense))
     assert scenes("random")[-1] == random and summary.stat().st_mtime_ns == written, "its row was lost, its run is not"
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "real": "others"} for row in dense]))
+    with pytest.raises(AssertionError, match="--out: its rows were rated by other real images"):
+        scenes("dense", "random")
+    (tmp_path / "rows.json").write_text(json.dumps(dense))
     other = scenes("random", extra=("optim.backbone_lr=0.02",))[-1]
     assert other["run"] == "random optim.backbone_lr=0.02" and other["variant"] == "random"
     assert other["macs"] == random["macs"] and other["output_error"] != random["output_error"]
