@@ -101,9 +101,9 @@ def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, s
     make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
     rating = Rating(config, build(config, device=device), arguments.runs / f"{stem}-rating")
     real = digest(rating.reference)
-    if any(row.get("real", real) != real for row in beside):
-        raise InputError(f"--out: its rows were rated by other real images than are drawn here ({real}; other versions "
-                         "of matplotlib or Pillow, or another configuration): choose another file")
+    for other in {row.get("real", "unknown ones") for row in beside} - {real}:
+        raise InputError(f"--out: its rows were rated by other real images ({other}) than are drawn here ({real}), by "
+                         "other versions of matplotlib or Pillow or another configuration: choose another file")
     if variant != "dense" and not (folder / "run" / "summary.json").is_file():
         _train(arguments, config, variant, folder, [*settings, *SEARCHED.get(variant, ["paper=true"])], keep, seed)
     steps, total = config.evaluate.sampling_steps, rating.parts.cost.macs_total

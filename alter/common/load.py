@@ -27,7 +27,7 @@ PAPER = {
 _LEARNED = ("experts.router", "experts.tau", "experts.offset", "search.draws", "loss.ratio", "loss.balance",
             "optim.hypernetwork_lr")  # by the hypernetwork alone
 _PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
-          "data.prior_path", "budget.latency_file")
+          "data.prior_path", "budget.latency_file", "search.features")
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:

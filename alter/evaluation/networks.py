@@ -227,7 +227,7 @@ class Demo(nn.Module):
 
 @torch.no_grad()
 def embedded(network: ClipVision, images: Tensor) -> Tensor:
-    """Embeddings float32 [B, D] of images [B, 1 or 3, H, W] in [-1, 1], as of their files."""
+    """Embeddings float32 [B, D] of finite images [B, 1 or 3, H, W] in [-1, 1], as of their files."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     pictures = [Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3))) for image in pixels]
     prepared = torch.stack([network.prepare(picture) for picture in pictures])

@@ -228,12 +228,13 @@ class Experts:
     def table(self) -> str:
         """The ladder for the terminal, a line per rung; the chosen one is marked."""
         each = [self.choose(rung) for rung in self.ladder]
+        of = f" ({self.measured.space})" if self.measured is not None and self.measured.space != "latents" else ""
         columns = {
             "keep ratio": [f"{one.keep_ratio_target:g}" for one in each],
             "MACs": [f"{one.keep_ratio:.1%}" for one in each],
             "GMACs a forward": [f"{one.macs_mean / 1e9:.4g}" for one in each],
             "time": [f"{one.time_ratio:.1%}" if one.time_ratio is not None else "" for one in each],
-            "predicted error": [f"{rung.error:.3g}" if rung.error is not None else "" for rung in self.ladder],
+            f"predicted error{of}": [f"{rung.error:.3g}" if rung.error is not None else "" for rung in self.ladder],
             "90%": ["" if rung.interval is None else "{:.3g} to {:.3g}".format(*rung.interval) for rung in self.ladder],
             "steps": [str(rung.steps or "") for rung in self.ladder],
             "tuned": ["yes" if rung.tuned else "no" for rung in self.ladder],

@@ -25,8 +25,8 @@ class Measured:
     Attributes:
         edges: bin b holds the training timesteps from edges[b] up to, not including, edges[b+1], [B+1].
         error_MB: mean squared change of the output against the dense model's, float64 [M, B].
-        response: of each space, one of SPACES: squared displacement of the final samples for a unit of error in bin b,
-            float64 [B].
+        response: of each space, one of SPACES: what a unit of error in bin b adds to the squared displacement of the
+            final samples when masks are in force at all steps, float64 [B].
         sampler, steps, guidance: by which samples were drawn. samples: on which errors were measured, in each bin.
     """
 
@@ -45,7 +45,7 @@ class Measured:
 
     @property
     def loss_MB(self) -> np.ndarray:
-        """How far (squared) final samples move when mask m is in force in bin b alone, float64 [M, B]."""
+        """What bin b has of the squared displacement of final samples when mask m is in force there, float64 [M, B]."""
         return self.error_MB * self.response[self.space]
 
     def to_plain(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def covered(visited: np.ndarray, num_timesteps: int) -> np.ndarray:
 
 
 def step_losses(loss_MB: np.ndarray, edges: tuple[int, ...], visited: np.ndarray) -> np.ndarray:
-    """How far (squared) final samples move when mask m is in force at one step, float64 [M, N].
+    """What each step has of the squared displacement of final samples when mask m is in force there, float64 [M, N].
 
     Args:
         loss_MB: in bins of timesteps between `edges`. visited: as of `covered`.

@@ -178,6 +178,9 @@ class Probe:
                             along[name][r] += (away * whole).mean(dim=1).sum().item()
                         caused_R[r] += caused
         bar.close()
+        if not all(np.isfinite(value).all() for value in moved.values()):
+            raise InputError("the samples of this model are not finite where layers are skipped: use another "
+                             "train.mixed_precision")
         count = self.samples * max(len(masks), 1)
         return ({name: value / count for name, value in moved.items()},
                 {name: value / count for name, value in along.items()}, caused_R / count)

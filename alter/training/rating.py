@@ -91,7 +91,8 @@ class Rating:
                                               {"features": self._features})
             return {"response": torch.from_numpy(response["features"])}
 
-        density_T = np.repeat(self._once("response", measure)["response"].numpy() / np.diff(equal), np.diff(equal))
+        response_B = self._once("response-along", measure)["response"].numpy()
+        density_T = np.repeat(response_B / np.diff(equal), np.diff(equal))
         return float(density_T @ np.repeat(error_B, np.diff(self._equal(len(error_B)) if edges is None else edges)))
 
     def _equal(self, bins: int) -> np.ndarray:

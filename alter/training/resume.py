@@ -20,9 +20,9 @@ from .checkpoint import CONFIG, checkpoints, damage, set_aside, step_of
 
 _MAY_CHANGE = ("name", "output_dir", "resume", "train.steps", "train.gradient_accumulation", "train.mixed_precision",
                "backbone.gradient_checkpointing", "backbone.pretrained", "backbone.channels_last", "backbone.compile",
-               "lora.merge", "teacher.", "data.path", "data.workers", "data.max_unreadable", "optim.backbone_lr",
-               "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule", "optim.warmup_steps",
-               "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
+               "lora.merge", "teacher.", "search.features", "data.path", "data.workers", "data.max_unreadable",
+               "optim.backbone_lr", "optim.hypernetwork_lr", "optim.betas", "optim.weight_decay", "optim.lr_schedule",
+               "optim.warmup_steps", "checkpoint.", "log.", "validate.", "evaluate.", "demo.")
 
 
 def _folders(config: Config) -> dict[str, str | None]:

@@ -24,7 +24,7 @@ from ..method.measured import EARLY_FORWARDS, EARLY_SAMPLES
 from ..method.measured import forwards as measured_forwards
 from .probe import check_blocks
 from .search.elastic import allocated, costs, ordered
-from .search.measuring import sampler_of
+from .search.measuring import sampler_of, views_of
 from .setup.parts import Parts
 
 
@@ -36,7 +36,7 @@ class Lost:
         macs: of a whole drawing, as a share of the dense one's.
         latents, pixels: drifts (evaluation/pairs.py); pixels None where latents are no picture.
         psnr: in dB, mean over the pairs that differ; inf where none does. predicted: the drift of latents that measured
-            errors foretell; None of the dense model.
+            errors foretell; None of the dense model, and where errors are foretold of other features.
     """
 
     name: str
@@ -58,6 +58,7 @@ def find_untrained(config: Config, parts: Parts, conditions: Sequence[str] | Seq
     Raises:
         InputError: if no budget can be reached, or a layer cannot be skipped.
     """
+    views_of(config, parts)  # refuses weights that cannot be read, before anything takes long
     steps, seed = config.evaluate.sampling_steps, config.seed
     batch: dict[str, Any] = {"captions": list(conditions)}
     if is_class_conditional(parts.backbone):
@@ -77,7 +78,8 @@ def find_untrained(config: Config, parts: Parts, conditions: Sequence[str] | Seq
         with chosen.serving(parts.simulator):
             drawn = parts.drawn(parts.backbone, batch, steps, seed, batch_size)
         macs = _share(parts, chosen, share_T)
-        lost.append(_compared(parts, f"keep {keep:g}", macs, drawn, dense, chosen.rung.error))
+        error = None if config.search.features else chosen.rung.error  # of latents
+        lost.append(_compared(parts, f"keep {keep:g}", macs, drawn, dense, error))
         fewer = max(1, round(macs * steps))
         with parts.dense() as backbone:
             drawn = parts.drawn(backbone, batch, fewer, seed, batch_size)

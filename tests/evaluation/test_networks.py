@@ -98,6 +98,9 @@ def test_dinov2_clip_and_cmmd_load_their_real_architectures(tmp_path):
     assert features.shape == (1, 8)
     values = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     assert torch.equal(networks.embedded(vision, values), features)
+    grey = torch.linspace(-1.5, 1.5, 50 * 50).reshape(1, 1, 50, 50)
+    assert torch.equal(networks.embedded(vision, grey),
+                       networks.embedded(vision, grey.clamp(-1, 1).expand(1, 3, 50, 50)))
 
 
 def test_missing_damaged_and_hostile_weights(tmp_path, inception_weights, monkeypatch):

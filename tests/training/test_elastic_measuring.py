@@ -163,6 +163,18 @@ def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, monkeypat
     assert found["latents"] / found["latents"].sum() == pytest.approx(shape_B / shape_B.sum(), rel=1e-3)
 
 
+def test_what_cancels_counts_as_what_it_moves_alone(small_config):
+    """Windows whose displacements point away from the whole one."""
+    config = small_config("dit", evaluate={"sampling_steps": 10})
+    moved, along = np.array([4.0] * 10 + [9.0]), np.array([8.0, -5.0] * 5 + [9.0])
+    displaced = {"latents": moved}, {"latents": along}, np.full(11, 2.0)
+    found, _, _ = measure_response(config, build(config), SimpleNamespace(displacement=lambda *asked: displaced),
+                                   np.ones(4, bool), np.arange(0, 1001, 100), np.ones(10), {"latents": torch.clone})
+    shape_B = found["latents"] / found["latents"].max()
+    assert found["latents"].sum() == pytest.approx(9)
+    assert 0.5 - 1e-9 <= shape_B.min() < 0.6  # 4 of 8, not -5 of 8
+
+
 def test_windows_of_steps_are_of_equal_length(small_config):
     """Else those of more steps would seem to answer more to an error."""
     config = small_config("dit", evaluate={"sampling_steps": 13})

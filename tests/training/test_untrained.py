@@ -18,7 +18,7 @@ from alter.commands import main
 from alter.data.drawn import Drawn
 from alter.evaluation.pairs import drift
 from alter.experts.load import usual_guidance
-from alter.training.setup.parts import build
+from alter.training.setup.parts import Parts, build
 from alter.training.untrained import Lost, check, find_untrained, verdict
 
 QUICK = ["--bins", "3", "--keep", "0.7", "--images", "3", "evaluate.sampling_steps=4"]
@@ -89,16 +89,21 @@ def test_masks_go_by_the_features_of_a_network(tmp_path, capsys):
     assert once.space == "features" and set(once.response) == {"features", "latents"}
     np.testing.assert_allclose(thrice.response["features"], 9 * once.response["features"], rtol=1e-3)
     np.testing.assert_allclose(thrice.response["latents"], once.response["latents"])
+    errors = [TemporalExperts.from_pretrained(tmp_path / name).rung.error for name in ("once", "thrice")]
+    assert errors[1] == pytest.approx(9 * errors[0], rel=1e-3) and errors[0] > 0
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("dit_vae", "search.features='nowhere': no such model"),
-    ("dit_latents", "samples of this backbone are no pictures")])
-def test_features_that_cannot_be_had_are_refused_first(tmp_path, capsys, name, message):
+@pytest.mark.parametrize(("name", "given", "message"), [
+    ("dit_vae", "nowhere", "search.features='nowhere': no such model"),
+    ("dit_vae", "clip", "clip: Error no file named"),  # a configuration without weights
+    ("dit_latents", "clip", "samples of this backbone cannot be decoded"),
+    ("flux", "clip", "samples of this backbone cannot be decoded")])
+def test_features_that_cannot_be_had_are_refused_first(tmp_path, capsys, monkeypatch, name, given, message):
     words = save(name, tmp_path / "pipe")
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text("{}")
-    given = "nowhere" if name == "dit_vae" else tmp_path / "clip"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Parts, "drawn", None)
     assert main(["measure", "--apply", "--pipeline", str(tmp_path / "pipe"), *words, "--out", str(tmp_path / "out"),
                  *QUICK, f"search.features={given}"]) == 2
     assert message in capsys.readouterr().err

@@ -52,6 +52,8 @@ class ElasticSearch:
         steps, layers = len(sampler_of(config, parts)().timesteps), len(parts.cost.sites)
         counted = forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1)
 
+        views_of(config, parts)  # refuses weights that cannot be read, before anything takes long
+
         def order() -> np.ndarray:
             tqdm.write(f"ordering {layers} layers: about {counted.order + counted.forecast:,} forwards of one sample; "
                        f"their errors will take {counted.errors + counted.response:,} more")
@@ -117,7 +119,6 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
 
     promises: whether to say what the dense model's errors promise of masks over time.
     """
-    views_of(config, parts)  # refuses weights that cannot be read, before anything takes long
     samples = config.search.samples
     few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size)
     weight_T = early_response(few, len(parts.cost.sites))

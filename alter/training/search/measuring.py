@@ -1,15 +1,17 @@
 """What the elastic search measures: the order of the layers, errors of masks, and the response of samples."""
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ...backbones.noising import Flow, edges_of
+from ...backbones.pretrained import load_vae
 from ...backbones.schedules import as_rows, hands_sigmas, make_sampler, make_solver, set_timesteps
 from ...common.config import Config
 from ...common.errors import InputError
@@ -65,10 +67,10 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
     """How far samples move, squared, for a unit of error of the output in each bin, by the sampler that will be used.
 
     The mask is in force in some windows of the sampler's steps, of equal length, one at a time, and at all steps. What
-    a window adds to the squared displacement d_all of the final samples is that of its own displacement d_w along it,
-    ⟨d_w, d_all⟩: those of several steps point alike, and do not add up in squares. At least it is ‖d_w‖². This is
-    divided by the change of the output there and interpolated to the bins. All is then scaled so that `error_B` gives
-    the displacement that the mask causes at all steps.
+    a window adds to the squared displacement d_all of the final samples is ⟨d_w, d_all⟩, d_w its own displacement:
+    since displacements of several steps point the same way, their squares alone do not sum to the whole. ‖d_w‖² is the
+    lower bound. This is divided by the change of the output there and interpolated to the bins. All is then scaled so
+    that `error_B` gives the displacement that the mask causes at all steps.
 
     Args:
         edges: bin b holds the training timesteps from edges[b] up to edges[b+1]. error_B: of the mask, float64 [B].
@@ -141,11 +143,22 @@ def views_of(config: Config, parts: Parts) -> dict[str, View]:
         InputError: if that network cannot be loaded.
     """
     views: dict[str, View] = {"latents": lambda latents: latents}
-    if parts.vae is not None and len(parts.latent_shape) == 3 and type(parts.vae).__name__ == "AutoencoderKL":
-        views["pixels"] = partial(parts.images)
-    if config.search.features is not None:
-        network = ClipVision(Path(config.search.features), "search.features=").to(parts.backbone.device)
-        views["features"] = lambda latents: embedded(network, parts.images(latents))
+    decoded = type(parts.vae).__name__ == "AutoencoderKL" and len(parts.latent_shape) == 3
+    asked = config.search.features
+    has_vae = decoded or asked is not None and (parts.folder / "vae").is_dir()
+    vae = load_vae(parts.folder, parts.backbone.device, torch.float32) if has_vae else None
+    last: list[Tensor] = []  # latents and their images, which two views look at in turn
+
+    def images(latents: Tensor) -> Tensor:
+        if not last or last[0] is not latents:
+            last[:] = latents, parts.images(latents, vae)
+        return last[1]
+
+    if decoded:
+        views["pixels"] = images
+    if asked is not None:
+        network = ClipVision(Path(asked), "search.features=").to(parts.backbone.device)
+        views["features"] = lambda latents: embedded(network, images(latents))
     return views
 
 

@@ -211,10 +211,10 @@ class Parts:
                            self.max_tokens, self.component)
 
     @torch.no_grad()
-    def images(self, latents: Tensor) -> Tensor:
-        """Latents pass the VAE's decoder where there is one."""
+    def images(self, latents: Tensor, vae: AutoencoderKL | None = None) -> Tensor:
+        """Latents pass the decoder of this VAE, or of the model's where it has one."""
         if (self.folder / "vae").is_dir():
-            vae = self.vae or load_vae(self.folder, self.backbone.device, self.precision)
+            vae = vae or self.vae or load_vae(self.folder, self.backbone.device, self.precision)
             latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift_of(vae)
             latents = torch.cat([vae.decode(part).sample for part in latents.split(8)])
         return latents.float().clamp(-1, 1).cpu()

@@ -23,6 +23,7 @@ from ...backbones.pretrained import (
     condition_of,
     local_folder,
     meta_backbone,
+    read_config,
     root,
     set_tf32,
     told_component,
@@ -304,8 +305,11 @@ def _check_features(config: Config, folder: Path, shape: tuple[int, ...]) -> Non
     if given is not None and not (Path(given) / "config.json").is_file():
         raise InputError(f"search.features={given!r}: no such model: name the folder of a CLIP (config.json and "
                          "model.safetensors)")
-    if given is not None and (len(shape) > 3 or not (folder / "vae").is_dir() and shape[0] not in (1, 3)):
-        raise InputError(f"search.features={given!r}: samples of this backbone are no pictures: leave it out")
+    vae = folder / "vae" / "config.json"
+    decoded = read_config(vae).get("_class_name") == "AutoencoderKL" if vae.is_file() else shape[0] in (1, 3)
+    if given is not None and (len(shape) != 3 or not decoded):
+        raise InputError(f"search.features={given!r}: samples of this backbone cannot be decoded in a search: leave it "
+                         "out")
 
 
 def _check_source(config: Config, folder: Path, backbone: Backbone, source: Source, shape: tuple[int, ...]) -> None:
