@@ -172,7 +172,7 @@ class Probe:
                     for m, mask_L in enumerate(masks):
                         changed, _, caused = self._sample(mask_L, steps, batch, known, prepare(), guidance)
                         for name, view in views.items():
-                            away = (view(changed) - seen[name]).double().flatten(1)
+                            away = (view(changed) - seen[name]).float().flatten(1)
                             whole = last.setdefault((name, m), away)
                             moved[name][r] += away.square().mean(dim=1).sum().item()
                             along[name][r] += (away * whole).mean(dim=1).sum().item()

@@ -302,12 +302,14 @@ def _check_validation(config: Config, backbone: Backbone) -> None:
 
 def _check_features(config: Config, folder: Path, shape: tuple[int, ...]) -> None:
     given = config.search.features
-    if given is not None and not (Path(given) / "config.json").is_file():
+    if given is None:
+        return
+    if not (Path(given) / "config.json").is_file():
         raise InputError(f"search.features={given!r}: no such model: name the folder of a CLIP (config.json and "
                          "model.safetensors)")
     vae = folder / "vae" / "config.json"
     decoded = read_config(vae).get("_class_name") == "AutoencoderKL" if vae.is_file() else shape[0] in (1, 3)
-    if given is not None and (len(shape) != 3 or not decoded):
+    if len(shape) != 3 or not decoded:
         raise InputError(f"search.features={given!r}: samples of this backbone cannot be decoded in a search: leave it "
                          "out")
 
