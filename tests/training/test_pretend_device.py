@@ -8,7 +8,8 @@ import pytest
 from helpers import HANGING, ROOT
 
 
-@pytest.mark.parametrize("kinds", ["dit and not elastic", pytest.param("elastic or unet or sd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", ["dit and not elastic",
+                                   pytest.param("elastic or unet or sd", marks=pytest.mark.slow)])
 def test_a_run_on_a_pretend_device(tmp_path, kinds):
     """In a process of its own, since the device is registered with all of torch."""
     result = subprocess.run(
