@@ -146,7 +146,9 @@ def views_of(config: Config, parts: Parts) -> dict[str, View]:
     decoded = type(parts.vae).__name__ == "AutoencoderKL" and len(parts.latent_shape) == 3
     asked = config.search.features
     has_vae = decoded or asked is not None and (parts.folder / "vae").is_dir()
-    vae = load_vae(parts.folder, parts.backbone.device, torch.float32) if has_vae else None
+    vae = parts.vae
+    if has_vae and (vae is None or vae.dtype != torch.float32):
+        vae = load_vae(parts.folder, parts.backbone.device, torch.float32)
     last: list[Tensor] = []  # latents and their images, which two views look at in turn
 
     def images(latents: Tensor) -> Tensor:
