@@ -5,7 +5,8 @@
 All variants share the dense model, the number of training iterations (`elastic_range`, which serves every budget, has
 half as many more), the MACs of all denoising steps, and the sampler. `dense` trains nothing and takes fewer steps;
 `elastic_range` also gives the rows `planned`. Rows are written as soon as they are known; started again, what is there
-is not run again. At the end it prints a table of means and standard deviations, and draws the rows beside FILE.
+is not run again. At the end it prints a table of means and standard deviations, and draws the rows beside FILE. Models
+as small as these leave most of a GPU and of several cores idle: `--jobs` trains several at a time.
 """
 
 import argparse
@@ -13,6 +14,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +35,7 @@ from ..training.demo import make_demo
 from ..training.rating import Rating, digest
 from ..training.run import train
 from ..training.setup.parts import build
-from .options import add_config, check_keep, user_path
+from .options import add_config, check_keep, check_least, user_path
 
 _RANGE = (0.35, 1.0)  # of keep ratios, that one elastic run serves
 SEARCHED = {
@@ -55,10 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="keep ratios (default 0.5)")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="processes side by side, of one thread each; they print to DIR/job-PID.log (default 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     check_keep(arguments)
+    check_least(arguments, 1, "jobs")
     for seed in arguments.seeds:
         if load_config(arguments.config, [*arguments.overrides, f"seed={seed}"]).data.holdout == 0:
             raise InputError("data.holdout=0: some samples are needed to measure the output error on")
@@ -66,17 +75,52 @@ def run(arguments: argparse.Namespace) -> None:
     check_writable(out, "--out")
     check_writable(arguments.runs, "--runs", folder=True)
     rows = _rows_of(out) if out.is_file() else []
+    wanted: dict[tuple[str, float, int], str] = {}
     for seed, keep, variant in itertools.product(arguments.seeds, arguments.keep, arguments.variants):
         if variant in ("dense", "elastic_range"):  # of all budgets
             keep = 1.0
         name = " ".join((variant, *arguments.overrides))
-        if any((row["run"], row["seed"], row["budget"]) == (name, seed, keep) for row in rows):
-            continue
-        print(f"== {name}, keep ratio {keep}, seed {seed}", flush=True)
-        rows += _rows(arguments, variant, name, keep, seed, rows)
+        if not any((row["run"], row["seed"], row["budget"]) == (name, seed, keep) for row in rows):
+            wanted[variant, keep, seed] = name
+    if wanted:
+        make_demo(load_config(arguments.config, arguments.overrides), _device())  # of the same seed for all
+    for found in _found(arguments, wanted, rows):
+        rows += found
         write_text(out, json.dumps(rows, indent=1) + "\n")
     print(ablation_table(rows))
     plot_fronts(rows, out.with_suffix(".png"))
+
+
+def _found(arguments: argparse.Namespace, wanted: dict[tuple[str, float, int], str],
+           rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each, as soon as they are known."""
+    if arguments.jobs == 1:
+        for (variant, keep, seed), name in wanted.items():
+            print(f"== {name}, keep ratio {keep}, seed {seed}", flush=True)
+            yield _rows(arguments, variant, name, keep, seed, rows)
+        return
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that begin now
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), _begin_job,
+                             (arguments.runs,)) as pool:
+        jobs = {pool.submit(_rows, arguments, variant, wanted[variant, keep, seed], keep, seed, list(rows)):
+                f"{wanted[variant, keep, seed]}, keep ratio {keep}, seed {seed}"
+                for variant, keep, seed in sorted(wanted, key=lambda job: job[0] != "dense")}  # its samples serve all
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+                print(f"== {jobs[job]}", flush=True)
+        except BrokenProcessPool:
+            raise InputError(f"--jobs {arguments.jobs}: a process was killed (see {arguments.runs}/job-*.log); called "
+                             "again, all goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_job(runs: Path) -> None:
+    log = os.open(runs / f"job-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
 
 
 def _rows_of(file: Path) -> list[dict[str, Any]]:
@@ -98,7 +142,6 @@ def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, s
     folder = arguments.runs / f"{stem}-{short.replace('/', '_')}-{keep}-{seed}"
     settings = [*arguments.overrides, f"seed={seed}", f"output_dir={folder / 'run'}"]
     config = load_config(arguments.config, settings)
-    make_demo(load_config(arguments.config, arguments.overrides), device)  # of the same seed for all
     rating = Rating(config, build(config, device=device), arguments.runs / f"{stem}-rating")
     real = digest(rating.reference)
     for other in {row.get("real", "unknown ones") for row in beside} - {real}:

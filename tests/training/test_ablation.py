@@ -127,6 +127,17 @@ def test_the_script_continues_its_rows(scenes, tmp_path):
     assert (tmp_path / "rows.png").is_file()
 
 
+def test_side_by_side_are_the_same_rows(scenes, tmp_path):
+    def known(rows):
+        return {(row["run"], row.get("rung")): row["fd"] for row in rows}
+
+    beside = known(scenes("dense", "random", extra=("--jobs", "2")))
+    assert len(list((tmp_path / "outputs/ablation").glob("job-*.log"))) == 2
+    (tmp_path / "rows.json").unlink()
+    shutil.rmtree(tmp_path / "outputs/ablation")
+    assert known(scenes("dense", "random")) == beside
+
+
 def test_one_elastic_run_gives_rungs_and_plans(scenes):
     rows = scenes("elastic_range", "elastic")
     rungs, plans = ([row for row in rows if row["variant"] == name] for name in ("elastic_range", "planned"))
