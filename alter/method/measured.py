@@ -12,6 +12,7 @@ import numpy as np
 
 SPACES = ("features", "latents", "pixels")  # in which the displacement of samples is measured, best first
 CANDIDATES = 8  # layers that are measured again after each removal
+INTERVALS = 4  # of timesteps, at most, in which layers have an order of their own
 WINDOWS = 10  # of a sampler's steps, in which the response is measured
 EARLY_BINS = 10  # of timesteps, in which the dense model is measured before the search
 EARLY_FORWARDS = EARLY_BINS * (EARLY_BINS + 1) + 3 * EARLY_BINS  # for the early response: two steps in each bin
@@ -92,20 +93,21 @@ class Forwards:
         return self.order + self.forecast + self.errors + self.response
 
 
-def forwards(layers: int, least: float, samples: int, bins: int, steps: int, guided: bool) -> Forwards:
-    """As if all layers cost the same.
+def forwards(layers: int, least: float, samples: int, bins: int, steps: int, guided: bool, experts: int) -> Forwards:
+    """As if all layers cost the same, and no two chains of masks had one in common but the whole.
 
     Args:
         least: share of the prunable cost that every mask keeps. samples, bins: of the errors. steps: of the sampler.
-        guided: whether each of its steps takes two forwards.
+        guided: whether each of its steps takes two forwards. experts: with several there are several chains.
     """
+    chains = min(experts, INTERVALS) + (experts > 1)
     removed = min(int(layers * (1 - least) + 1e-9), layers - 1)
     tried = sum(1 + (layers - k if k == 0 else min(CANDIDATES, layers - k)) for k in range(removed))
     early = min(samples, EARLY_SAMPLES)
-    masks, windows = removed + 1, min(WINDOWS, steps)
+    masks, windows = chains * removed + 1, min(WINDOWS, steps)
     again = windows * (-(-steps // WINDOWS) - 1) + steps - 1  # dense, where a mask has moved what it is given
     return Forwards(
-        order=tried * min(samples, ORDER_SAMPLES),
+        order=chains * tried * min(samples, ORDER_SAMPLES),
         forecast=(EARLY_FORWARDS + EARLY_BINS * (masks + 1)) * early,
         errors=2 * bins * (masks + 1) * samples,
         response=min(samples, RESPONSE_SAMPLES) * (steps * (2 + (windows + 1) // 2) * (1 + guided) + again))

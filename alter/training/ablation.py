@@ -54,8 +54,8 @@ def unsearched_experts(variant: str, config: Config, parts: Parts, seed: int) ->
     elif variant == "block_influence":
         masks = _one_mask(block_influence(config, parts), budget, routes)
     elif variant == "one_mask":
-        search = dataclasses.replace(config.search, least=0.0)
-        family = ordered(dataclasses.replace(config, search=search), parts)
+        search, alone = dataclasses.replace(config.search, least=0.0), dataclasses.replace(config.experts, count=1)
+        family = ordered(dataclasses.replace(config, search=search, experts=alone), parts).mask_ML
         masks = family[np.abs(costs(parts, family) - budget.keep_ratio).argmin()][None], routes
     else:
         raise InputError(f"variant {variant!r}: choose one of {', '.join(UNSEARCHED)}")

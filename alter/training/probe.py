@@ -139,7 +139,8 @@ class Probe:
             own = sorted({int(rows[quarter * len(rows) // 4]) for quarter in (1, 3)}, reverse=True)
             ranges.append(range(len(steps), len(steps) + len(own)))
             steps += own
-        moved, _, caused_B = self.displacement(masks, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
+        mask_MNL = np.repeat(masks[:, None], len(steps), axis=1)
+        moved, _, caused_B = self.displacement(mask_MNL, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
         return np.divide(moved["latents"], caused_B, out=np.ones(len(bins)), where=caused_B > 0)
 
     @torch.no_grad()
@@ -151,7 +152,8 @@ class Probe:
         A backbone of less noise begins at noised samples; that of more noise ends where its last step leads.
 
         Args:
-            masks: bool [M, L]. ranges: of consecutive steps, R of them. prepare: a solver with its steps set.
+            masks: of each of a solver's steps, bool [M, N, L]. ranges: of consecutive steps, R of them. prepare: a
+                solver with its steps set.
             guidance: of classifier-free guidance. views: what of the final latents is compared, under its name.
 
         Returns: of each view the mean squared displacement, and the mean inner product of the displacement with that of
@@ -169,8 +171,8 @@ class Probe:
                 last: dict[tuple[str, int], Tensor] = {}
                 for r, steps in reversed([*enumerate(ranges)]):
                     bar.update()
-                    for m, mask_L in enumerate(masks):
-                        changed, _, caused = self._sample(mask_L, steps, batch, known, prepare(), guidance)
+                    for m, mask_NL in enumerate(masks):
+                        changed, _, caused = self._sample(mask_NL, steps, batch, known, prepare(), guidance)
                         for name, view in views.items():
                             away = (view(changed) - seen[name]).float().flatten(1)
                             whole = last.setdefault((name, m), away)
@@ -185,7 +187,7 @@ class Probe:
         return ({name: value / count for name, value in moved.items()},
                 {name: value / count for name, value in along.items()}, caused_R / count)
 
-    def _sample(self, mask_L: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
+    def _sample(self, mask_NL: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
                 solver: Any, guidance: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
         """Samples, the outputs of all steps before and after guidance, and the summed change of the output where the
         masked steps find themselves, their mean.
@@ -201,7 +203,7 @@ class Probe:
                 outputs.append(known[step])
             else:
                 there = timestep.expand(len(latents)).to(latents.device)
-                mask = mask_L if step in masked else None
+                mask = mask_NL[step] if mask_NL is not None and step in masked else None
                 pred = guided = self._predict(mask, scaled, there, given)
                 if guidance != 1:
                     base = self._predict(mask, scaled, there, nothing)

@@ -84,10 +84,11 @@ class Rating:
         equal = self._equal(_BINS)
 
         def measure() -> dict[str, Tensor]:
-            mask_L = np.arange(len(self.parts.simulator.sites)) % 3 != 1
+            mask_ML = (np.arange(len(self.parts.simulator.sites)) % 3 != 1)[None]
+            always = mask_ML, np.zeros(self.parts.noising.num_timesteps, dtype=np.int64)
             probe = Probe(dataclasses.replace(self.config, seed=0), self.parts, 32)  # the same for runs of every seed
-            caused_B = probe.against_teacher(mask_L[None], equal).mean(axis=2)[0]
-            response, _, _ = measure_response(self.config, self.parts, probe, mask_L, equal, caused_B,
+            caused_B = probe.against_teacher(mask_ML, equal).mean(axis=2)[0]
+            response, _, _ = measure_response(self.config, self.parts, probe, always, equal, caused_B,
                                               {"features": self._features})
             return {"response": torch.from_numpy(response["features"])}
 

@@ -69,9 +69,9 @@ def find_untrained(config: Config, parts: Parts, conditions: Sequence[str] | Seq
     if isinstance(parts.source, Drawn):
         parts.source.latents = dense[1]
     check_blocks(config, parts)
-    masks_ML = ordered(config, parts, batch_size)
-    keeps = _reachable(float(costs(parts, masks_ML).min()), keeps)
-    experts = allocated(config, parts, masks_ML, keeps, tuned=False, batch_size=batch_size)
+    chains = ordered(config, parts, batch_size)
+    keeps = _reachable(float(costs(parts, chains.mask_ML).min()), keeps)
+    experts = allocated(config, parts, chains, keeps, tuned=False, batch_size=batch_size)
     lost = []
     for keep in keeps:
         chosen = experts.choose(keep)
@@ -128,7 +128,8 @@ def conditions_of(parts: Parts, count: int) -> list[str] | list[int]:
 def forwards(config: Config, parts: Parts, images: int, keeps: Sequence[float]) -> dict[str, int]:
     """About how many forwards of one sample each part of `find_untrained` takes, by what it is for."""
     layers, search, steps = len(parts.cost.sites), config.search, len(sampler_of(config, parts)().timesteps)
-    counted = measured_forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1)
+    counted = measured_forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1,
+                                config.experts.count)
     drawing = config.evaluate.sampling_steps * (1 if parts.free_guidance == 1 else 2)
     return {
         f"draw {images} images": images * drawing,

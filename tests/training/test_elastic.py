@@ -15,6 +15,7 @@ from alter import InputError, TemporalExperts, load_config, train
 from alter.backbones.draws import draw
 from alter.common.load import without_effect
 from alter.method.allocation import likely
+from alter.training.search.chains import Chains
 from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build
 from alter.training.setup.plan import check
@@ -34,9 +35,9 @@ def elastic(small_config, kind="dit", **changes):
 
 
 def chain(trainer):
-    """Masks of a chain, without measuring: the layers leave in their own order."""
+    """Masks of one chain, without measuring: the layers leave in their own order."""
     layers = len(trainer.parts.cost.sites)
-    trainer.search.masks_ML = np.arange(layers) >= np.arange(layers)[:, None]
+    trainer.search.chains = Chains.of([np.arange(layers) >= np.arange(layers)[:, None]], np.array([0, 1000]))
     return trainer.search
 
 
@@ -99,7 +100,7 @@ def test_the_memory_is_tried_with_every_layer(small_config, tmp_path):
         assert list(peaks) == ["search", "tuning"]
         mask_EL, expert_T = tried[-1]
         assert mask_EL[expert_T].all()
-    assert trainer.search.tensors()["masks_ML"].sum() == 10
+    assert trainer.search.tensors()["mask_ML"].sum() == 10
 
 
 @pytest.mark.parametrize("budget", [{"keep_ratio": 0.6}, RANGE], ids=["one", "range"])
@@ -224,9 +225,9 @@ def test_the_dry_run_tells_what_is_measured_and_what_random_depths_cost():
     assert hours(said) < hours(plain)
     numbers = [int(word.replace(",", "")) for word in said.partition("measured, in")[2].splitlines()[0].split()
                if word[0].isdigit()]
-    layers = 34
+    layers, chains = 34, 5
     removed = int(layers * 0.75)
-    assert numbers[2] == 2 * 20 * 64 * (removed + 2)  # every bin, sample and mask, and the teacher, twice
+    assert numbers[2] == 2 * 20 * 64 * (chains * removed + 2)  # every bin, sample and mask, and the teacher, twice
     assert json.dumps(numbers) and min(numbers) > 0
 
 

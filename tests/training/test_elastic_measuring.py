@@ -17,16 +17,19 @@ from alter.training.probe import Probe
 from alter.training.search.measuring import early_response, measure_response, order_layers, sampler_of
 from alter.training.setup.parts import build
 
+ALWAYS = np.ones((1, 4), dtype=bool), np.zeros(1000, dtype=np.int64)
 
-@pytest.mark.parametrize("kind, least", [("dit", 0.0), ("dit", 0.5), ("unet", 0.95)])
-def test_the_order_is_that_of_trying_every_layer(small_config, monkeypatch, kind, least):
+
+@pytest.mark.parametrize("kind, least, span", [("dit", 0.0, (0, 1000)), ("dit", 0.5, (0, 1000)),
+                                               ("dit", 0.0, (250, 400)), ("unet", 0.95, (0, 1000))])
+def test_the_order_is_that_of_trying_every_layer(small_config, monkeypatch, kind, least, span):
     """Of the DiT, of equal layers, and of the UNet, whose layers cost from 1% to 9%."""
     config = small_config(kind)
     parts = build(config)
     probe, share_L = Probe(config, parts, 2), parts.cost.share_L / parts.cost.share_L.sum()
     weight_T = np.linspace(2, 1, 1000)
     monkeypatch.setattr(measuring, "CANDIDATES", 100)
-    found = order_layers(probe, parts.budget, least, weight_T)
+    found = order_layers(probe, parts.budget, least, weight_T, *span)
     mask_L, before = np.ones(len(share_L), dtype=bool), 0.0
     expected = [mask_L]
     while True:
@@ -34,7 +37,7 @@ def test_the_order_is_that_of_trying_every_layer(small_config, monkeypatch, kind
         for layer in np.flatnonzero(mask_L):
             without = mask_L & (np.arange(len(mask_L)) != layer)
             if without.any() and share_L[without].sum() >= least - 1e-9:
-                error = probe.errors(without[None], 0, 1000, weight_T)[0][0]
+                error = probe.errors(without[None], *span, weight_T)[0][0]
                 tried[(error - before) / share_L[layer]] = without, error
         if not tried:
             break
@@ -47,6 +50,7 @@ def test_the_order_is_that_of_trying_every_layer(small_config, monkeypatch, kind
 def additive(worth_L, share_L, counts):
     """A probe and a budget of layers whose errors add up."""
     def errors(masks, low, high, weight_T):
+        assert (low, high) == (0, len(weight_T))
         counts.append(len(masks))
         return (~masks) @ worth_L, 0.0
 
@@ -60,7 +64,7 @@ def test_the_order_goes_by_error_per_cost_and_measures_a_few_again():
     removed = [int(np.flatnonzero(a & ~b)[0]) for a, b in zip(found[:-1], found[1:], strict=True)]
     assert removed == np.argsort(worth_L / share_L)[:19].tolist()
     assert counts == [20] + [min(measuring.CANDIDATES, 20 - k) for k in range(1, 19)]
-    assert forwards(20, 0.0, 1, 4, 4, False).order == sum(counts) + len(counts)  # and the dense model each time
+    assert forwards(20, 0.0, 1, 4, 4, False, 1).order == sum(counts) + len(counts)  # and the dense model each time
 
 
 def test_a_layer_that_costs_too_much_to_go_lets_the_others():
@@ -123,14 +127,14 @@ def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, monkeypat
     monkeypatch.setattr(measuring, "WINDOWS", len(windows))
     config = small_config("dit", evaluate={"sampling_steps": 3, "guidance_scale": guidance})
     parts = build(config)
-    probe, mask_L = Probe(config, parts, 2), np.arange(4) != 1
+    probe, masks = Probe(config, parts, 2), (np.arange(4) != np.array([[1], [2]]), np.arange(1000) // 500)
     edges, error_B = np.array([0, 400, 700, 1000]), np.array([1.0, 2.0, 3.0])
-    found, name, steps = measure_response(config, parts, probe, mask_L, edges, error_B,
+    found, name, steps = measure_response(config, parts, probe, masks, edges, error_B,
                                           {"latents": lambda latents: latents})
     assert (name, steps) == ("DPMSolverMultistepScheduler", 3)
     (_, _, noise, given, nothing), = probe._batches
     parts.simulator.remove()
-    block = parts.backbone.transformer_blocks[1]
+    blocks = parts.backbone.transformer_blocks
 
     @torch.no_grad()
     def sample(masked):
@@ -138,7 +142,7 @@ def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, monkeypat
         solver.set_timesteps(3)
         latents, changes = noise, []
         for step, timestep in enumerate(solver.timesteps):
-            there = timestep.expand(2)
+            there, block = timestep.expand(2), blocks[1 if timestep < 500 else 2]
             whole = parts.backbone(latents, there, **given).sample
             if step in masked:
                 block.forward = lambda hidden, *rest, **named: hidden
@@ -169,7 +173,7 @@ def test_what_cancels_counts_as_what_it_moves_alone(small_config):
     moved, along = np.array([4.0] * 10 + [9.0]), np.array([8.0, -5.0] * 5 + [9.0])
     displaced = {"latents": moved}, {"latents": along}, np.full(11, 2.0)
     found, _, _ = measure_response(config, build(config), SimpleNamespace(displacement=lambda *asked: displaced),
-                                   np.ones(4, bool), np.arange(0, 1001, 100), np.ones(10), {"latents": torch.clone})
+                                   ALWAYS, np.arange(0, 1001, 100), np.ones(10), {"latents": torch.clone})
     shape_B = found["latents"] / found["latents"].max()
     assert found["latents"].sum() == pytest.approx(9)
     assert 0.5 - 1e-9 <= shape_B.min() < 0.6  # 4 of 8, not -5 of 8
@@ -185,7 +189,7 @@ def test_windows_of_steps_are_of_equal_length(small_config):
         ones = {name: np.ones(len(ranges)) for name in views}
         return ones, ones, np.ones(len(ranges))
 
-    measure_response(config, parts, SimpleNamespace(displacement=displacement), np.ones(4, bool),
+    measure_response(config, parts, SimpleNamespace(displacement=displacement), ALWAYS,
                      np.array([0, 500, 1000]), np.ones(2), {"latents": lambda latents: latents})
     *windows, everything = seen
     assert everything == range(13) and {len(window) for window in windows} == {2} and len(windows) == 10
@@ -199,7 +203,7 @@ def test_samplers_of_other_scales_and_with_noise_of_their_own(small_config, name
     parts = build(config)
     parts.scheduler = DDPMScheduler.from_config(parts.scheduler.config, variance_type="learned_range")
     probe, prepare = Probe(config, parts, 2), sampler_of(config, parts)
-    everything, before = np.ones((1, 4), dtype=bool), torch.get_rng_state()
+    everything, before = np.ones((1, 4, 4), dtype=bool), torch.get_rng_state()
     moved, along, caused = probe.displacement(everything, [range(4)], prepare)
     assert moved["latents"].tolist() == along["latents"].tolist() == caused.tolist() == [0]
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,5 +1,5 @@
-"""The measured search: layers are ordered once, the weights train at random depths of this order, and depths over time
-are allocated by their errors, for every budget at once."""
+"""The measured search: layers are ordered once for each interval of timesteps, the weights train at random depths of
+these orders, and masks over time are allocated by their errors, for every budget at once."""
 
 import dataclasses
 import sys
@@ -18,20 +18,21 @@ from ...common.load import without_effect
 from ...common.process import on_main_process
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
-from ...method.allocation import Frontier, Gain, gain, interval, likely, smoothed
+from ...method.allocation import Frontier, Gain, gain, interval, smoothed
 from ...method.budget import TOLERANCE
-from ...method.measured import EARLY_BINS, EARLY_SAMPLES, ORDER_SAMPLES, Measured, forwards
+from ...method.measured import EARLY_BINS, EARLY_SAMPLES, INTERVALS, ORDER_SAMPLES, Measured, forwards
 from ..batch import Batch
 from ..probe import Probe
 from ..setup.parts import Parts
 from ..update import Update
+from .chains import Chains
 from .measuring import early_response, measured_family, order_layers, sampler_of, views_of
 
 _RUNGS = np.arange(0.3, 1.001, 0.05)  # budgets of the ladder, beside those asked for
 
 
 class ElasticSearch:
-    """Random depths of one chain of nested masks, then the allocation of depths to timesteps.
+    """Random depths of chains of nested masks, then the allocation of masks to timesteps.
 
     Args:
         trainer: a `Trainer`.
@@ -42,7 +43,8 @@ class ElasticSearch:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.parts, self.config = trainer, trainer.parts, trainer.config
         # Until `begin`, two depths, that the memory may be tried with.
-        self.masks_ML = np.ones((2, len(self.parts.cost.sites)), dtype=bool)
+        layer_L, whole = np.arange(len(self.parts.cost.sites)), np.array([0, self.parts.noising.num_timesteps])
+        self.chains = Chains.of([np.stack([layer_L >= 0, layer_L > 0])], whole)
 
     def begin(self) -> None:
         """Order the layers by measurement on the dense model, and say what its errors promise."""
@@ -50,19 +52,20 @@ class ElasticSearch:
         if (unused := without_effect(config)) and self.trainer.accelerator.is_main_process:
             tqdm.write(f"warning: {', '.join(unused)}: no effect with search.method=elastic", file=sys.stderr)
         steps, layers = len(sampler_of(config, parts)().timesteps), len(parts.cost.sites)
-        counted = forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1)
+        counted = forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1,
+                           config.experts.count)
 
         views_of(config, parts)  # refuses weights that cannot be read, before anything takes long
 
-        def order() -> np.ndarray:
+        def order() -> Chains:
             tqdm.write(f"ordering {layers} layers: about {counted.order + counted.forecast:,} forwards of one sample; "
                        f"their errors will take {counted.errors + counted.response:,} more")
-            masks_ML = ordered(config, parts, promises=True)
+            chains = ordered(config, parts, promises=True)
             self.trainer.backbone.train()
-            return masks_ML
+            return chains
 
-        self.masks_ML = on_main_process(order)
-        least = float(costs(parts, self.masks_ML).min())
+        self.chains = on_main_process(order)
+        least = float(costs(parts, self.chains.mask_ML).min())
         if least > config.budget.range[0] + TOLERANCE:
             raise InputError(f"budget.keep_ratio={config.budget.range[0]}: the layers that are left keep {least:.3f} "
                              f"(search.least={search.least}): choose more, or a lower search.least")
@@ -73,25 +76,27 @@ class ElasticSearch:
         return {}
 
     def masks(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mask of the budget (the highest), around which samples have depths of their own."""
-        nearest = int(np.abs(costs(self.parts, self.masks_ML) - self.config.budget.range[1]).argmin())
-        return self.masks_ML, np.full(self.parts.noising.num_timesteps, nearest)
+        """The masks of the budget (the highest), around which samples have depths of their own."""
+        return self.chains.mask_ML, self.chains.nearest(self._cost_M(), self.config.budget.range[1])
 
     def drawn(self, batches: list[Batch]) -> list[torch.Tensor]:
-        """A depth for each sample of the micro-batches, likelier near the budget, full depth included: bool [B, L]."""
-        cost_M = costs(self.parts, self.masks_ML)
-        passed_M = torch.from_numpy(likely(cost_M, *self.config.budget.range).cumsum())
-        masks_ML = torch.from_numpy(self.masks_ML)
-        depths = [torch.searchsorted(passed_M, batch.drawn.uniform((), stream=1).double(), right=True)
-                  for batch in batches]
-        return [masks_ML[depth_B.clamp(max=len(cost_M) - 1)] for depth_B in depths]
+        """A mask for each sample of the micro-batches, of the chains for its timestep, likelier near the budget, full
+        depth included: bool [B, L]."""
+        passed_IM = torch.from_numpy(self.chains.likely(self._cost_M(), *self.config.budget.range).cumsum(axis=1))
+        mask_ML, drawn = torch.from_numpy(self.chains.mask_ML), []
+        for batch in batches:
+            place_B1 = batch.drawn.uniform((1,), stream=1).double()
+            passed_BM = passed_IM[self.chains.interval_of(batch.drawn.rows.numpy())]
+            mask_B1 = torch.searchsorted(passed_BM, place_B1 * passed_BM[:, -1:], right=True)
+            drawn.append(mask_ML[mask_B1[:, 0].clamp(max=len(mask_ML) - 1)])
+        return drawn
 
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
         """Every layer at all timesteps, which any sample may draw, and which experts may have where it matters."""
-        return self.masks_ML, np.zeros(self.parts.noising.num_timesteps, dtype=np.int64)
+        return self.chains.mask_ML, np.zeros(self.parts.noising.num_timesteps, dtype=np.int64)
 
     def present(self, masks: tuple[np.ndarray, np.ndarray]) -> TemporalExperts:
-        """The mask of the highest budget alone, whatever depths are being trained."""
+        """The masks of the highest budget alone, whatever depths are being trained."""
         parts, budget = self.parts, self.parts.budget
         return TemporalExperts.build(*masks, parts.cost, self.config.budget.range[1], budget.over, budget.timesteps,
                                      parts.latency, parts.told_component)
@@ -99,7 +104,7 @@ class ElasticSearch:
     def finish(self) -> TemporalExperts:
         """Measure, and allocate depths to timesteps for every budget."""
         def allocate() -> TemporalExperts:
-            experts = allocated(self.config, self.parts, self.masks_ML, self.config.budget.range)
+            experts = allocated(self.config, self.parts, self.chains, self.config.budget.range)
             self.trainer.backbone.train()
             return experts
 
@@ -107,15 +112,19 @@ class ElasticSearch:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for a checkpoint."""
-        return {"masks_ML": torch.from_numpy(self.masks_ML)}
+        return {name: torch.from_numpy(value) for name, value in vars(self.chains).items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Go on from `tensors`."""
-        self.masks_ML = tensors["masks_ML"].numpy()
+        self.chains = Chains(**{name: value.numpy() for name, value in tensors.items()})
+
+    def _cost_M(self) -> np.ndarray:
+        return costs(self.parts, self.chains.mask_ML)
 
 
-def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool = False) -> np.ndarray:
-    """Nested masks bool [M, L] by measurement on the dense model, as `order_layers`.
+def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool = False) -> Chains:
+    """Chains of nested masks by measurement on the dense model, as `order_layers`: with several experts one for each of
+    as many intervals of timesteps (INTERVALS at most), of equal weight in the budget, and one for all timesteps.
 
     promises: whether to say what the dense model's errors promise of masks over time.
     """
@@ -123,30 +132,31 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
     few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size)
     weight_T = early_response(few, len(parts.cost.sites))
     probe = Probe(config, parts, min(samples, ORDER_SAMPLES), batch_size)
-    masks_ML = order_layers(probe, parts.budget, config.search.least, weight_T)
+    edges = edges_of(parts.noising, min(config.experts.count, INTERVALS), _weight_T(parts))
+    chains = Chains.of([order_layers(probe, parts.budget, config.search.least, weight_T, *span)
+                        for span in Chains.spans(edges)], edges)
     if promises:
         edges = edges_of(parts.noising, EARLY_BINS)
-        loss_MBS = few.against_teacher(masks_ML, edges) * weight_T[edges[:-1], None]
+        loss_MBS = few.against_teacher(chains.mask_ML, edges) * weight_T[edges[:-1], None]
         tqdm.write("before any training, which makes such gains smaller: " + _forecast(
-            config, parts, masks_ML, edges, loss_MBS, few.image_S, "latents", config.budget.range[0]))
-    return masks_ML
+            config, parts, chains.mask_ML, edges, loss_MBS, few.image_S, "latents", config.budget.range[0]))
+    return chains
 
 
-def allocated(config: Config, parts: Parts, masks_ML: np.ndarray, asked: Sequence[float], tuned: bool = True,
+def allocated(config: Config, parts: Parts, chains: Chains, asked: Sequence[float], tuned: bool = True,
               batch_size: int = 16) -> TemporalExperts:
-    """Measure the masks bool [M, L], and allocate them to timesteps for every budget.
+    """Measure the masks, and allocate them to timesteps for every budget.
 
     Args:
         asked: keep ratios, of which the first is chosen. tuned: whether the weights were trained for those between.
     """
-    edges = edges_of(parts.noising, config.search.bins, _weight_T(parts))
-    skipping_M = costs(parts, masks_ML)[1:]  # the dense model moves no sample
-    near = 1 + int(np.abs(skipping_M - (min(asked) + max(asked)) / 2).argmin()) if len(skipping_M) else 0
-    measured, error_MBS, image_S = measured_family(config, parts, masks_ML, edges, near, batch_size)
+    mask_ML, edges = chains.mask_ML, edges_of(parts.noising, config.search.bins, _weight_T(parts))
+    near_T = chains.nearest(costs(parts, mask_ML), (min(asked) + max(asked)) / 2)
+    measured, error_MBS, image_S = measured_family(config, parts, mask_ML, edges, near_T, batch_size)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
-    tqdm.write(_forecast(config, parts, masks_ML, edges, loss_MBS, image_S, measured.space, asked[0]))
-    rungs = ladder(loss_MBS, image_S, edges, bin_costs(parts, masks_ML, edges), config.experts.count, asked, tuned)
-    return experts_of(parts, masks_ML, rungs, asked[0], measured)
+    tqdm.write(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]))
+    rungs = ladder(loss_MBS, image_S, edges, bin_costs(parts, mask_ML, edges), config.experts.count, asked, tuned)
+    return experts_of(parts, mask_ML, rungs, asked[0], measured)
 
 
 def _forecast(config: Config, parts: Parts, masks_ML: np.ndarray, edges: np.ndarray, loss_MBS: np.ndarray,

@@ -22,7 +22,8 @@ from ..probe import Probe, View
 from ..setup.parts import Parts
 
 
-def order_layers(probe: Probe, budget: Budget, least: float, weight_T: np.ndarray) -> np.ndarray:
+def order_layers(probe: Probe, budget: Budget, least: float, weight_T: np.ndarray, low: int = 0,
+                 high: int | None = None) -> np.ndarray:
     """Nested masks, the dense model's first: each skips one layer more, the one that costs least per share of the cost.
 
     Greedy removal on the dense model: the layer goes whose removal adds least to the mean squared change of the output,
@@ -31,6 +32,7 @@ def order_layers(probe: Probe, budget: Budget, least: float, weight_T: np.ndarra
 
     Args:
         least: share of the prunable cost that remains at least. weight_T: of errors, float64 [T].
+        low, high: timesteps low..high-1 count; None: up to the last.
 
     Returns: bool [M, L].
     """
@@ -47,7 +49,7 @@ def order_layers(probe: Probe, budget: Budget, least: float, weight_T: np.ndarra
             candidates = candidates[np.argsort(added_L[candidates], kind="stable")[:CANDIDATES]]
         tried = np.repeat(mask_L[None], len(candidates), axis=0)
         tried[np.arange(len(candidates)), candidates] = False
-        errors, _ = probe.errors(tried, 0, len(weight_T), weight_T)
+        errors, _ = probe.errors(tried, low, len(weight_T) if high is None else high, weight_T)
         added_L[candidates] = (errors - error) / share_L[candidates]
         best = int(added_L[candidates].argmin())
         mask_L, error = tried[best], float(errors[best])
@@ -62,18 +64,20 @@ def early_response(probe: Probe, layers: int, bins: int = EARLY_BINS) -> np.ndar
     return np.repeat(probe.amplification(mask_L[None], edges), np.diff(edges))
 
 
-def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndarray, edges: np.ndarray,
-                     error_B: np.ndarray, views: dict[str, View]) -> tuple[dict[str, np.ndarray], str, int]:
+def measure_response(config: Config, parts: Parts, probe: Probe, masks: tuple[np.ndarray, np.ndarray],
+                     edges: np.ndarray, error_B: np.ndarray, views: dict[str, View]) -> tuple[
+                         dict[str, np.ndarray], str, int]:
     """How far samples move, squared, for a unit of error of the output in each bin, by the sampler that will be used.
 
-    The mask is in force in some windows of the sampler's steps, of equal length, one at a time, and at all steps. What
+    Masks are in force in some windows of the sampler's steps, of equal length, one at a time, and at all steps. What
     a window adds to the squared displacement d_all of the final samples is ⟨d_w, d_all⟩, d_w its own displacement:
     since displacements of several steps point the same way, their squares alone do not sum to the whole. ‖d_w‖² is the
     lower bound. This is divided by the change of the output there and interpolated to the bins. All is then scaled so
-    that `error_B` gives the displacement that the mask causes at all steps.
+    that `error_B` gives the displacement that the masks cause at all steps.
 
     Args:
-        edges: bin b holds the training timesteps from edges[b] up to edges[b+1]. error_B: of the mask, float64 [B].
+        masks: bool [M, L], and which of them is in force at each training timestep, int64 [T].
+        edges: bin b holds the training timesteps from edges[b] up to edges[b+1]. error_B: of the masks, float64 [B].
 
     Returns: float64 [B] for each view, the sampler's name and its steps.
     """
@@ -84,7 +88,9 @@ def measure_response(config: Config, parts: Parts, probe: Probe, mask_L: np.ndar
     length = -(-steps // WINDOWS)
     firsts = np.unique(np.linspace(0, steps - length, min(WINDOWS, steps)).round().astype(int)).tolist()
     windows = [range(first, first + length) for first in firsts]
-    moved, along, caused = probe.displacement(mask_L[None], [*windows, range(steps)], prepare, parts.free_guidance,
+    mask_ML, mask_T = masks
+    mask_NL = mask_ML[mask_T[visited.round().astype(int).clip(0, len(mask_T) - 1)]]
+    moved, along, caused = probe.displacement(mask_NL[None], [*windows, range(steps)], prepare, parts.free_guidance,
                                               views)
     middle_W = np.array([visited[window.start : window.stop].mean() for window in windows])[::-1]
     middle_B = (edges[:-1] + edges[1:] - 1) / 2
@@ -164,16 +170,18 @@ def views_of(config: Config, parts: Parts) -> dict[str, View]:
     return views
 
 
-def measured_family(config: Config, parts: Parts, masks: np.ndarray, edges: np.ndarray, at: int,
+def measured_family(config: Config, parts: Parts, mask_ML: np.ndarray, edges: np.ndarray, near_T: np.ndarray,
                     batch_size: int = 16) -> tuple[Measured, np.ndarray, np.ndarray]:
-    """Errors of masks bool [M, L] against the teacher, and the response with mask `at`; the errors of each sample,
-    float64 [M, B, S], and its image, int64 [S], beside."""
+    """Errors of masks bool [M, L] against the teacher, and the response with mask near_T[t] at timestep t; the errors
+    of each sample, float64 [M, B, S], and its image, int64 [S], beside."""
     probe = Probe(config, parts, config.search.samples, batch_size)
-    error_MBS = probe.against_teacher(masks, edges)
+    error_MBS = probe.against_teacher(mask_ML, edges)
     error_MB = error_MBS.mean(axis=2)
     fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size)
     # Displacements are those from the backbone's own full depth, which is not the teacher any more.
-    own_B = np.array([probe.errors(masks[at][None], int(low), int(high))[0][0] for low, high in pairwise(edges)])
-    response, sampler, steps = measure_response(config, parts, fewer, masks[at], edges, own_B, views_of(config, parts))
+    own_B = np.array([probe.errors(mask_ML[near_T[low]][None], int(low), int(high))[0][0]
+                      for low, high in pairwise(edges)])
+    response, sampler, steps = measure_response(config, parts, fewer, (mask_ML, near_T), edges, own_B,
+                                                views_of(config, parts))
     return Measured(tuple(map(int, edges)), error_MB, response, sampler, steps, config.evaluate.guidance_scale,
                     config.search.samples), error_MBS, probe.image_S

@@ -117,7 +117,8 @@ def _mean_depth(config: Config, plan: Plan) -> float:
 def _forwards(config: Config, plan: Plan) -> Forwards:
     search, evaluate = config.search, config.evaluate
     guided = evaluate.guidance_scale != 1 and not plan.backbone.config.get("guidance_embeds")
-    return forwards(len(plan.cost.sites), search.least, search.samples, search.bins, evaluate.sampling_steps, guided)
+    return forwards(len(plan.cost.sites), search.least, search.samples, search.bins, evaluate.sampling_steps, guided,
+                    config.experts.count)
 
 
 def _measured(config: Config, plan: Plan) -> list[str]:
