@@ -8,6 +8,7 @@ import torch
 from helpers import make_trainer
 
 import alter.training.search.elastic as elastic
+from alter import InputError
 from alter.backbones.draws import draw
 from alter.method.allocation import likely
 from alter.training.search.chains import Chains
@@ -91,6 +92,8 @@ def test_samples_draw_masks_of_the_chains_for_their_timestep(small_config, tmp_p
     loaded.load_tensors(search.tensors())
     assert all(np.array_equal(value, getattr(loaded.chains, name)) for name, value in vars(search.chains).items())
     assert torch.equal(loaded.drawn([SimpleNamespace(drawn=drawn)])[0], mask_BL)
+    with pytest.raises(InputError, match="a former version of the search"):
+        loaded.load_tensors({"masks_ML": search.tensors()["mask_ML"]})
 
 
 @pytest.mark.parametrize("count, borders", [(1, []), (2, [500]), (6, [250, 500, 750])])

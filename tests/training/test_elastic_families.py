@@ -29,13 +29,14 @@ def test_a_family(family_config, case):
     experts = TemporalExperts.from_pretrained(run / "final")
     measured, low = experts.measured, experts.keep_ratio_target
     assert np.isfinite(measured.loss_MB).all() and measured.loss_MB.max() > 0 and "latents" in measured.response
-    assert experts.mask_EL[0].all() and (np.diff(experts.mask_EL.sum(1)) == -1).all()
-    share_M = 1 - ~experts.mask_EL @ (np.array(experts.macs) / experts.macs_total)
-    for rung in experts.ladder:  # the nearest below, of masks of which each costs a layer more
+    depth_M = experts.mask_EL.sum(1)
+    assert experts.mask_EL[0].all() and len(np.unique(experts.mask_EL, axis=0)) == len(depth_M)
+    assert set(depth_M) == set(range(depth_M.min(), depth_M.max() + 1))
+    for rung in experts.ladder:  # the nearest below, of masks of which each has a layer more in its chain
         one = experts.choose(rung)
         assert one.keep_ratio <= rung.keep_ratio_target + 0.005
         assert 0.6 <= low <= rung.keep_ratio_target or not rung.tuned
-    assert experts.keep_ratio >= low - (share_M[:-1] - share_M[1:]).max()
+    assert experts.keep_ratio >= low - max(experts.macs) / experts.macs_total
     if "few" in case:  # each visited timestep is in a bin of its own
         assert len(measured.edges) - 1 == min(3, len(experts.timesteps)) and measured.steps == 4
         assert measured.guidance == 3.5

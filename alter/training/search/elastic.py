@@ -115,7 +115,9 @@ class ElasticSearch:
         return {name: torch.from_numpy(value) for name, value in vars(self.chains).items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors`."""
+        """Go on from `tensors`; raises InputError for those of a former version."""
+        if tensors.keys() != vars(self.chains).keys():
+            raise InputError("resume: this checkpoint is of a former version of the search: start the run anew")
         self.chains = Chains(**{name: value.numpy() for name, value in tensors.items()})
 
     def _cost_M(self) -> np.ndarray:
