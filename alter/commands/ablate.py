@@ -14,11 +14,11 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5], help="keep ratios (default 0.5)")
     parser.add_argument("--jobs", type=int, default=1,
-                        help="processes side by side, of one thread each; they print to DIR/job-PID.log (default 1)")
+                        help="runs side by side, each in a process of one thread printing to DIR/RUN.log (default 1)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -100,27 +100,50 @@ def _found(arguments: argparse.Namespace, wanted: dict[tuple[str, float, int], s
             yield _rows(arguments, variant, name, keep, seed, rows)
         return
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that begin now
-    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), _begin_job,
-                             (arguments.runs,)) as pool:
-        jobs = {pool.submit(_rows, arguments, variant, wanted[variant, keep, seed], keep, seed, list(rows)):
-                f"{wanted[variant, keep, seed]}, keep ratio {keep}, seed {seed}"
-                for variant, keep, seed in sorted(wanted, key=lambda job: job[0] != "dense")}  # its samples serve all
+    first = sorted(wanted, key=lambda job: job[0] != "dense")  # most others are compared with its samples
+    failed = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        jobs = {pool.submit(_beside, arguments, job, wanted[job], list(rows)): job for job in first}
         try:
             for job in as_completed(jobs):
-                yield job.result()
-                print(f"== {jobs[job]}", flush=True)
-        except BrokenProcessPool:
-            raise InputError(f"--jobs {arguments.jobs}: a process was killed (see {arguments.runs}/job-*.log); called "
-                             "again, all goes on") from None
+                variant, keep, seed = jobs[job]
+                said = f"{wanted[jobs[job]]}, keep ratio {keep}, seed {seed}"
+                if isinstance(found := job.result(), Path):
+                    failed.append(f"{said}: see {found}")
+                else:
+                    print(f"== {said}", flush=True)
+                    yield found
         finally:
             pool.shutdown(cancel_futures=True)
+    if failed:
+        raise InputError(f"--jobs: failed: {'; '.join(failed)} (the others' rows are written)")
 
 
-def _begin_job(runs: Path) -> None:
-    log = os.open(runs / f"job-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+def _beside(arguments: argparse.Namespace, job: tuple[str, float, int], name: str,
+            rows: list[dict[str, Any]]) -> list[dict[str, Any]] | Path:
+    """The rows that this command finds in a process of its own; its log, if it fails."""
+    variant, keep, seed = job
+    folder = _folder(arguments, variant, name, keep, seed)
+    log, part = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}-rows.json")
+    write_text(part, json.dumps(rows))
+    command = [sys.executable, "-m", "alter", "ablate", *arguments.overrides, "--config", arguments.config, "--out",
+               part, "--runs", arguments.runs, "--variants", variant, "--seeds", seed, "--keep", keep]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    with log.open("a") as stream:
+        done = subprocess.run(list(map(str, command)), stdout=stream, stderr=stream, env=alone)
+    if done.returncode:
+        return log
+    found = json.loads(read_text(part, "--out"))[len(rows) :]
+    for file in (part, part.with_suffix(".png")):
+        file.unlink()
+    return found
+
+
+def _folder(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int) -> Path:
+    """Of a run, and of what is kept beside it."""
+    short = name if len(name) < 100 else f"{variant}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return arguments.runs / f"{Path(arguments.config).stem}-{short.replace('/', '_')}-{keep}-{seed}"
 
 
 def _rows_of(file: Path) -> list[dict[str, Any]]:
@@ -137,12 +160,10 @@ def _rows_of(file: Path) -> list[dict[str, Any]]:
 def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, seed: int,
           beside: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Train the variant, unless that is done, and rate it, by the same real images as the rows beside it."""
-    stem, device = Path(arguments.config).stem, _device()
-    short = name if len(name) < 100 else f"{variant}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    folder = arguments.runs / f"{stem}-{short.replace('/', '_')}-{keep}-{seed}"
+    device, folder = _device(), _folder(arguments, variant, name, keep, seed)
     settings = [*arguments.overrides, f"seed={seed}", f"output_dir={folder / 'run'}"]
     config = load_config(arguments.config, settings)
-    rating = Rating(config, build(config, device=device), arguments.runs / f"{stem}-rating")
+    rating = Rating(config, build(config, device=device), arguments.runs / f"{Path(arguments.config).stem}-rating")
     real = digest(rating.reference)
     for other in {row.get("real", "unknown ones") for row in beside} - {real}:
         raise InputError(f"--out: its rows were rated by other real images ({other}) than are drawn here ({real}), by "

@@ -8,7 +8,6 @@ import torch
 from helpers import make_trainer
 
 import alter.training.search.elastic as elastic
-from alter import InputError
 from alter.backbones.draws import draw
 from alter.method.allocation import likely
 from alter.training.search.chains import Chains
@@ -46,21 +45,23 @@ def test_spans_and_intervals(chains):
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.72, 1.0])
-def test_the_nearest_mask_is_of_the_intervals_own_chain_and_skips_a_layer(chains, budget):
+@pytest.mark.parametrize("skipping", [False, True])
+def test_the_nearest_mask_is_of_the_intervals_own_chain(chains, budget, skipping):
     cost_M = chains.mask_ML @ COST_L
-    mask_T = chains.nearest(cost_M, budget)
+    mask_T = chains.nearest(cost_M, budget, skipping)
     for timestep in (0, 299, 300, 999):
-        own = nested(ORDERS[1 if timestep < 300 else 2])[1:]
+        own = nested(ORDERS[1 if timestep < 300 else 2])[skipping:]
         assert abs(cost_M[mask_T[timestep]] - budget) == pytest.approx(np.abs(own @ COST_L - budget).min())
         assert tuple(chains.mask_ML[mask_T[timestep]]) in set(map(tuple, own))
 
 
 def test_where_nothing_can_be_skipped_every_layer_is_nearest():
     alone = Chains.of([np.ones((1, 4), dtype=bool)], np.array([0, 1000]))
-    assert (alone.nearest(np.ones(1), 0.5) == 0).all() and alone.likely(np.ones(1), 0.5, 0.5).tolist() == [[1.0]]
+    assert (alone.nearest(np.ones(1), 0.5, skipping=True) == 0).all()
+    assert alone.likely(np.ones(1), 0.5, 0.5).tolist() == [[1.0]]
 
 
-def test_every_chain_is_trained_on_as_many_samples(chains):
+def test_how_often_masks_are_trained(chains):
     """The whole one is a third of what is drawn in both intervals, and each mask as likely as in its chain alone."""
     cost_M = chains.mask_ML @ COST_L
     found_IM, rows = chains.likely(cost_M, 0.5, 0.6), [tuple(mask_L) for mask_L in chains.mask_ML]
@@ -92,8 +93,8 @@ def test_samples_draw_masks_of_the_chains_for_their_timestep(small_config, tmp_p
     loaded.load_tensors(search.tensors())
     assert all(np.array_equal(value, getattr(loaded.chains, name)) for name, value in vars(search.chains).items())
     assert torch.equal(loaded.drawn([SimpleNamespace(drawn=drawn)])[0], mask_BL)
-    with pytest.raises(InputError, match="a former version of the search"):
-        loaded.load_tensors({"masks_ML": search.tensors()["mask_ML"]})
+    loaded.load_tensors({"masks_ML": torch.from_numpy(nested(ORDERS[0]))})  # of a former version
+    assert len(loaded.chains.member_CM) == 1 and np.array_equal(loaded.chains.mask_ML, nested(ORDERS[0]))
 
 
 @pytest.mark.parametrize("count, borders", [(1, []), (2, [500]), (6, [250, 500, 750])])

@@ -50,7 +50,10 @@ def test_two_lines(tmp_path, capsys, name):
     assert experts.component == component and experts.keep_ratio_target == 0.7
     assert not any(rung.tuned for rung in experts.ladder)
     assert len(experts.measured.error_MB) == len(experts.mask_EL) and experts.measured.samples == 3
-    assert experts.mask_EL[0].all()
+    each = {tuple(mask_L) for mask_L in experts.mask_EL}
+    assert experts.mask_EL[0].all() and all(  # each but the first is another without one of its layers
+        any(tuple(mask_L | (np.arange(len(mask_L)) == layer)) in each for layer in np.flatnonzero(~mask_L))
+        for mask_L in experts.mask_EL[1:])
     errors = [rung.error for rung in experts.ladder]
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0  # more cost, less error; the dense model, none
     for rung in experts.ladder:

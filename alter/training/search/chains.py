@@ -46,16 +46,16 @@ class Chains:
         """The interval of each training timestep."""
         return np.searchsorted(self.edges, timesteps, side="right") - 1
 
-    def nearest(self, cost_M: np.ndarray, budget: float) -> np.ndarray:
-        """The mask of its interval's chain that costs what is nearest to a budget and skips a layer, or the only one;
-        for each training timestep, int64 [T]."""
-        own_IM = self.member_CM[-(len(self.edges) - 1) :] & ~self.mask_ML.all(axis=1)
+    def nearest(self, cost_M: np.ndarray, budget: float, skipping: bool = False) -> np.ndarray:
+        """The mask of its interval's chain that costs what is nearest to a budget, for each training timestep, int64
+        [T]; skipping: that skips a layer, if there is one."""
+        own_IM = self.member_CM[-(len(self.edges) - 1) :] & ~(skipping & self.mask_ML.all(axis=1))
         away_IM = np.where(own_IM, np.abs(cost_M - budget), np.inf)
         return np.repeat(away_IM.argmin(axis=1), np.diff(self.edges))
 
     def likely(self, cost_M: np.ndarray, low: float, high: float) -> np.ndarray:
-        """How often each mask is trained in each interval, float64 [I, M]: of a chain as `allocation.likely`, each
-        chain with as many samples as any other."""
+        """How often each mask is trained in each interval, float64 [I, M]: of a chain as `allocation.likely`, the first
+        of several chains with odds of 1 to I."""
         likely_CM = likely(cost_M, low, high) * self.member_CM
         likely_CM /= likely_CM.sum(axis=1, keepdims=True)
         if len(likely_CM) == 1:

@@ -65,7 +65,8 @@ class ElasticSearch:
             return chains
 
         self.chains = on_main_process(order)
-        least = float(costs(parts, self.chains.mask_ML).min())
+        cost_M = self._cost_M()
+        least = max(float(cost_M[member_M].min()) for member_M in self.chains.member_CM)
         if least > config.budget.range[0] + TOLERANCE:
             raise InputError(f"budget.keep_ratio={config.budget.range[0]}: the layers that are left keep {least:.3f} "
                              f"(search.least={search.least}): choose more, or a lower search.least")
@@ -115,10 +116,10 @@ class ElasticSearch:
         return {name: torch.from_numpy(value) for name, value in vars(self.chains).items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from `tensors`; raises InputError for those of a former version."""
-        if tensors.keys() != vars(self.chains).keys():
-            raise InputError("resume: this checkpoint is of a former version of the search: start the run anew")
-        self.chains = Chains(**{name: value.numpy() for name, value in tensors.items()})
+        """Go on from `tensors`, or from the one chain of a former version."""
+        arrays = {name: value.numpy() for name, value in tensors.items()}
+        former = arrays.get("masks_ML")
+        self.chains = Chains(**arrays) if former is None else Chains.of([former], self.chains.edges[[0, -1]])
 
     def _cost_M(self) -> np.ndarray:
         return costs(self.parts, self.chains.mask_ML)
@@ -153,10 +154,12 @@ def allocated(config: Config, parts: Parts, chains: Chains, asked: Sequence[floa
         asked: keep ratios, of which the first is chosen. tuned: whether the weights were trained for those between.
     """
     mask_ML, edges = chains.mask_ML, edges_of(parts.noising, config.search.bins, _weight_T(parts))
-    near_T = chains.nearest(costs(parts, mask_ML), (min(asked) + max(asked)) / 2)
+    near_T = chains.nearest(costs(parts, mask_ML), (min(asked) + max(asked)) / 2, skipping=True)
+    near_T = np.repeat(near_T[edges[:-1]], np.diff(edges))
     measured, error_MBS, image_S = measured_family(config, parts, mask_ML, edges, near_T, batch_size)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
-    tqdm.write(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]))
+    fewer = "; one mask alone would have been trained on more samples" if tuned and len(chains.member_CM) > 1 else ""
+    tqdm.write(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]) + fewer)
     rungs = ladder(loss_MBS, image_S, edges, bin_costs(parts, mask_ML, edges), config.experts.count, asked, tuned)
     return experts_of(parts, mask_ML, rungs, asked[0], measured)
 

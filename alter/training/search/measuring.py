@@ -89,7 +89,7 @@ def measure_response(config: Config, parts: Parts, probe: Probe, masks: tuple[np
     firsts = np.unique(np.linspace(0, steps - length, min(WINDOWS, steps)).round().astype(int)).tolist()
     windows = [range(first, first + length) for first in firsts]
     mask_ML, mask_T = masks
-    mask_NL = mask_ML[mask_T[visited.round().astype(int).clip(0, len(mask_T) - 1)]]
+    mask_NL = mask_ML[mask_T[visited.astype(int)]]
     moved, along, caused = probe.displacement(mask_NL[None], [*windows, range(steps)], prepare, parts.free_guidance,
                                               views)
     middle_W = np.array([visited[window.start : window.stop].mean() for window in windows])[::-1]
