@@ -127,24 +127,21 @@ def test_the_script_continues_its_rows(scenes, tmp_path):
     assert (tmp_path / "rows.png").is_file()
 
 
-def test_side_by_side_are_the_same_rows(scenes, tmp_path):
+def test_side_by_side_are_the_same_rows_and_one_that_fails_costs_the_others_nothing(scenes, tmp_path):
     def known(rows):
         return {(row["run"], row.get("rung")): row["fd"] for row in rows}
 
-    beside = known(scenes("dense", "random", extra=("--jobs", "2")))
-    assert {file.name for file in (tmp_path / "outputs/ablation").glob("*.*") if file.is_file()} == {
-        "c-dense-1.0-0.log", "c-random-0.6-0.log"}
-    (tmp_path / "rows.json").unlink()
-    shutil.rmtree(tmp_path / "outputs/ablation")
+    runs, file = tmp_path / "outputs/ablation", tmp_path / "rows.json"
+    runs.mkdir(parents=True)
+    (runs / "c-every_second-0.6-0").write_text("no folder")
+    with pytest.raises(AssertionError, match=r"--jobs: failed: every_second, keep ratio 0.6, seed 0: see .*-0.6-0.log"):
+        scenes("every_second", "dense", "random", extra=("--jobs", "2"))
+    beside = known(json.loads(file.read_text()))
+    assert {path.name for path in runs.glob("*.log")} == {f"c-{run}-0.log" for run in (
+        "dense-1.0", "random-0.6", "every_second-0.6")}
+    file.unlink()
+    shutil.rmtree(runs)
     assert known(scenes("dense", "random")) == beside
-
-
-def test_a_run_that_fails_beside_others_costs_their_rows_nothing(scenes, tmp_path):
-    (tmp_path / "outputs/ablation").mkdir(parents=True)
-    (tmp_path / "outputs/ablation/c-random-0.6-0").write_text("no folder")
-    with pytest.raises(AssertionError, match=r"--jobs: failed: random, keep ratio 0.6, seed 0: see .*random-0.6-0.log"):
-        scenes("random", "dense", extra=("--jobs", "2"))
-    assert {row["variant"] for row in json.loads((tmp_path / "rows.json").read_text())} == {"dense"}
 
 
 def test_one_elastic_run_gives_rungs_and_plans(scenes):

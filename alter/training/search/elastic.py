@@ -89,7 +89,7 @@ class ElasticSearch:
             place_B1 = batch.drawn.uniform((1,), stream=1).double()
             passed_BM = passed_IM[self.chains.interval_of(batch.drawn.rows.numpy())]
             mask_B1 = torch.searchsorted(passed_BM, place_B1 * passed_BM[:, -1:], right=True)
-            drawn.append(mask_ML[mask_B1[:, 0].clamp(max=len(mask_ML) - 1)])
+            drawn.append(mask_ML[mask_B1[:, 0]])
         return drawn
 
     def tried(self) -> tuple[np.ndarray, np.ndarray]:
