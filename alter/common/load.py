@@ -24,8 +24,8 @@ PAPER = {
     "search.method": "hypernetwork", "search.draws": "iteration", "search.supernet": False, "experts.router": "learned",
     "experts.start": "dense", "experts.offset": 4.0, "budget.descent": 0.0,
 }
-_LEARNED = ("experts.router", "experts.tau", "experts.offset", "search.draws", "loss.ratio", "loss.balance",
-            "optim.hypernetwork_lr")  # by the hypernetwork alone
+# Of the hypernetwork alone. Its losses' weights and learning rate are left out: files hold them for `paper=true`.
+_LEARNED = ("experts.router", "experts.tau", "experts.offset", "search.draws")
 _PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
           "data.prior_path", "budget.latency_file", "search.features")
 

@@ -53,4 +53,4 @@ class SearchConfig:
     least: float = key(0.25, "elastic: every expert keeps at least this share of the prunable cost.", within="[0, 1)")
     features: str | None = key(
         None, "elastic: folder of a CLIP in transformers' format. How far samples move is measured in its image "
-        "features too, and masks are allocated by these instead of by latents.")
+        "features too, and masks are allocated by these instead of by the dense model's residuals.")

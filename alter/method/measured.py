@@ -6,11 +6,12 @@ by orders of magnitude between timesteps.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-SPACES = ("features", "latents", "pixels")  # in which the displacement of samples is measured, best first
+SPACES = ("features", "residuals", "latents", "pixels")  # in which the displacement of samples is measured, best first
 CANDIDATES = 8  # layers that are measured again after each removal
 INTERVALS = 4  # of timesteps, at most, in which layers have an order of their own
 WINDOWS = 10  # of a sampler's steps, in which the response is measured
@@ -48,6 +49,13 @@ class Measured:
     def loss_MB(self) -> np.ndarray:
         """What bin b has of the squared displacement of final samples when mask m is in force there, float64 [M, B]."""
         return self.error_MB * self.response[self.space]
+
+    def moved(self, mask_T: np.ndarray, space: str) -> float:
+        """The squared displacement of final samples, in a space, that mask mask_T[t] at timestep t is predicted to
+        cause, int64 [T]."""
+        shares_MB = np.stack([np.bincount(mask_T[low:high], minlength=len(self.error_MB)) / (high - low)
+                              for low, high in pairwise(self.edges)], axis=1)
+        return float((shares_MB * self.error_MB * self.response[space]).sum())
 
     def to_plain(self) -> dict[str, Any]:
         """As plain lists and numbers, for JSON."""
@@ -104,10 +112,11 @@ def forwards(layers: int, least: float, samples: int, bins: int, steps: int, gui
     removed = min(int(layers * (1 - least) + 1e-9), layers - 1)
     tried = sum(1 + (layers - k if k == 0 else min(CANDIDATES, layers - k)) for k in range(removed))
     early = min(samples, EARLY_SAMPLES)
-    masks, windows = chains * removed + 1, min(WINDOWS, steps)
-    again = windows * (-(-steps // WINDOWS) - 1) + steps - 1  # dense, where a mask has moved what it is given
+    masks, windows, length = chains * removed + 1, min(WINDOWS, steps), -(-steps // WINDOWS)
+    again = windows * (length - 1) + steps - 1  # dense, where a mask has moved what it is given
+    whole = steps * (2 + (windows + 1) // 2 + windows) - length  # from the first masked step on
     return Forwards(
         order=chains * tried * min(samples, ORDER_SAMPLES),
         forecast=(EARLY_FORWARDS + EARLY_BINS * (masks + 1)) * early,
         errors=2 * bins * (masks + 1) * samples,
-        response=min(samples, RESPONSE_SAMPLES) * (steps * (2 + (windows + 1) // 2) * (1 + guided) + again))
+        response=min(samples, RESPONSE_SAMPLES) * (whole * (1 + guided) + again + 2 * windows + 2))

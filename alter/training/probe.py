@@ -23,8 +23,9 @@ from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
 
-View = Callable[[Tensor], Tensor]  # of final latents [B, ...], any tensor [B, ...]
-_LATENTS: Mapping[str, View] = {"latents": torch.clone}
+# Of final latents [B, ...], noise like them and the backbone's conditioning arguments, any tensor [B, ...].
+View = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+_LATENTS: Mapping[str, View] = {"latents": lambda latents, *_: latents}
 
 
 class Probe:
@@ -140,13 +141,13 @@ class Probe:
             ranges.append(range(len(steps), len(steps) + len(own)))
             steps += own
         mask_MNL = np.repeat(masks[:, None], len(steps), axis=1)
-        moved, _, caused_B = self.displacement(mask_MNL, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
+        moved, caused_B = self.displacement(mask_MNL, ranges[::-1], partial(solver_at, self.parts.scheduler, steps))
         return np.divide(moved["latents"], caused_B, out=np.ones(len(bins)), where=caused_B > 0)
 
     @torch.no_grad()
     def displacement(self, masks: np.ndarray, ranges: Sequence[range], prepare: Callable[[], Any],
-                     guidance: float = 1.0, views: Mapping[str, View] = _LATENTS) -> tuple[
-                         dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+                     guidance: float = 1.0, views: Mapping[str, View] = _LATENTS,
+                     others: Sequence[Sequence[int]] = ()) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """How far final samples move when masks are in force at some steps of a sampler alone.
 
         A backbone of less noise begins at noised samples; that of more noise ends where its last step leads.
@@ -155,42 +156,44 @@ class Probe:
             masks: of each of a solver's steps, bool [M, N, L]. ranges: of consecutive steps, R of them. prepare: a
                 solver with its steps set.
             guidance: of classifier-free guidance. views: what of the final latents is compared, under its name.
+            others: further sets of steps, each in order, O of them.
 
-        Returns: of each view the mean squared displacement, and the mean inner product of the displacement with that of
-            the last range; and the mean squared change of the model's output (before guidance) at the steps of each
-            range; float64 [R], means over masks, samples and steps.
+        Returns: of each view the mean squared displacement by ranges and others, float64 [R+O]; and the mean squared
+            change of the model's output (before guidance) at the steps of each range, float64 [R]; means over masks,
+            samples and steps.
         """
-        moved, along = ({name: np.zeros(len(ranges)) for name in views} for _ in range(2))
+        moved = {name: np.zeros(len(ranges) + len(others)) for name in views}
         caused_R = np.zeros(len(ranges))
-        bar = tqdm(total=len(ranges) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
+        places = [*enumerate([*ranges, *others])]
+        bar = tqdm(total=len(places) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
         device = self.parts.backbone.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a sampler may draw noise
             for batch in self._batches:
-                samples, known, _ = self._sample(None, range(0), batch, [], prepare(), guidance)
-                seen = {name: view(samples) for name, view in views.items()}
-                last: dict[tuple[str, int], Tensor] = {}
-                for r, steps in reversed([*enumerate(ranges)]):
+                samples, known, _ = self._sample(None, (), batch, [], prepare(), guidance)
+                _, _, noise, given, _ = batch
+                seen = {name: view(samples, noise, given) for name, view in views.items()}
+                for r, steps in places:
                     bar.update()
-                    for m, mask_NL in enumerate(masks):
-                        changed, _, caused = self._sample(mask_NL, steps, batch, known, prepare(), guidance)
+                    for mask_NL in masks:
+                        compared = r < len(ranges)
+                        changed, _, caused = self._sample(mask_NL, steps, batch, known, prepare(), guidance, compared)
                         for name, view in views.items():
-                            away = (view(changed) - seen[name]).float().flatten(1)
-                            whole = last.setdefault((name, m), away)
+                            away = (view(changed, noise, given) - seen[name]).float().flatten(1)
                             moved[name][r] += away.square().mean(dim=1).sum().item()
-                            along[name][r] += (away * whole).mean(dim=1).sum().item()
-                        caused_R[r] += caused
+                        if compared:
+                            caused_R[r] += caused
         bar.close()
         if not all(np.isfinite(value).all() for value in moved.values()):
             raise InputError("the samples of this model are not finite where layers are skipped: use another "
                              "train.mixed_precision")
         count = self.samples * max(len(masks), 1)
-        return ({name: value / count for name, value in moved.items()},
-                {name: value / count for name, value in along.items()}, caused_R / count)
+        return {name: value / count for name, value in moved.items()}, caused_R / count
 
-    def _sample(self, mask_NL: np.ndarray | None, masked: range, batch: tuple, known: list[tuple[Tensor, Tensor]],
-                solver: Any, guidance: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
-        """Samples, the outputs of all steps before and after guidance, and the summed change of the output where the
-        masked steps find themselves, their mean.
+    def _sample(self, mask_NL: np.ndarray | None, masked: Sequence[int], batch: tuple,
+                known: list[tuple[Tensor, Tensor]], solver: Any, guidance: float,
+                compared: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]], float]:
+        """Samples, the outputs of all steps before and after guidance, and, if that is to be compared, the summed
+        change of the output where the masked steps find themselves, their mean.
 
         known: the dense model's outputs, which serve until the mask is in force for the first time.
         """
@@ -209,7 +212,7 @@ class Probe:
                     base = self._predict(mask, scaled, there, nothing)
                     guided = base + guidance * (pred - base)
                 outputs.append((pred, guided))
-            if step in masked:
+            if compared and step in masked:
                 dense = known[step][0] if step == masked[0] else self._predict(None, scaled, there, given)
                 caused += mse_per_sample(outputs[-1][0], dense).sum().item() / len(masked)
             latents = solver.step(outputs[-1][1], timestep, latents).prev_sample

@@ -92,14 +92,14 @@ class Rating:
                                               {"features": self._features})
             return {"response": torch.from_numpy(response["features"])}
 
-        response_B = self._once("response-along", measure)["response"].numpy()
+        response_B = self._once("response-marginal", measure)["response"].numpy()
         density_T = np.repeat(response_B / np.diff(equal), np.diff(equal))
         return float(density_T @ np.repeat(error_B, np.diff(self._equal(len(error_B)) if edges is None else edges)))
 
     def _equal(self, bins: int) -> np.ndarray:
         return np.linspace(0, self.parts.noising.num_timesteps, bins + 1).round().astype(int)
 
-    def _features(self, latents: Tensor) -> Tensor:
+    def _features(self, latents: Tensor, *_: Any) -> Tensor:
         return self.classifier.features(self.parts.images(latents))
 
     def _once(self, name: str, compute: Any) -> Mapping[str, Tensor]:

@@ -36,7 +36,7 @@ class Lost:
         macs: of a whole drawing, as a share of the dense one's.
         latents, pixels: drifts (evaluation/pairs.py); pixels None where latents are no picture.
         psnr: in dB, mean over the pairs that differ; inf where none does. predicted: the drift of latents that measured
-            errors foretell; None of the dense model, and where errors are foretold of other features.
+            errors foretell; None of the dense model.
     """
 
     name: str
@@ -78,7 +78,8 @@ def find_untrained(config: Config, parts: Parts, conditions: Sequence[str] | Seq
         with chosen.serving(parts.simulator):
             drawn = parts.drawn(parts.backbone, batch, steps, seed, batch_size)
         macs = _share(parts, chosen, share_T)
-        error = None if config.search.features else chosen.rung.error  # of latents
+        assert experts.measured is not None
+        error = experts.measured.moved(chosen.rung.expert_T, "latents")
         lost.append(_compared(parts, f"keep {keep:g}", macs, drawn, dense, error))
         fewer = max(1, round(macs * steps))
         with parts.dense() as backbone:

@@ -42,9 +42,12 @@ def test_a_summary_in_groups():
         "Mean squared error on held-out data": {"against the dense model's output": "0.00643"},
         "Run": {"duration": "11 min", "truncated prompts": "7"},
     }
-    several = summary_groups({**SUMMARY, "experts_unused": [1, 2], "time_ratio": 0.7, "time_measured_on": "a GPU",
-                              "budget_over": "prunable", "anything": 3, "anything_none": None})
+    several = summary_groups({**SUMMARY, "experts_used": 2, "experts_unused": [1, 2], "time_ratio": 0.7,
+                              "time_measured_on": "a GPU", "budget_over": "prunable", "anything": 3,
+                              "anything_none": None})
     assert several["Experts"]["number"] == "4, unused: experts 1, 2" and several["Other"] == {"anything": "3"}
+    ladder = summary_groups({**SUMMARY, "experts_count": 21, "experts_used": 4, "experts_unused": [0, *range(8, 18)]})
+    assert ladder["Experts"]["number"] == "4, 6 more in other rungs, 11 unused"
     assert several["Budget"]["target"] == "65% of the dense model's time of the prunable layers"
     assert several["Budget"]["time kept"] == "70% of the dense model's, measured on a GPU"
 

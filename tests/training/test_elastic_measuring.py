@@ -7,16 +7,31 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dit
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 import alter.training.search.measuring as measuring
+from alter.backbones.family import predict
 from alter.backbones.gates import HardRows
+from alter.backbones.noising import Flow
 from alter.method.budget import Budget
 from alter.method.measured import forwards
 from alter.training.probe import Probe
-from alter.training.search.measuring import early_response, measure_response, order_layers, sampler_of
+from alter.training.search.measuring import (
+    early_response,
+    measure_response,
+    order_layers,
+    residuals,
+    sampler_of,
+    views_of,
+)
 from alter.training.setup.parts import build
 
+LATENTS = {"latents": lambda latents, *_: latents}
 ALWAYS = np.ones((1, 4), dtype=bool), np.zeros(1000, dtype=np.int64)
 
 
@@ -130,7 +145,7 @@ def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, monkeypat
     probe, masks = Probe(config, parts, 2), (np.arange(4) != np.array([[1], [2]]), np.arange(1000) // 500)
     edges, error_B = np.array([0, 400, 700, 1000]), np.array([1.0, 2.0, 3.0])
     found, name, steps = measure_response(config, parts, probe, masks, edges, error_B,
-                                          {"latents": lambda latents: latents})
+                                          LATENTS)
     assert (name, steps) == ("DPMSolverMultistepScheduler", 3)
     (_, _, noise, given, nothing), = probe._batches
     parts.simulator.remove()
@@ -155,25 +170,57 @@ def test_the_response_is_that_of_the_sampler_run_by_hand(small_config, monkeypat
         return latents, np.mean(changes or 0), solver.timesteps.numpy()
 
     dense, _, visited = sample([])
-    everything, each = sample([0, 1, 2])[0], []
-    for window in windows:
-        samples, change, _ = sample(window)
-        moved = samples - dense
-        each.append(max(moved.square().mean().item(), (moved * (everything - dense)).mean().item()) / change)
+
+    def moved(masked):
+        return (sample(masked)[0] - dense).square().mean().item()
+
+    everywhere = moved([0, 1, 2])
+    each = [max(moved(window), everywhere - moved([step for step in range(3) if step not in window])) /
+            sample(window)[1] for window in windows]
     middles = (edges[:-1] + edges[1:] - 1) / 2
     shape_B = np.interp(middles, [visited[window].mean() for window in windows][::-1], each[::-1])
-    everywhere = (everything - dense).square().mean().item()
     assert found["latents"] @ error_B == pytest.approx(everywhere, rel=1e-3)
     assert found["latents"] / found["latents"].sum() == pytest.approx(shape_B / shape_B.sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_residuals_are_what_a_scheduler_of_diffusers_would_still_remove(small_config, kind):
+    config = small_config("dit")
+    parts = build(config)
+    (_, clean, noise, given, _), = Probe(config, parts, 2)._batches
+    alpha_T, step_T = parts.scheduler.alphas_cumprod, torch.arange(1000)
+    parts.noising = Flow(1000) if kind == "flow" else dataclasses.replace(parts.noising, prediction_type=kind)
+    signal_T, spread_T = (1 - step_T / 1000, step_T / 1000) if kind == "flow" else (alpha_T**0.5, (1 - alpha_T) ** 0.5)
+    row = (signal_T - spread_T).abs().argmin()  # half signal, half noise
+    noisy = signal_T[row] * clean + spread_T[row] * noise
+    with torch.no_grad():
+        output = predict(parts.teacher, noisy, parts.noising.at(row.expand(2)), given)[:, : clean.shape[1]]
+    if kind == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=[row / 1000])
+        denoised = scheduler.step(output, scheduler.timesteps[0], noisy).prev_sample
+    else:
+        scheduler = DDPMScheduler(trained_betas=parts.scheduler.betas.numpy(), prediction_type=kind, clip_sample=False)
+        denoised = scheduler.step(output, int(row), noisy).pred_original_sample
+    per_latent = signal_T[row] / spread_T[row] if kind == "epsilon" else 1 / spread_T[row]
+    assert torch.allclose(residuals(parts, clean, noise, given), per_latent * (clean - denoised), atol=1e-4)
+
+
+def test_a_part_that_ends_in_noise_has_no_residuals(small_config):
+    config = small_config("dit")
+    parts = build(config)
+    assert "residuals" in views_of(config, parts)
+    for within, there in (None, True), ((0.0, 500.0), True), ((500.0, 1001.0), False):
+        parts.noising = Flow(1000, within=within)
+        assert ("residuals" in views_of(config, parts)) == there
+
+
 def test_what_cancels_counts_as_what_it_moves_alone(small_config):
-    """Windows whose displacements point away from the whole one."""
+    """Windows without which the others move samples further."""
     config = small_config("dit", evaluate={"sampling_steps": 10})
-    moved, along = np.array([4.0] * 10 + [9.0]), np.array([8.0, -5.0] * 5 + [9.0])
-    displaced = {"latents": moved}, {"latents": along}, np.full(11, 2.0)
+    displaced = {"latents": np.array([4.0] * 10 + [9.0] + [1.0, 14.0] * 5)}, np.full(11, 2.0)
     found, _, _ = measure_response(config, build(config), SimpleNamespace(displacement=lambda *asked: displaced),
-                                   ALWAYS, np.arange(0, 1001, 100), np.ones(10), {"latents": torch.clone})
+                                   ALWAYS, np.arange(0, 1001, 100), np.ones(10), LATENTS)
     shape_B = found["latents"] / found["latents"].max()
     assert found["latents"].sum() == pytest.approx(9)
     assert 0.5 - 1e-9 <= shape_B.min() < 0.6  # 4 of 8, not -5 of 8
@@ -182,18 +229,20 @@ def test_what_cancels_counts_as_what_it_moves_alone(small_config):
 def test_windows_of_steps_are_of_equal_length(small_config):
     """Else those of more steps would seem to answer more to an error."""
     config = small_config("dit", evaluate={"sampling_steps": 13})
-    parts, seen = build(config), []
+    parts, seen, without = build(config), [], []
 
-    def displacement(masks, ranges, prepare, guidance, views):
+    def displacement(masks, ranges, prepare, guidance, views, others):
         seen.extend(ranges)
-        ones = {name: np.ones(len(ranges)) for name in views}
-        return ones, ones, np.ones(len(ranges))
+        without.extend(others)
+        return {name: np.ones(len(ranges) + len(others)) for name in views}, np.ones(len(ranges))
 
     measure_response(config, parts, SimpleNamespace(displacement=displacement), ALWAYS,
-                     np.array([0, 500, 1000]), np.ones(2), {"latents": lambda latents: latents})
+                     np.array([0, 500, 1000]), np.ones(2), LATENTS)
     *windows, everything = seen
     assert everything == range(13) and {len(window) for window in windows} == {2} and len(windows) == 10
     assert set().union(*windows) == set(range(13))
+    assert [sorted({*window, *rest}) for window, rest in zip(windows, without, strict=True)] == [[*range(13)]] * 10
+    assert all(len(rest) == 11 for rest in without)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler",
@@ -204,12 +253,12 @@ def test_samplers_of_other_scales_and_with_noise_of_their_own(small_config, name
     parts.scheduler = DDPMScheduler.from_config(parts.scheduler.config, variance_type="learned_range")
     probe, prepare = Probe(config, parts, 2), sampler_of(config, parts)
     everything, before = np.ones((1, 4, 4), dtype=bool), torch.get_rng_state()
-    moved, along, caused = probe.displacement(everything, [range(4)], prepare)
-    assert moved["latents"].tolist() == along["latents"].tolist() == caused.tolist() == [0]
+    moved, caused = probe.displacement(everything, [range(4)], prepare, others=[[0, 3]])
+    assert moved["latents"].tolist() == [0, 0] and caused.tolist() == [0]
     assert torch.equal(torch.get_rng_state(), before)
     if name != "EulerDiscreteScheduler":
         return
-    latents, outputs, _ = probe._sample(None, range(0), probe._batches[0], [], prepare(), 1.0)
+    latents, outputs, _ = probe._sample(None, (), probe._batches[0], [], prepare(), 1.0)
     (_, _, noise, given, _), = probe._batches
     solver = EulerDiscreteScheduler.from_config(parts.scheduler.config)
     solver.set_timesteps(4)

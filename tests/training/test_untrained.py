@@ -89,7 +89,7 @@ def test_masks_go_by_the_features_of_a_network(tmp_path, capsys):
     save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
     assert main([*command, "--out", str(tmp_path / "thrice")]) == 0
     once, thrice = (TemporalExperts.from_pretrained(tmp_path / name).measured for name in ("once", "thrice"))
-    assert once.space == "features" and set(once.response) == {"features", "latents"}
+    assert once.space == "features" and set(once.response) == {"features", "residuals", "latents"}
     np.testing.assert_allclose(thrice.response["features"], 9 * once.response["features"], rtol=1e-3)
     np.testing.assert_allclose(thrice.response["latents"], once.response["latents"])
     errors = [TemporalExperts.from_pretrained(tmp_path / name).rung.error for name in ("once", "thrice")]
@@ -143,7 +143,10 @@ def test_what_is_lost_is_what_the_users_pipeline_loses(tmp_path):
     assert lost[0].macs == pytest.approx(experts.macs_T[visited].mean() / experts.macs_total)
     # The prediction's unit: mean squared displacement of an element, relative to that between dense samples.
     between = np.mean([(dense[i] - dense[k]).square().sum().item() for i in range(3) for k in range(3) if i != k])
-    assert lost[0].predicted == pytest.approx(experts.rung.error * dense[0].numel() / between, rel=1e-3)
+    measured, bins = experts.measured, np.searchsorted(experts.measured.edges, np.arange(1000), side="right") - 1
+    each_T = measured.error_MB[experts.rung.expert_T, bins] / np.diff(measured.edges)[bins]
+    moved = float(each_T @ measured.response["latents"][bins])
+    assert lost[0].predicted == pytest.approx(moved * dense[0].numel() / between, rel=1e-3)
     assert "less than dense at 3 steps" in verdict(lost)
 
 

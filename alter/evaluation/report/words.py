@@ -94,7 +94,8 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
     steps, dense = number(found.get("sampling_steps")), macs(found.get("macs_dense"))
     budget = ("time" if "time_ratio" in found else "MACs") + (
         " of the prunable layers" if found.get("budget_over") == "prunable" else "")
-    unused = _unused(found.get("experts_unused", []))
+    unused = found.get("experts_unused", [])
+    others = found.get("experts_count", 0) - found.get("experts_used", 0) - len(unused)
     groups = {
         "Budget": rows(
             ("keep_ratio_target", "target", lambda share: f"{percent(share)} of the dense model's {budget}"),
@@ -103,7 +104,8 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
                                                       f"{found.get('time_measured_on')}"),
             ("macs_experts", "MACs per step", lambda value: f"{macs(value)}; dense: {dense}"),
             ("prunable_share", "MACs of the prunable layers", lambda share: f"{percent(share)} of the dense model's")),
-        "Experts": rows(("experts_count", "number", lambda count: f"{count}, {unused}")),
+        "Experts": rows(("experts_count", "number", lambda count: (
+            f"{found['experts_used'] if others else count}, {_beside(others, unused)}"))),
         "Quality": rows(
             ("samples", "samples", lambda count: f"{number(count)}, guidance scale {found.get('guidance_scale')}"),
             *((f"fd_{model}", name.format(steps), lambda _, model=model: quality(found, model))
@@ -119,18 +121,21 @@ def summary_groups(summary: dict[str, Any]) -> Groups:
 
 
 def used(experts: TemporalExperts) -> str:
-    """Which experts no rung uses, in words."""
-    return _unused(_unused_experts(experts))
+    """How many experts other rungs use, and which ones none does, in words."""
+    return _beside(len(experts.used_by_any) - len(experts.used), _unused_experts(experts))
 
 
 def _unused_experts(experts: TemporalExperts) -> list[int]:
     return sorted({*range(len(experts.mask_EL))} - {*experts.used_by_any})
 
 
-def _unused(unused: list[int]) -> str:
-    if len(unused) > _NAMED:
-        return f"{len(unused)} of them unused"
-    return f"unused: expert{'s' * (len(unused) > 1)} {', '.join(map(str, unused))}" if unused else "all used"
+def _beside(others: int, unused: list[int]) -> str:
+    more = f"{others} more in other rungs"
+    if not unused:
+        return more if others else "all used"
+    if others or len(unused) > _NAMED:
+        return ", ".join([more] * (others > 0) + [f"{len(unused)} unused"])
+    return f"unused: expert{'s' * (len(unused) > 1)} {', '.join(map(str, unused))}"
 
 
 def summary_table(summary: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What the elastic search measures: the order of the layers, errors of masks, and the response of samples."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...backbones.family import predict
 from ...backbones.noising import Flow, edges_of
 from ...backbones.pretrained import load_vae
 from ...backbones.schedules import as_rows, hands_sigmas, make_sampler, make_solver, set_timesteps
@@ -69,11 +71,11 @@ def measure_response(config: Config, parts: Parts, probe: Probe, masks: tuple[np
                          dict[str, np.ndarray], str, int]:
     """How far samples move, squared, for a unit of error of the output in each bin, by the sampler that will be used.
 
-    Masks are in force in some windows of the sampler's steps, of equal length, one at a time, and at all steps. What
-    a window adds to the squared displacement d_all of the final samples is ⟨d_w, d_all⟩, d_w its own displacement:
-    since displacements of several steps point the same way, their squares alone do not sum to the whole. ‖d_w‖² is the
-    lower bound. This is divided by the change of the output there and interpolated to the bins. All is then scaled so
-    that `error_B` gives the displacement that the masks cause at all steps.
+    With masks in force at all steps of the sampler samples move by ‖d‖², at all but those of a window (some consecutive
+    steps, all windows as long) by ‖d₋w‖². The window's share is ‖d‖² - ‖d₋w‖²: what errors do there depends on the
+    errors elsewhere, which point the same way, and which no dense step repairs. ‖d_w‖², of masks in the window alone,
+    is the lower bound. The share is divided by the change of the output there and interpolated to the bins. All is then
+    scaled so that `error_B` gives the displacement that the masks cause at all steps.
 
     Args:
         masks: bool [M, L], and which of them is in force at each training timestep, int64 [T].
@@ -90,17 +92,19 @@ def measure_response(config: Config, parts: Parts, probe: Probe, masks: tuple[np
     windows = [range(first, first + length) for first in firsts]
     mask_ML, mask_T = masks
     mask_NL = mask_ML[mask_T[visited.astype(int)]]
-    moved, along, caused = probe.displacement(mask_NL[None], [*windows, range(steps)], prepare, parts.free_guidance,
-                                              views)
+    without = [[step for step in range(steps) if step not in window] for window in windows]
+    moved, caused = probe.displacement(mask_NL[None], [*windows, range(steps)], prepare, parts.free_guidance, views,
+                                       without)
     middle_W = np.array([visited[window.start : window.stop].mean() for window in windows])[::-1]
     middle_B = (edges[:-1] + edges[1:] - 1) / 2
     response = {}
     for name, value in moved.items():
-        added = np.maximum(value, along[name])
-        each_W = np.divide(added[:-1], caused[:-1], out=np.zeros(len(windows)), where=caused[:-1] > 0)[::-1]
+        alone_W, whole, without_W = np.split(value, [len(windows), len(windows) + 1])
+        share_W = np.maximum(whole - without_W, alone_W)
+        each_W = np.divide(share_W, caused[:-1], out=np.zeros(len(windows)), where=caused[:-1] > 0)[::-1]
         response_B = np.interp(middle_B, middle_W, each_W)
         total = float(response_B @ error_B)
-        response[name] = response_B * (value[-1] / total if total > 0 else 1.0)
+        response[name] = response_B * (whole[0] / total if total > 0 else 1.0)
     return response, type(solver).__name__, steps
 
 
@@ -142,13 +146,16 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
 
 
 def views_of(config: Config, parts: Parts) -> dict[str, View]:
-    """What of final latents is compared: the latents; where the VAE is at hand and decodes them, the pixels; and the
-    features of `search.features`.
+    """What of final latents is compared: the latents; where they are the last there are, the dense model's `residuals`;
+    where the VAE is at hand and decodes them, the pixels; and the features of `search.features`.
 
     Raises:
         InputError: if that network cannot be loaded.
     """
-    views: dict[str, View] = {"latents": lambda latents: latents}
+    views: dict[str, View] = {"latents": lambda latents, *_: latents}
+    within = parts.noising.within if isinstance(parts.noising, Flow) else None
+    if within is None or within[0] <= 0:
+        views["residuals"] = partial(residuals, parts)
     decoded = type(parts.vae).__name__ == "AutoencoderKL" and len(parts.latent_shape) == 3
     asked = config.search.features
     has_vae = decoded or asked is not None and (parts.folder / "vae").is_dir()
@@ -157,7 +164,7 @@ def views_of(config: Config, parts: Parts) -> dict[str, View]:
         vae = load_vae(parts.folder, parts.backbone.device, torch.float32)
     last: list[Tensor] = []  # latents and their images, which two views look at in turn
 
-    def images(latents: Tensor) -> Tensor:
+    def images(latents: Tensor, *_: Any) -> Tensor:
         if not last or last[0] is not latents:
             last[:] = latents, parts.images(latents, vae)
         return last[1]
@@ -166,8 +173,23 @@ def views_of(config: Config, parts: Parts) -> dict[str, View]:
         views["pixels"] = images
     if asked is not None:
         network = ClipVision(Path(asked), "search.features=").to(parts.backbone.device)
-        views["features"] = lambda latents: embedded(network, images(latents))
+        views["features"] = lambda latents, *_: embedded(network, images(latents))
     return views
+
+
+@torch.no_grad()
+def residuals(parts: Parts, latents: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    """The dense model's error in denoising clean latents [B, ...] at the trained timestep at which signal and noise are
+    most alike: output minus target, of their shape. It is proportional to the latents minus what they are denoised to,
+    so that it hardly changes while samples move to others that the model could have drawn."""
+    noising, rows = parts.noising, parts.noising.trained
+    row = rows[noising.log_snr(noising.at(rows)).abs().argmin()]
+    timesteps = noising.at(row.expand(len(latents))).to(latents.device)
+    arithmetic = torch.autocast(latents.device.type, parts.precision, parts.precision != torch.float32)
+    with parts.dense() as teacher, arithmetic:
+        output = predict(teacher, noising.noised(latents, noise, timesteps), timesteps, conditioning)
+    parts.release_teacher()
+    return output[:, : latents.shape[1]].float() - noising.target(latents, noise, timesteps)
 
 
 def measured_family(config: Config, parts: Parts, mask_ML: np.ndarray, edges: np.ndarray, near_T: np.ndarray,
