@@ -234,7 +234,9 @@ class Experts:
             "MACs": [f"{one.keep_ratio:.1%}" for one in each],
             "GMACs a forward": [f"{one.macs_mean / 1e9:.4g}" for one in each],
             "time": [f"{one.time_ratio:.1%}" if one.time_ratio is not None else "" for one in each],
-            f"predicted error{of}": [f"{rung.error:.3g}" if rung.error is not None else "" for rung in self.ladder],
+            # That of a plan is of latents.
+            f"predicted error{of}": ["" if rung.error is None or of and rung.steps else f"{rung.error:.3g}"
+                                     for rung in self.ladder],
             "90%": ["" if rung.interval is None else "{:.3g} to {:.3g}".format(*rung.interval) for rung in self.ladder],
             "steps": [str(rung.steps or "") for rung in self.ladder],
             "tuned": ["yes" if rung.tuned else "no" for rung in self.ladder],

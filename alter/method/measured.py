@@ -114,7 +114,7 @@ def forwards(layers: int, least: float, samples: int, bins: int, steps: int, gui
     early = min(samples, EARLY_SAMPLES)
     masks, windows, length = chains * removed + 1, min(WINDOWS, steps), -(-steps // WINDOWS)
     again = windows * (length - 1) + steps - 1  # dense, where a mask has moved what it is given
-    whole = steps * (2 + (windows + 1) // 2 + windows) - length  # from the first masked step on
+    whole = 2 * steps + windows * (steps + length) // 2 + windows * steps - length  # from the first masked step on
     return Forwards(
         order=chains * tried * min(samples, ORDER_SAMPLES),
         forecast=(EARLY_FORWARDS + EARLY_BINS * (masks + 1)) * early,

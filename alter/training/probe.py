@@ -182,6 +182,7 @@ class Probe:
                             moved[name][r] += away.square().mean(dim=1).sum().item()
                         if compared:
                             caused_R[r] += caused
+        self.parts.release_teacher()  # of a view
         bar.close()
         if not all(np.isfinite(value).all() for value in moved.values()):
             raise InputError("the samples of this model are not finite where layers are skipped: use another "

@@ -29,6 +29,7 @@ def test_a_family(family_config, case):
     experts = TemporalExperts.from_pretrained(run / "final")
     measured, low = experts.measured, experts.keep_ratio_target
     assert np.isfinite(measured.loss_MB).all() and measured.loss_MB.max() > 0 and "latents" in measured.response
+    assert measured.space == ("latents" if case == "wan22 transformer" else "residuals")
     depth_M = experts.mask_EL.sum(1)
     assert experts.mask_EL[0].all() and len(np.unique(experts.mask_EL, axis=0)) == len(depth_M)
     assert set(depth_M) == set(range(depth_M.min(), depth_M.max() + 1))

@@ -135,6 +135,11 @@ def test_the_teacher_of_adapters_is_the_backbone_without_them(small_config):
             expected = (adapted - dense(noisy, timesteps, **conditioning).sample).square().flatten(1).mean(1)
         assert np.allclose(found[m, 0], expected, rtol=1e-4)
     assert (found > 0).all()
+    clean, noise = torch.randn(2, *noisy.shape, generator=torch.Generator().manual_seed(3))
+    row = torch.tensor(400)
+    with torch.no_grad():
+        output = dense(parts.noising.noised(clean, noise, row.expand(3)), row.expand(3), **conditioning).sample
+    assert torch.allclose(residuals(parts, row, clean, noise, conditioning), output - noise, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance, windows", [(1.0, [[0], [1], [2]]), (2.0, [[0], [1], [2]]), (2.0, [[0, 1], [1, 2]])])
@@ -203,16 +208,18 @@ def test_residuals_are_what_a_scheduler_of_diffusers_would_still_remove(small_co
         scheduler = DDPMScheduler(trained_betas=parts.scheduler.betas.numpy(), prediction_type=kind, clip_sample=False)
         denoised = scheduler.step(output, int(row), noisy).pred_original_sample
     per_latent = signal_T[row] / spread_T[row] if kind == "epsilon" else 1 / spread_T[row]
-    assert torch.allclose(residuals(parts, clean, noise, given), per_latent * (clean - denoised), atol=1e-4)
+    found = views_of(config, parts)["residuals"](clean, noise, given)
+    assert torch.allclose(found, per_latent * (clean - denoised), atol=1e-4)
 
 
-def test_a_part_that_ends_in_noise_has_no_residuals(small_config):
+@pytest.mark.parametrize("changes, there", [({}, True), ({"within": (0.0, 600.0)}, True),
+                                            ({"within": (500.0, 1001.0)}, False), ({"visited": (990.0,)}, False),
+                                            ({"visited": (250.0, 1000.0)}, True)])
+def test_residuals_need_samples_without_noise_and_a_backbone_that_knows_some(small_config, changes, there):
     config = small_config("dit")
     parts = build(config)
-    assert "residuals" in views_of(config, parts)
-    for within, there in (None, True), ((0.0, 500.0), True), ((500.0, 1001.0), False):
-        parts.noising = Flow(1000, within=within)
-        assert ("residuals" in views_of(config, parts)) == there
+    parts.noising = Flow(1000, **changes)
+    assert ("residuals" in views_of(config, parts)) == there
 
 
 def test_what_cancels_counts_as_what_it_moves_alone(small_config):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...backbones.family import predict
-from ...backbones.noising import Flow, edges_of
+from ...backbones.noising import Flow, Noising, edges_of
 from ...backbones.pretrained import load_vae
 from ...backbones.schedules import as_rows, hands_sigmas, make_sampler, make_solver, set_timesteps
 from ...common.config import Config
@@ -146,16 +146,15 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
 
 
 def views_of(config: Config, parts: Parts) -> dict[str, View]:
-    """What of final latents is compared: the latents; where they are the last there are, the dense model's `residuals`;
-    where the VAE is at hand and decodes them, the pixels; and the features of `search.features`.
+    """What of final latents is compared: the latents; the dense model's `residuals`, where it knows such noise; where
+    the VAE is at hand and decodes them, the pixels; and the features of `search.features`.
 
     Raises:
         InputError: if that network cannot be loaded.
     """
     views: dict[str, View] = {"latents": lambda latents, *_: latents}
-    within = parts.noising.within if isinstance(parts.noising, Flow) else None
-    if within is None or within[0] <= 0:
-        views["residuals"] = partial(residuals, parts)
+    if (row := _half_noise(parts.noising)) is not None:
+        views["residuals"] = partial(residuals, parts, row)
     decoded = type(parts.vae).__name__ == "AutoencoderKL" and len(parts.latent_shape) == 3
     asked = config.search.features
     has_vae = decoded or asked is not None and (parts.folder / "vae").is_dir()
@@ -177,19 +176,25 @@ def views_of(config: Config, parts: Parts) -> dict[str, View]:
     return views
 
 
+def _half_noise(noising: Noising) -> Tensor | None:
+    """The trained row at which signal and noise are most alike. None where one is more than e² times the other, and of
+    the high-noise part of two backbones, whose samples stay noisy."""
+    rows = noising.trained
+    away = noising.log_snr(noising.at(rows)).abs()
+    noisy = isinstance(noising, Flow) and noising.within is not None and noising.within[0] > 0
+    return None if noisy or away.min() > 4 else rows[away.argmin()]
+
+
 @torch.no_grad()
-def residuals(parts: Parts, latents: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-    """The dense model's error in denoising clean latents [B, ...] at the trained timestep at which signal and noise are
-    most alike: output minus target, of their shape. It is proportional to the latents minus what they are denoised to,
-    so that it hardly changes while samples move to others that the model could have drawn."""
-    noising, rows = parts.noising, parts.noising.trained
-    row = rows[noising.log_snr(noising.at(rows)).abs().argmin()]
-    timesteps = noising.at(row.expand(len(latents))).to(latents.device)
+def residuals(parts: Parts, row: Tensor, latents: Tensor, noise: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    """The dense model's error in denoising clean latents [B, ...] that are noised to a row: output minus target, of
+    their shape. It is proportional to the latents minus what they are denoised to, so that it hardly changes while
+    samples move to others that the model could have drawn."""
+    timesteps = parts.noising.at(row.expand(len(latents))).to(latents.device)
     arithmetic = torch.autocast(latents.device.type, parts.precision, parts.precision != torch.float32)
     with parts.dense() as teacher, arithmetic:
-        output = predict(teacher, noising.noised(latents, noise, timesteps), timesteps, conditioning)
-    parts.release_teacher()
-    return output[:, : latents.shape[1]].float() - noising.target(latents, noise, timesteps)
+        output = predict(teacher, parts.noising.noised(latents, noise, timesteps), timesteps, conditioning)
+    return output[:, : latents.shape[1]].float() - parts.noising.target(latents, noise, timesteps)
 
 
 def measured_family(config: Config, parts: Parts, mask_ML: np.ndarray, edges: np.ndarray, near_T: np.ndarray,
