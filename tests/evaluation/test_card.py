@@ -58,5 +58,5 @@ def test_a_ladder_is_told():
     experts = chain(make_dit(layers=6))
     text = model_card(config, experts, achieved(experts), "DiTPipeline", None)
     assert "turned into 2 temporal experts." in text and "The same weights serve 3 budgets: `experts.apply" in text
-    assert all(line in text for line in experts.table().splitlines()) and "6, unused: expert 0" in text
+    assert all(line in text for line in experts.table().splitlines()) and "2, 3 more in other rungs, 1 unused" in text
     assert "budgets" not in model_card(config, experts.only(), {}, "DiTPipeline", None)

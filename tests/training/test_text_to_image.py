@@ -287,13 +287,14 @@ def test_one_reference_for_every_seed_that_has_not_seen_the_training_data(seed):
 def test_the_demo_in_short(tmp_path, real_pictures, dense):
     config = load_config("configs/demo_sd.yaml", [
         *SHORT, "demo.steps=4", "demo.vae_steps=4", "demo.images=300", "train.steps=4", "train.search_steps=2",
-        "validate.every=4", "demo.batch_size=8", "train.batch_size=8", "experts.start=dense",
+        "validate.every=4", "demo.batch_size=8", "train.batch_size=8",
         f"evaluate.dense={str(dense).lower()}",
     ])
     run = train(config).run_dir
     summary = json.loads((run / "summary.json").read_text())
     measured = KEYS if dense else KEYS - {"fd_dense", "fd_dense_50", "accuracy_dense"}
-    assert measured <= summary.keys() and abs(summary["keep_ratio"] - 0.65) <= 0.005
+    assert measured <= summary.keys()
+    assert 0.5 <= summary["keep_ratio"] <= 0.655  # the least error within the budget, after four steps
     assert summary["truncated_prompts"] == 0 == summary["skipped_samples"]
     for name in ("samples.png", "experts.png"):
         assert np.array(Image.open(run / name)).std() > 3
