@@ -4,7 +4,7 @@ Axes: M masks, B bins of timesteps. An error of the output counts by how far it 
 by orders of magnitude between timesteps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -53,9 +53,7 @@ class Measured:
     def moved(self, mask_T: np.ndarray, space: str) -> float:
         """The squared displacement of final samples, in a space, that mask mask_T[t] at timestep t is predicted to
         cause, int64 [T]."""
-        shares_MB = np.stack([np.bincount(mask_T[low:high], minlength=len(self.error_MB)) / (high - low)
-                              for low, high in pairwise(self.edges)], axis=1)
-        return float((shares_MB * self.error_MB * self.response[space]).sum())
+        return float((in_bins(mask_T, self.edges, len(self.error_MB)) * self.error_MB * self.response[space]).sum())
 
     def to_plain(self) -> dict[str, Any]:
         """As plain lists and numbers, for JSON."""
@@ -79,6 +77,12 @@ class Measured:
         if not set(measured.response) & set(SPACES) or not all(np.isfinite(v).all() and (v >= 0).all() for v in values):
             raise ValueError("errors and responses must be finite, none negative, in one of " + ", ".join(SPACES))
         return measured
+
+
+def in_bins(mask_T: np.ndarray, edges: Sequence[int], masks: int) -> np.ndarray:
+    """Of which share of each bin's timesteps mask_T[t], int64 [T], is mask m, float64 [M, B]."""
+    return np.stack([np.bincount(mask_T[low:high], minlength=masks) / (high - low) for low, high in pairwise(edges)],
+                    axis=1)
 
 
 @dataclass(frozen=True)

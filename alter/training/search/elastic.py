@@ -4,7 +4,6 @@ these orders, and masks over time are allocated by their errors, for every budge
 import dataclasses
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
 from ...method.allocation import Frontier, Gain, gain, interval, smoothed
 from ...method.budget import TOLERANCE
-from ...method.measured import EARLY_BINS, EARLY_SAMPLES, INTERVALS, ORDER_SAMPLES, Measured, forwards
+from ...method.measured import EARLY_BINS, EARLY_SAMPLES, INTERVALS, ORDER_SAMPLES, Measured, forwards, in_bins
 from ..batch import Batch
 from ..probe import Probe
 from ..setup.parts import Parts
@@ -65,8 +64,7 @@ class ElasticSearch:
             return chains
 
         self.chains = on_main_process(order)
-        cost_M = self._cost_M()
-        least = max(float(cost_M[member_M].min()) for member_M in self.chains.member_CM)
+        least = self.chains.cheapest(self._cost_M())
         if least > config.budget.range[0] + TOLERANCE:
             raise InputError(f"budget.keep_ratio={config.budget.range[0]}: the layers that are left keep {least:.3f} "
                              f"(search.least={search.least}): choose more, or a lower search.least")
@@ -235,10 +233,7 @@ def ladder(loss_MBS: np.ndarray, image_S: np.ndarray, edges: np.ndarray, cost_MB
 
 def _predicted(rung: Rung, loss_MBS: np.ndarray, image_S: np.ndarray, edges: np.ndarray) -> Rung:
     """With the mean loss of the samples, and what their noise leaves of it."""
-    lost_S = np.zeros(loss_MBS.shape[2])
-    for b, (low, high) in enumerate(pairwise(edges)):
-        share_M = np.bincount(rung.expert_T[low:high], minlength=len(loss_MBS)) / (high - low)
-        lost_S += share_M @ loss_MBS[:, b]
+    lost_S = np.einsum("mb,mbs->s", in_bins(rung.expert_T, edges.tolist(), len(loss_MBS)), loss_MBS)
     return dataclasses.replace(rung, error=float(lost_S.mean()), interval=interval(lost_S, image_S))
 
 
