@@ -121,6 +121,6 @@ def forwards(layers: int, least: float, samples: int, bins: int, steps: int, gui
     whole = 2 * steps + windows * (steps + length) // 2 + windows * steps - length  # from the first masked step on
     return Forwards(
         order=chains * tried * min(samples, ORDER_SAMPLES),
-        forecast=(EARLY_FORWARDS + EARLY_BINS * (masks + 1)) * early,
+        forecast=(EARLY_FORWARDS + (experts > 1) * EARLY_BINS * (masks + 1)) * early,
         errors=2 * bins * (masks + 1) * samples,
         response=min(samples, RESPONSE_SAMPLES) * (whole * (1 + guided) + again + 2 * windows + 2))

@@ -206,11 +206,12 @@ def test_what_does_not_fit_is_refused_in_one_line(small_config, changes, message
 
 
 @pytest.mark.parametrize("keep, count", [(1.0, 2), (0.95, 1)])
-def test_a_budget_that_leaves_no_choice(small_config, keep, count):
-    """The dense model, whose masks move no sample, among them."""
+def test_a_budget_that_leaves_no_choice(small_config, capsys, keep, count):
+    """The dense model, whose masks move no sample, among them. Of one expert nothing over time is promised."""
     experts = train(elastic(small_config, budget={"keep_ratio": keep}, experts={"count": count})).experts
     assert experts.keep_ratio <= keep + 0.005 and np.isfinite(experts.measured.loss_MB).all()
     assert experts.measured.loss_MB.max() > 0
+    assert ("over time would move samples" in capsys.readouterr().out) == (count > 1)
 
 
 def test_the_dry_run_tells_what_is_measured_and_what_random_depths_cost():

@@ -136,7 +136,7 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
     edges = edges_of(parts.noising, min(config.experts.count, INTERVALS), _weight_T(parts))
     chains = Chains.of([order_layers(probe, parts.budget, config.search.least, weight_T, *span)
                         for span in Chains.spans(edges)], edges)
-    if promises:
+    if promises and config.experts.count > 1:
         edges = edges_of(parts.noising, EARLY_BINS)
         loss_MBS = few.against_teacher(chains.mask_ML, edges) * weight_T[edges[:-1], None]
         tqdm.write("before any training, which makes such gains smaller: " + _forecast(
@@ -156,8 +156,9 @@ def allocated(config: Config, parts: Parts, chains: Chains, asked: Sequence[floa
     near_T = np.repeat(near_T[edges[:-1]], np.diff(edges))
     measured, error_MBS, image_S = measured_family(config, parts, mask_ML, edges, near_T, batch_size)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
-    fewer = "; one mask alone would have been trained on more samples" if tuned and len(chains.member_CM) > 1 else ""
-    tqdm.write(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]) + fewer)
+    if config.experts.count > 1:
+        fewer = "; one mask alone would have been trained on more samples" if tuned else ""
+        tqdm.write(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]) + fewer)
     rungs = ladder(loss_MBS, image_S, edges, bin_costs(parts, mask_ML, edges), config.experts.count, asked, tuned)
     return experts_of(parts, mask_ML, rungs, asked[0], measured)
 
