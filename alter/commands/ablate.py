@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = _rows_of(out) if out.is_file() else []
     wanted: dict[tuple[str, float, int], str] = {}
     for seed, keep, variant in itertools.product(arguments.seeds, arguments.keep, arguments.variants):
-        if variant in ("dense", "elastic_range"):  # of all budgets
+        if variant in ("dense", "elastic_range", "dense_tuned", "every_second"):  # of all budgets, or one of their own
             keep = 1.0
         name = " ".join((variant, *arguments.overrides))
         if not any((row["run"], row["seed"], row["budget"]) == (name, seed, keep) for row in rows):

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from .errors import InputError
 
+MEETING = timedelta(days=1)  # for which processes wait for one another at most; that of one which died ends all
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Result = TypeVar("Result")
 
@@ -23,7 +24,7 @@ def this_process() -> PartialState:
     """This process among those of `accelerate launch` or torchrun; without an accelerator they use the CPU, where
     accelerate by itself would take each for the only one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
-                        timeout=timedelta(hours=12))  # processes meet only when all work is done
+                        timeout=MEETING)
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:

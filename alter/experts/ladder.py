@@ -191,7 +191,7 @@ class Experts:
             rungs = _listed([rung.keep_ratio_target for rung in self.ladder])
             raise InputError(f"experts: keep_ratio={keep_ratio:g}: is below the lowest rung of their ladder, which "
                              f"has {rungs}: ask for at least {self.ladder[0].keep_ratio_target:g}")
-        return below[-1]
+        return next((rung for rung in below if rung.keep_ratio_target == keep_ratio), below[-1])
 
     def choose(self, keep_ratio: float | Rung) -> Self:
         """The same masks and ladder with another rung of it chosen.

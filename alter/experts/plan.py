@@ -135,7 +135,8 @@ class Planner:
     def plan(self, macs: float | None = None, seconds: float | None = None, quality: int | None = None) -> Plan:
         """The plan of least predicted displacement within a budget; or the cheapest of a quality. Give one of them.
 
-        It is drawn, and steps at full depth that cost no more are taken instead if they turn out nearer.
+        It is drawn, and steps at full depth that cost no more are taken instead if they turn out nearer; of a quality,
+        as many as are asked for if it does not reach it.
 
         Args:
             macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
@@ -160,7 +161,8 @@ class Planner:
                 raise ValueError(f"choose 2 to {self.most} dense steps")
             full = self.front.everything(quality)
             as_good = full.error - full.discretisation + between(self.drift, quality)
-            return self._drawn_best(self.front.cheapest(as_good), full)
+            cheapest = self._plan(self.front.cheapest(as_good))
+            return cheapest if self.check(cheapest) <= between(self.drift, quality) else self._plan(full)
         except ValueError as error:
             raise InputError(f"plan: {name}={value:g}: {error}") from None
 

@@ -40,7 +40,9 @@ class Rating:
 
     def __init__(self, config: Config, parts: Parts, folder: Path) -> None:
         reference = demo_reference(config, parts.source)
-        made_of = repr((config.evaluate, config.demo, config.data, config.backbone, config.flow))
+        budget = config.budget.sampler, config.budget.sampling_steps  # in which samples answer to errors
+        made_of = repr((config.evaluate, config.demo, config.data, config.backbone, config.flow, budget,
+                        config.train.mixed_precision))
         self.key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
         assert reference is not None, "a demo's run"
         folder.mkdir(parents=True, exist_ok=True)

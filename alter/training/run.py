@@ -4,7 +4,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..backbones.pretrained import set_tf32
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import release, write_text
-from ..common.process import on_main_process
+from ..common.process import MEETING, on_main_process
 from ..evaluation.report.figures import summary_table
 from ..experts.artefact import TemporalExperts
 from .checkpoint import UNWRITTEN, step_of
@@ -141,7 +140,7 @@ def make_accelerator(config: Config) -> Accelerator:
         log_with=None if tracker == "none" else tracker,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=4)),  # while one process makes a demo, or measures
+            InitProcessGroupKwargs(timeout=MEETING),  # while one process makes a demo, or measures
         ],
         project_config=ProjectConfiguration(logging_dir="."),  # the run directory, once it is known
     )

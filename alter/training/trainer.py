@@ -253,7 +253,8 @@ class Trainer:
             missed = self.parts.budget.measured(self.experts.mask_EL, self.experts.expert_T) - \
                 self.experts.keep_ratio_target
             if abs(missed) > 0.005:
-                tqdm.write(f"keep ratio misses its target by {missed:+.4f}: the sites allow nothing nearer")
+                why = searching(self).less if missed < 0 else "the sites allow nothing nearer"
+                tqdm.write(f"keep ratio misses its target by {missed:+.4f}: {why}")
             tqdm.write(self.experts.summary())
 
     def _present_experts(self) -> TemporalExperts:

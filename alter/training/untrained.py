@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from ..backbones.family import family_of
 from ..backbones.inputs import is_class_conditional
-from ..backbones.noising import Betas, Flow
-from ..backbones.schedules import as_rows, make_solver, visited_timesteps
+from ..backbones.noising import Flow
+from ..backbones.schedules import as_rows, hands_sigmas, make_solver, visited_timesteps
 from ..common.config import Config
 from ..common.errors import InputError
 from ..data.drawn import Drawn
@@ -65,7 +65,7 @@ def find_untrained(config: Config, parts: Parts, conditions: Sequence[str] | Seq
         batch = {"labels": torch.tensor(conditions, device=parts.backbone.device)}
     with parts.dense() as backbone:
         dense = parts.drawn(backbone, batch, steps, seed, batch_size)
-    share_T = _visited(parts, steps)
+    share_T = _visited(parts, steps, "captions" in batch)
     if isinstance(parts.source, Drawn):
         parts.source.latents = dense[1]
     check_blocks(config, parts)
@@ -171,12 +171,16 @@ def verdict(lost: Sequence[Lost]) -> str:
             f"({control.latents.value:.3f}){apart}")
 
 
-def _visited(parts: Parts, steps: int) -> np.ndarray:
-    """The training timesteps of each step of a drawing, int64 [steps]; those of another backbone are -1."""
-    if parts.conditioner is not None and not isinstance(parts.noising, Betas):
+def _visited(parts: Parts, steps: int, captions: bool) -> np.ndarray:
+    """The training timesteps of each step of a drawing, int64 [steps]; those of another backbone are -1.
+
+    captions: whether a pipeline draws, of a flow by its own scheduler."""
+    own, scheduler = captions and isinstance(parts.noising, Flow), parts.scheduler
+    if own and parts.conditioner is not None:
         timesteps = np.asarray(parts.conditioner.pipe.scheduler.timesteps.cpu(), dtype=np.float64)
     else:
-        timesteps = visited_timesteps(make_solver(parts.scheduler, parts.tokens), steps, parts.tokens)
+        solver = type(scheduler).from_config(scheduler.config) if own else make_solver(scheduler, parts.tokens)
+        timesteps = visited_timesteps(solver, steps, parts.tokens, own and hands_sigmas(parts.folder))
     rows = as_rows(timesteps, parts.scheduler)
     if isinstance(parts.noising, Flow):
         rows[~parts.noising.serves(torch.from_numpy(timesteps)).numpy()] = -1

@@ -35,6 +35,8 @@ def test_the_rung_is_the_highest_that_is_not_above_what_is_asked():
     experts = chain(make_dit(layers=6))
     for asked in np.arange(0.3455, 1, 0.001).tolist():
         assert experts.pick(asked).keep_ratio_target == max(t for t in TARGETS if t <= asked + 0.005)
+    near = dataclasses.replace(experts.ladder[-1], keep_ratio_target=0.648)
+    assert dataclasses.replace(experts, ladder=(*experts.ladder[:-1], near, experts.ladder[-1])).pick(0.648) == near
     assert experts.pick(None) is experts.rung is experts.ladder[1]
     for asked, message in ((0.34, "keep_ratio=0.34: is below the lowest rung of their ladder, which has 0.35, 0.5, "
                                   "0.65: ask for at least 0.35"), (65, "a share in"), (0, "a share in"),

@@ -209,6 +209,15 @@ def test_full_depth_is_in_the_front():
     assert rung.error == pytest.approx(predicted(planner, 4, experts.pick(0.5).expert_T[planner.visited[4]]))
 
 
+@pytest.mark.parametrize("away", [0.99, 1.01])
+def test_of_a_quality_the_cheapest_unless_it_turns_out_worse_than_asked(monkeypatch, away):
+    _, experts, planner = made("dit")
+    monkeypatch.setattr(planner, "check", lambda plan: away * planner.drift[4])
+    cheapest, plan = planner.front.cheapest(planner.fixed(4, 1).error), planner.plan(quality=4)
+    assert cheapest.cost < 4 * experts.macs_total
+    assert plan.macs == pytest.approx(cheapest.cost if away < 1 else 4 * experts.macs_total)
+
+
 def test_planning_leaves_the_pipeline_as_it_was():
     pipe, experts, expected = made("dit")
     with experts.apply(pipe, 0.35), experts.at(0.65):

@@ -133,12 +133,12 @@ def test_side_by_side_are_the_same_rows_and_one_that_fails_costs_the_others_noth
 
     runs, file = tmp_path / "outputs/ablation", tmp_path / "rows.json"
     runs.mkdir(parents=True)
-    (runs / "c-every_second-0.6-0").write_text("no folder")
-    with pytest.raises(AssertionError, match=r"--jobs: failed: every_second, keep ratio 0.6, seed 0: see .*-0.6-0.log"):
+    (runs / "c-every_second-1.0-0").write_text("no folder")
+    with pytest.raises(AssertionError, match=r"--jobs: failed: every_second, keep ratio 1.0, seed 0: see .*-1.0-0.log"):
         scenes("every_second", "dense", "random", extra=("--jobs", "2"))
     beside = known(json.loads(file.read_text()))
     assert {path.name for path in runs.glob("*.log")} == {f"c-{run}-0.log" for run in (
-        "dense-1.0", "random-0.6", "every_second-0.6")}
+        "dense-1.0", "random-0.6", "every_second-1.0")}
     file.unlink()
     shutil.rmtree(runs)
     assert known(scenes("dense", "random")) == beside

@@ -44,14 +44,6 @@ def test_spans_and_intervals(chains):
     assert chains.interval_of(np.array([0, 299, 300, 999])).tolist() == [0, 0, 1, 1]
 
 
-def test_the_cheapest_are_of_the_intervals_own_chain_or_the_common_one(chains):
-    """The common chain ends with layer 3 alone, which costs 0.4, the second interval's own with layers 1 and 2: 0.5."""
-    assert chains.cheapest(chains.mask_ML @ COST_L) == pytest.approx((0.4 + 0.4) / 2)
-    dear = Chains.of([nested(ORDERS[2]), nested(ORDERS[0]), nested(ORDERS[2])], EDGES)  # 0.5, and 0.4 in one interval
-    assert dear.cheapest(dear.mask_ML @ COST_L) == pytest.approx((0.4 + 0.5) / 2)
-    assert Chains.of([nested(ORDERS[2])], EDGES[[0, -1]]).cheapest(np.array([1.0, 0.6, 0.5])) == 0.5
-
-
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.72, 1.0])
 @pytest.mark.parametrize("skipping", [False, True])
 def test_the_nearest_mask_is_of_the_intervals_own_chain(chains, budget, skipping):

@@ -148,7 +148,7 @@ def test_a_budget_of_time(small_config, tmp_path):
 def ladder(tmp_path_factory):
     """A finished run for several budgets."""
     folder = tmp_path_factory.mktemp("ladder")
-    return train(elastic(config_factory(folder), budget=RANGE)).run_dir / "final"
+    return train(elastic(config_factory(folder), budget=RANGE, experts={"count": 2})).run_dir / "final"
 
 
 @pytest.mark.parametrize("teacher", [False, True])
@@ -160,7 +160,8 @@ def test_a_ladder_is_tuned_further(small_config, tmp_path, ladder, teacher):
         changes["teacher"] = {"pretrained": elastic(small_config).backbone.pretrained}
     else:
         changes["loss"] = {"denoise": 1.0, "output_kd": 0.0, "feature_kd": 0.0}
-    config = elastic(small_config, output_dir="further", **changes)
+    changes["experts"]["count"] = 4  # of a search: the ladder's own was one of two
+    config = elastic(small_config, output_dir="further", search={"samples": 6}, **changes)
     (tmp_path / "run").mkdir()
     trainer = make_trainer(config, tmp_path)
     tried, update = [], trainer.update_backbone
@@ -174,6 +175,8 @@ def test_a_ladder_is_tuned_further(small_config, tmp_path, ladder, teacher):
         assert (other.error is not None) == teacher and other.error != one.error
     assert (after.measured is not None) == teacher
     assert not teacher or not np.array_equal(after.measured.error_MB, before.measured.error_MB)
+    assert not teacher or after.measured.samples == 6
+    assert max(1 + np.count_nonzero(np.diff(rung.expert_T)) for rung in after.ladder) <= 2
 
 
 def test_of_a_ladder_that_was_not_tuned_the_chosen_rung_is(small_config, tmp_path, ladder):

@@ -14,10 +14,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+import alter.training.search.elastic as elastic
 import alter.training.search.measuring as measuring
 from alter.backbones.family import predict
 from alter.backbones.gates import HardRows
-from alter.backbones.noising import Flow
+from alter.backbones.noising import Flow, edges_of
 from alter.method.budget import Budget
 from alter.method.measured import forwards
 from alter.training.probe import Probe
@@ -220,6 +221,18 @@ def test_residuals_need_samples_without_noise_and_a_backbone_that_knows_some(sma
     parts = build(config)
     parts.noising = Flow(1000, **changes)
     assert ("residuals" in views_of(config, parts)) == there
+
+
+def test_bins_hold_as_many_steps_of_a_flows_sampler_whatever_the_budget_averages(small_config):
+    config = small_config("dit", evaluate={"sampling_steps": 10})
+    parts, config = build(config), dataclasses.replace(config, budget=dataclasses.replace(
+        config.budget, sampler="uniform"))
+    parts.noising, parts.scheduler = Flow(1000), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    solver = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    solver.set_timesteps(10)
+    edges = edges_of(parts.noising, 5, elastic._sampled_T(config, parts))
+    assert np.histogram(solver.timesteps.numpy().round().clip(0, 999), edges)[0].tolist() == [2] * 5
+    assert edges.tolist() != edges_of(parts.noising, 5).tolist()
 
 
 def test_what_cancels_counts_as_what_it_moves_alone(small_config):

@@ -53,11 +53,6 @@ class Chains:
         away_IM = np.where(own_IM, np.abs(cost_M - budget), np.inf)
         return np.repeat(away_IM.argmin(axis=1), np.diff(self.edges))
 
-    def cheapest(self, cost_M: np.ndarray) -> float:
-        """What the cheapest masks that are trained cost, in the mean over the intervals, which weigh alike."""
-        trained_IM = self.member_CM[0] | self.member_CM[-(len(self.edges) - 1) :]
-        return float(np.where(trained_IM, cost_M, np.inf).min(axis=1).mean())
-
     def likely(self, cost_M: np.ndarray, low: float, high: float) -> np.ndarray:
         """How often each mask is trained in each interval, float64 [I, M]: of a chain as `allocation.likely`, the first
         of several chains with odds of 1 to I."""

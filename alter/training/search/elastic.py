@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ...backbones.noising import edges_of
+from ...backbones.noising import Flow, edges_of
 from ...common.config import Config
 from ...common.errors import InputError
 from ...common.load import without_effect
@@ -25,7 +25,7 @@ from ..probe import Probe
 from ..setup.parts import Parts
 from ..update import Update
 from .chains import Chains
-from .measuring import early_response, measured_family, order_layers, sampler_of, views_of
+from .measuring import early_response, measured_family, order_layers, sampler_of, views_of, visited_by
 
 _RUNGS = np.arange(0.3, 1.001, 0.05)  # budgets of the ladder, beside those asked for
 
@@ -38,6 +38,7 @@ class ElasticSearch:
     """
 
     updates: dict[str, tuple[Update, float]] = {}
+    less = "no masks that keep more have less error"
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.parts, self.config = trainer, trainer.parts, trainer.config
@@ -64,7 +65,7 @@ class ElasticSearch:
             return chains
 
         self.chains = on_main_process(order)
-        least = self.chains.cheapest(self._cost_M())
+        least = float(self._cost_M().min())  # of masks, any of which may serve any timestep
         if least > config.budget.range[0] + TOLERANCE:
             raise InputError(f"budget.keep_ratio={config.budget.range[0]}: the layers that are left keep {least:.3f} "
                              f"(search.least={search.least}): choose more, or a lower search.least")
@@ -151,7 +152,7 @@ def allocated(config: Config, parts: Parts, chains: Chains, asked: Sequence[floa
     Args:
         asked: keep ratios, of which the first is chosen. tuned: whether the weights were trained for those between.
     """
-    mask_ML, edges = chains.mask_ML, edges_of(parts.noising, config.search.bins, _weight_T(parts))
+    mask_ML, edges = chains.mask_ML, edges_of(parts.noising, config.search.bins, _sampled_T(config, parts))
     near_T = chains.nearest(costs(parts, mask_ML), (min(asked) + max(asked)) / 2, skipping=True)
     near_T = np.repeat(near_T[edges[:-1]], np.diff(edges))
     measured, error_MBS, image_S = measured_family(config, parts, mask_ML, edges, near_T, batch_size)
@@ -181,11 +182,11 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
     edges = np.array(experts.measured.edges)
     probe = Probe(config, parts, config.search.samples)
     error_MBS = probe.against_teacher(experts.mask_EL, edges)
-    measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2))
+    measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2), samples=probe.samples)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
     cost_MB = bin_costs(parts, experts.mask_EL, edges)
-    frontier = Frontier(smoothed(loss_MBS), cost_MB, config.experts.count)
-    rungs = []
+    most = max(1 + np.count_nonzero(np.diff(rung.expert_T)) for rung in experts.ladder if rung.steps is None)
+    frontier, rungs = Frontier(smoothed(loss_MBS), cost_MB, int(most)), []
     for rung in experts.ladder:
         if rung.steps is not None:
             rungs.append(dataclasses.replace(rung, error=None, interval=None))
@@ -212,6 +213,14 @@ def _weight_T(parts: Parts) -> np.ndarray:
     """Of the timesteps in the budget, float64 [T]."""
     weight_T = parts.budget.weight_T(parts.noising.num_timesteps)
     return np.ones(parts.noising.num_timesteps) if weight_T is None else weight_T
+
+
+def _sampled_T(config: Config, parts: Parts) -> np.ndarray:
+    """How often the sampler visits each timestep, float64 [T]; with betas as often as the budget says."""
+    if not isinstance(parts.noising, Flow):
+        return _weight_T(parts)
+    visited = visited_by(sampler_of(config, parts)(), parts)
+    return np.bincount(visited, minlength=parts.noising.num_timesteps).astype(np.float64)
 
 
 def ladder(loss_MBS: np.ndarray, image_S: np.ndarray, edges: np.ndarray, cost_MB: np.ndarray, experts: int,

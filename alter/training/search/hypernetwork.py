@@ -11,6 +11,7 @@ from torch import Tensor
 from ...backbones.draws import generator
 from ...backbones.gates import SoftRows
 from ...common.device import to_device
+from ...common.process import on_main_process
 from ...evaluation.report.records import SENSITIVITY, write_sensitivity
 from ...experts.artefact import TemporalExperts
 from ...method import losses
@@ -28,6 +29,8 @@ class HypernetworkSearch:
         trainer: a `Trainer`, whose parts hold a hypernetwork.
     """
 
+    less = "the sites allow nothing nearer"
+
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.parts, self.config = trainer, trainer.parts, trainer.config
         self.hypernetwork = self.parts.hypernetwork
@@ -39,12 +42,16 @@ class HypernetworkSearch:
     def begin(self) -> None:
         """Choose where a new search starts, unless it is the dense model by measuring (minutes)."""
         experts = self.config.experts
-        if experts.start != "dense" and self.trainer.accelerator.is_main_process:
+
+        def measure() -> None:
             apart = experts.start == "measured"
             table = measure_sensitivity(self.config, self.parts, max(10, 2 * experts.count) if apart else 10)
             write_sensitivity(table, self.trainer.run_dir / SENSITIVITY)
             start_near(table, self.parts.budget, self.hypernetwork, apart)
             self.trainer.backbone.train()
+
+        if experts.start != "dense":
+            on_main_process(measure)
         self._share()
 
     def _share(self) -> None:

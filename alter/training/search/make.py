@@ -15,6 +15,8 @@ from .hypernetwork import HypernetworkSearch
 class Search(Protocol):
     """What a trainer asks of a method of search. "Masks" are bool [M, L] and, of each timestep, the row, int64 [T]."""
 
+    less: str  # why what was found keeps less than was asked for
+
     @property
     def updates(self) -> dict[str, tuple[Update, float]]:
         """Optimizers of its own with their learning rates, by the names under which checkpoints hold them."""

@@ -79,13 +79,14 @@ def measure_response(config: Config, parts: Parts, probe: Probe, masks: tuple[np
 
     Args:
         masks: bool [M, L], and which of them is in force at each training timestep, int64 [T].
-        edges: bin b holds the training timesteps from edges[b] up to edges[b+1]. error_B: of the masks, float64 [B].
+        edges: bin b, for about as many steps as any, holds the training timesteps from edges[b] up to edges[b+1].
+        error_B: of the masks, float64 [B].
 
     Returns: float64 [B] for each view, the sampler's name and its steps.
     """
     prepare = sampler_of(config, parts)
     solver = prepare()
-    visited = as_rows(np.asarray(solver.timesteps, dtype=np.float64), parts.scheduler)
+    visited = visited_by(solver, parts)
     steps = len(visited)
     length = -(-steps // WINDOWS)
     firsts = np.unique(np.linspace(0, steps - length, min(WINDOWS, steps)).round().astype(int)).tolist()
@@ -135,7 +136,8 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
         if part:  # the steps of this one of two backbones
             own = part.serves(sampler.timesteps).nonzero()[:, 0]
             if not len(own):
-                raise InputError(f"evaluate.sampling_steps={steps}: visits no timestep of {parts.component}, which is "
+                key = "evaluate" if solvers else "budget"
+                raise InputError(f"{key}.sampling_steps={steps}: visits no timestep of {parts.component}, which is "
                                  "trained: set more steps")
             sampler.set_begin_index(int(own[0]))
             sampler.timesteps = sampler.timesteps[own]
@@ -143,6 +145,11 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
 
     prepare()
     return prepare
+
+
+def visited_by(sampler: Any, parts: Parts) -> np.ndarray:
+    """The training timesteps of the steps that are set, int64 [steps]."""
+    return as_rows(np.asarray(sampler.timesteps, dtype=np.float64), parts.scheduler)
 
 
 def views_of(config: Config, parts: Parts) -> dict[str, View]:
