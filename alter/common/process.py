@@ -9,9 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, reduce
+from tqdm import tqdm
 
 from .errors import InputError
 
@@ -43,6 +45,21 @@ def on_main_process(function: Callable[[], Result]) -> Result:
     if isinstance(outcome, InputError):
         raise outcome
     return outcome
+
+
+def summed(values: np.ndarray) -> np.ndarray:
+    """The sum of what the processes of a launch found, each a part, on every one of them; in float64."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return values
+    found = reduce(torch.from_numpy(np.asarray(values, dtype=np.float64)).to(state.device), "sum")
+    return found.cpu().numpy()
+
+
+def tell(text: str) -> None:
+    """Print it beside the bars of the main process, alone."""
+    if PartialState().is_main_process:
+        tqdm.write(text)
 
 
 def peak_memory() -> tuple[int, int]:

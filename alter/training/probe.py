@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from ..backbones.residual import not_residual
 from ..backbones.schedules import solver_at
 from ..common.config import Config
 from ..common.errors import InputError
+from ..common.process import summed
 from ..data.batches import WithSubstitutes, collate, of_one_shape, split
 from ..method.losses import mse_per_sample
 from .setup.parts import Parts
@@ -33,11 +35,19 @@ class Probe:
 
     The same samples and noise for every range of timesteps, so that ranges differ by their timesteps alone.
 
+    Args:
+        shared: whether all processes of the launch try each a part of what is asked, by the same calls; all get the
+            whole.
+
     Attributes:
         image_S: which image each of the S samples is of, int64; where few are held out, one image serves several.
     """
 
-    def __init__(self, config: Config, parts: Parts, samples: int, batch_size: int = 16) -> None:
+    def __init__(self, config: Config, parts: Parts, samples: int, batch_size: int = 16, shared: bool = False) -> None:
+        self._process, self._processes = 0, 1
+        if shared:
+            state = PartialState()
+            self._process, self._processes = state.process_index, state.num_processes
         train, held_out = split(parts.source, config.data.holdout, config.seed)
         indices = np.resize(held_out if len(held_out) else train, samples)
         source = WithSubstitutes(parts.source, indices, config.seed, parts.fit)
@@ -87,10 +97,10 @@ class Probe:
             weights = torch.from_numpy(np.ones(len(rows)) if weight_T is None else weight_T[rows])
             dense = self._predict(None, noisy, timesteps, conditioning)
             denoise += mse_per_sample(dense, target).sum().item()
-            for m, mask_L in enumerate(masks):
-                changes = mse_per_sample(self._predict(mask_L, noisy, timesteps, conditioning), dense)
+            for m in self._part(len(masks)):
+                changes = mse_per_sample(self._predict(masks[m], noisy, timesteps, conditioning), dense)
                 errors[m] += (changes.cpu() * weights).sum().item()
-        return errors / self.samples, denoise / self.samples
+        return self._whole(errors) / self.samples, denoise / self.samples
 
     @torch.no_grad()
     def against_teacher(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -101,12 +111,13 @@ class Probe:
             edges: bin b holds the timesteps from edges[b] up to, not including, edges[b+1], int64 [B+1].
         """
         errors = np.zeros((len(masks), len(edges) - 1, self.samples))
-        bar = tqdm(total=errors.shape[1] * len(self._batches), unit="batch", desc="errors of masks", dynamic_ncols=True)
+        mine = self._part(errors.shape[1])
+        bar = self._bar(len(mine) * len(self._batches), "batch", "errors of masks")
         parts = self.parts
         arithmetic = torch.autocast(parts.backbone.device.type, parts.precision, parts.precision != torch.float32)
-        for b, (low, high) in enumerate(pairwise(edges)):
+        for b in mine:
             first = 0
-            for noisy, timesteps, conditioning, _ in self.noised(int(low), int(high)):
+            for noisy, timesteps, conditioning, _ in self.noised(int(edges[b]), int(edges[b + 1])):
                 bar.update()
                 with parts.dense() as teacher, arithmetic:
                     dense = predict(teacher, noisy, timesteps, conditioning)[:, : noisy.shape[1]].float()
@@ -118,7 +129,7 @@ class Probe:
                 first = rows.stop
         self.parts.release_teacher()
         bar.close()
-        return errors
+        return self._whole(errors)
 
     def amplification(self, masks: np.ndarray, edges: np.ndarray) -> np.ndarray:
         """Squared change of the dense model's final samples for a unit of squared change of its output, in each bin.
@@ -163,20 +174,20 @@ class Probe:
             samples and steps.
         """
         moved = {name: np.zeros(len(ranges) + len(others)) for name in views}
-        caused_R = np.zeros(len(ranges))
-        places = [*enumerate([*ranges, *others])]
-        bar = tqdm(total=len(places) * len(self._batches), unit="range", desc="effect on samples", dynamic_ncols=True)
+        caused_R, sets = np.zeros(len(ranges)), [*ranges, *others]
+        mine = self._part(len(sets))
+        bar = self._bar(len(mine) * len(self._batches), "range", "effect on samples")
         device = self.parts.backbone.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a sampler may draw noise
             for batch in self._batches:
                 samples, known, _ = self._sample(None, (), batch, [], prepare(), guidance)
                 _, _, noise, given, _ = batch
                 seen = {name: view(samples, noise, given) for name, view in views.items()}
-                for r, steps in places:
+                for r in mine:
                     bar.update()
                     for mask_NL in masks:
                         compared = r < len(ranges)
-                        changed, _, caused = self._sample(mask_NL, steps, batch, known, prepare(), guidance, compared)
+                        changed, _, caused = self._sample(mask_NL, sets[r], batch, known, prepare(), guidance, compared)
                         for name, view in views.items():
                             away = (view(changed, noise, given) - seen[name]).float().flatten(1)
                             moved[name][r] += away.square().mean(dim=1).sum().item()
@@ -184,6 +195,7 @@ class Probe:
                             caused_R[r] += caused
         self.parts.release_teacher()  # of a view
         bar.close()
+        moved, caused_R = {name: self._whole(value) for name, value in moved.items()}, self._whole(caused_R)
         if not all(np.isfinite(value).all() for value in moved.values()):
             raise InputError("the samples of this model are not finite where layers are skipped: use another "
                              "train.mixed_precision")
@@ -218,6 +230,16 @@ class Probe:
                 caused += mse_per_sample(outputs[-1][0], dense).sum().item() / len(masked)
             latents = solver.step(outputs[-1][1], timestep, latents).prev_sample
         return latents, outputs, caused
+
+    def _part(self, count: int) -> range:
+        """Which of `count` things this process tries."""
+        return range(self._process, count, self._processes)
+
+    def _whole(self, values: np.ndarray) -> np.ndarray:
+        return values if self._processes == 1 else summed(values)
+
+    def _bar(self, total: int, unit: str, name: str) -> tqdm:
+        return tqdm(total=total, unit=unit, desc=name, dynamic_ncols=True, disable=self._process > 0)
 
     def _begun(self, clean: Tensor, noise: Tensor, solver: Any) -> Tensor:
         """What sampling begins with at its first timestep."""

@@ -4,7 +4,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def _train(config: Config) -> FinishedRun:
     experts = trainer.run()
     trainer.close()
     if experts.measured is not None:
-        experts = on_main_process(partial(remeasure, config, parts, experts))
+        experts = remeasure(config, parts, experts)
     summary: dict[str, Any] = {}
     if accelerator.is_main_process:
         try:

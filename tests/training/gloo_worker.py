@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from alter import load_config
+from alter.training.search.elastic import remeasure
 from alter.training.setup.parts import build
 from alter.training.trainer import Trainer
 
@@ -24,10 +25,15 @@ def main(config_file: str | Path, output: str | Path, dtype: str) -> None:
     assert trainer.search is not None
     trainer.search.begin()
     experts = trainer.run()
+    if experts.measured is not None:
+        experts = remeasure(config, parts, experts)
     torch.save({
         "parameters": {name: p.detach() for name, p in parts.backbone.named_parameters()},
         "hypernetwork": parts.hypernetwork.state_dict() if parts.hypernetwork else {},
         "mask_EL": torch.from_numpy(experts.mask_EL), "expert_T": torch.from_numpy(experts.expert_T),
+        "measured": {} if experts.measured is None else {
+            "error": torch.from_numpy(experts.measured.error_MB),
+            **{space: torch.from_numpy(value) for space, value in experts.measured.response.items()}},
     }, f"{output}-{accelerator.process_index}.pt")
 
 

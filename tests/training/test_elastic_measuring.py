@@ -14,6 +14,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
+import alter.training.probe
 import alter.training.search.elastic as elastic
 import alter.training.search.measuring as measuring
 from alter.backbones.family import predict
@@ -116,6 +117,27 @@ def test_errors_against_the_teacher_are_those_of_models_without_the_layers(small
                     assert np.allclose(found[m, b, first : first + len(noisy)], expected, rtol=1e-4)
             first += len(noisy)
     assert found.shape == (2, 2, 4) and (found > 0).all()
+
+
+def test_processes_that_share_a_probe_try_each_a_part_and_have_the_whole(small_config, monkeypatch):
+    config = small_config("dit", evaluate={"sampling_steps": 4})
+    parts, edges = build(config), np.array([0, 300, 700, 1000])
+    masks, steps = np.arange(4) != np.array([[1], [2]]), [range(0, 2), range(2, 4)]
+
+    def measured(**shared):
+        probe = Probe(config, parts, 2, **shared)
+        moved, caused = probe.displacement(np.repeat(masks[:, None], 4, axis=1), steps, sampler_of(config, parts),
+                                           others=[[0, 3]])
+        return [probe.errors(masks, 0, 1000)[0], probe.against_teacher(masks, edges), moved["latents"], caused]
+
+    whole, parts_of = measured(), []
+    monkeypatch.setattr(alter.training.probe, "summed", lambda values: values)
+    for place in range(2):
+        monkeypatch.setattr(alter.training.probe, "PartialState", lambda place=place: SimpleNamespace(
+            process_index=place, num_processes=2))
+        parts_of.append(measured(shared=True))
+    for one, other, expected in zip(*parts_of, whole, strict=True):
+        assert np.array_equal(one + other, expected) and not (one * other).any() and one.any() and other.any()
 
 
 def test_the_teacher_of_adapters_is_the_backbone_without_them(small_config):

@@ -60,14 +60,14 @@ def assert_processes_equal_one(tmp_path, count, dtype, tolerance):
         assert torch.equal(result["mask_EL"], single["mask_EL"])
         assert torch.equal(result["expert_T"], single["expert_T"])
         differences = [float((result[group][name] - value).abs().max())
-                       for group in ("parameters", "hypernetwork") for name, value in single[group].items()]
+                       for group in ("parameters", "hypernetwork", "measured") for name, value in single[group].items()]
         assert max(differences) <= tolerance
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep_ratio", [0.6, [0.5, 0.8]])
 def test_two_processes_find_the_experts_of_one_elastic_search(small_config, tmp_path, keep_ratio):
-    """The first measures for both; depths and tuned rungs are drawn for each sample."""
+    """Each measures a part; depths and tuned rungs are drawn for each sample."""
     config = small_config("dit", search={"method": "elastic", "samples": 4, "bins": 4},
                           budget={"keep_ratio": keep_ratio}, data={"label_dropout": 0.5},
                           train={"steps": 4, "search_steps": 2, "gradient_accumulation": 2})

@@ -14,7 +14,7 @@ from ...backbones.noising import Flow, edges_of
 from ...common.config import Config
 from ...common.errors import InputError
 from ...common.load import without_effect
-from ...common.process import on_main_process
+from ...common.process import tell
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
 from ...method.allocation import Frontier, Gain, gain, interval, smoothed
@@ -57,14 +57,10 @@ class ElasticSearch:
 
         views_of(config, parts)  # refuses weights that cannot be read, before anything takes long
 
-        def order() -> Chains:
-            tqdm.write(f"ordering {layers} layers: about {counted.order + counted.forecast:,} forwards of one sample; "
-                       f"their errors will take {counted.errors + counted.response:,} more")
-            chains = ordered(config, parts, promises=True)
-            self.trainer.backbone.train()
-            return chains
-
-        self.chains = on_main_process(order)
+        tell(f"ordering {layers} layers: about {counted.order + counted.forecast:,} forwards of one sample; "
+             f"their errors will take {counted.errors + counted.response:,} more")
+        self.chains = ordered(config, parts, promises=True)
+        self.trainer.backbone.train()
         least = float(self._cost_M().min())  # of masks, any of which may serve any timestep
         if least > config.budget.range[0] + TOLERANCE:
             raise InputError(f"budget.keep_ratio={config.budget.range[0]}: the layers that are left keep {least:.3f} "
@@ -103,12 +99,9 @@ class ElasticSearch:
 
     def finish(self) -> TemporalExperts:
         """Measure, and allocate depths to timesteps for every budget."""
-        def allocate() -> TemporalExperts:
-            experts = allocated(self.config, self.parts, self.chains, self.config.budget.range)
-            self.trainer.backbone.train()
-            return experts
-
-        return on_main_process(allocate)
+        experts = allocated(self.config, self.parts, self.chains, self.config.budget.range)
+        self.trainer.backbone.train()
+        return experts
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for a checkpoint."""
@@ -131,16 +124,16 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
     promises: whether to say what the dense model's errors promise of masks over time.
     """
     samples = config.search.samples
-    few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size)
+    few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size, shared=True)
     weight_T = early_response(few, len(parts.cost.sites))
-    probe = Probe(config, parts, min(samples, ORDER_SAMPLES), batch_size)
+    probe = Probe(config, parts, min(samples, ORDER_SAMPLES), batch_size, shared=True)
     edges = edges_of(parts.noising, min(config.experts.count, INTERVALS), _weight_T(parts))
     chains = Chains.of([order_layers(probe, parts.budget, config.search.least, weight_T, *span)
                         for span in Chains.spans(edges)], edges)
     if promises and config.experts.count > 1:
         edges = edges_of(parts.noising, EARLY_BINS)
         loss_MBS = few.against_teacher(chains.mask_ML, edges) * weight_T[edges[:-1], None]
-        tqdm.write("before any training, which makes such gains smaller: " + _forecast(
+        tell("before any training, which makes such gains smaller: " + _forecast(
             config, parts, chains.mask_ML, edges, loss_MBS, few.image_S, "latents", config.budget.range[0]))
     return chains
 
@@ -159,7 +152,7 @@ def allocated(config: Config, parts: Parts, chains: Chains, asked: Sequence[floa
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
     if config.experts.count > 1:
         fewer = "; one mask alone would have been trained on more samples" if tuned else ""
-        tqdm.write(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]) + fewer)
+        tell(_forecast(config, parts, mask_ML, edges, loss_MBS, image_S, measured.space, asked[0]) + fewer)
     rungs = ladder(loss_MBS, image_S, edges, bin_costs(parts, mask_ML, edges), config.experts.count, asked, tuned)
     return experts_of(parts, mask_ML, rungs, asked[0], measured)
 
@@ -180,7 +173,7 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
         unknown = tuple(dataclasses.replace(rung, error=None, interval=None) for rung in experts.ladder)
         return dataclasses.replace(experts, measured=None, ladder=unknown)
     edges = np.array(experts.measured.edges)
-    probe = Probe(config, parts, config.search.samples)
+    probe = Probe(config, parts, config.search.samples, shared=True)
     error_MBS = probe.against_teacher(experts.mask_EL, edges)
     measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2), samples=probe.samples)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]

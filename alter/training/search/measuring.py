@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +42,8 @@ def order_layers(probe: Probe, budget: Budget, least: float, weight_T: np.ndarra
     share_L = budget.share_L / budget.share_L.sum()
     mask_L = np.ones(len(share_L), dtype=bool)
     masks, error, added_L = [mask_L], 0.0, np.zeros(len(share_L))
-    bar = tqdm(total=len(share_L), unit="layer", desc="order of the layers", dynamic_ncols=True)
+    bar = tqdm(total=len(share_L), unit="layer", desc="order of the layers", dynamic_ncols=True,
+               disable=not PartialState().is_main_process)
     while True:
         candidates = np.flatnonzero(mask_L & (share_L[mask_L].sum() - share_L >= least - 1e-9))
         if not len(candidates) or mask_L.sum() == 1:
@@ -208,10 +210,10 @@ def measured_family(config: Config, parts: Parts, mask_ML: np.ndarray, edges: np
                     batch_size: int = 16) -> tuple[Measured, np.ndarray, np.ndarray]:
     """Errors of masks bool [M, L] against the teacher, and the response with mask near_T[t] at timestep t; the errors
     of each sample, float64 [M, B, S], and its image, int64 [S], beside."""
-    probe = Probe(config, parts, config.search.samples, batch_size)
+    probe = Probe(config, parts, config.search.samples, batch_size, shared=True)
     error_MBS = probe.against_teacher(mask_ML, edges)
     error_MB = error_MBS.mean(axis=2)
-    fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size)
+    fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size, shared=True)
     # Displacements are those from the backbone's own full depth, which is not the teacher any more.
     own_B = np.array([probe.errors(mask_ML[near_T[low]][None], int(low), int(high))[0][0]
                       for low, high in pairwise(edges)])
