@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 
-MEETING = timedelta(days=1)  # for which processes wait for one another at most; that of one which died ends all
+MEETING = timedelta(days=1)  # the longest that a process waits for another; a launcher ends all when one dies
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Result = TypeVar("Result")
 

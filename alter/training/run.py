@@ -139,7 +139,7 @@ def make_accelerator(config: Config) -> Accelerator:
         log_with=None if tracker == "none" else tracker,
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=MEETING),  # while one process makes a demo, or measures
+            InitProcessGroupKwargs(timeout=MEETING),  # while one makes a demo, or measures layers
         ],
         project_config=ProjectConfiguration(logging_dir="."),  # the run directory, once it is known
     )

@@ -16,6 +16,7 @@ from alter.backbones.draws import draw
 from alter.common.load import without_effect
 from alter.method.allocation import likely
 from alter.training.search.chains import Chains
+from alter.training.search.elastic import remeasure
 from alter.training.setup.describe import describe_run
 from alter.training.setup.parts import build
 from alter.training.setup.plan import check
@@ -177,6 +178,14 @@ def test_a_ladder_is_tuned_further(small_config, tmp_path, ladder, teacher):
     assert not teacher or not np.array_equal(after.measured.error_MB, before.measured.error_MB)
     assert not teacher or after.measured.samples == 6
     assert max(1 + np.count_nonzero(np.diff(rung.expert_T)) for rung in after.ladder) <= 2
+
+
+def test_of_a_plan_alone_nothing_is_allocated_when_it_is_measured_again(small_config, ladder):
+    config, experts = elastic(small_config), TemporalExperts.from_pretrained(ladder)
+    planned = experts.only(dataclasses.replace(experts.rung, steps=4))
+    again = remeasure(config, build(config), planned)
+    assert again.same_masks(planned) and again.rung == dataclasses.replace(planned.rung, error=None, interval=None)
+    assert again.measured.samples == config.search.samples
 
 
 def test_of_a_ladder_that_was_not_tuned_the_chosen_rung_is(small_config, tmp_path, ladder):

@@ -20,7 +20,7 @@ import alter.training.search.measuring as measuring
 from alter.backbones.family import predict
 from alter.backbones.gates import HardRows
 from alter.backbones.noising import Flow, edges_of
-from alter.method.budget import Budget
+from alter.method.budget import Budget, timestep_weights
 from alter.method.measured import forwards
 from alter.training.probe import Probe
 from alter.training.search.measuring import (
@@ -130,12 +130,13 @@ def test_processes_that_share_a_probe_try_each_a_part_and_have_the_whole(small_c
                                            others=[[0, 3]])
         return [probe.errors(masks, 0, 1000)[0], probe.against_teacher(masks, edges), moved["latents"], caused]
 
-    whole, parts_of = measured(), []
-    monkeypatch.setattr(alter.training.probe, "summed", lambda values: values)
+    whole, parts_of, summed = measured(), [], []
+    monkeypatch.setattr(alter.training.probe, "summed", lambda values: (summed.append(values), values)[1])
     for place in range(2):
         monkeypatch.setattr(alter.training.probe, "PartialState", lambda place=place: SimpleNamespace(
             process_index=place, num_processes=2))
         parts_of.append(measured(shared=True))
+    assert len(summed) == 2 * len(whole)
     for one, other, expected in zip(*parts_of, whole, strict=True):
         assert np.array_equal(one + other, expected) and not (one * other).any() and one.any() and other.any()
 
@@ -255,6 +256,8 @@ def test_bins_hold_as_many_steps_of_a_flows_sampler_whatever_the_budget_averages
     edges = edges_of(parts.noising, 5, elastic._sampled_T(config, parts))
     assert np.histogram(solver.timesteps.numpy().round().clip(0, 999), edges)[0].tolist() == [2] * 5
     assert edges.tolist() != edges_of(parts.noising, 5).tolist()
+    as_budget = timestep_weights(1000, solver.timesteps.numpy().round().clip(0, 999).astype(int))
+    assert np.add.reduceat(as_budget, edges[:-1]) == pytest.approx(np.full(5, 0.2 * as_budget.sum()))
 
 
 def test_what_cancels_counts_as_what_it_moves_alone(small_config):

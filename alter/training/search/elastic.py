@@ -14,11 +14,11 @@ from ...backbones.noising import Flow, edges_of
 from ...common.config import Config
 from ...common.errors import InputError
 from ...common.load import without_effect
-from ...common.process import tell
+from ...common.process import on_main_process, tell
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
 from ...method.allocation import Frontier, Gain, gain, interval, smoothed
-from ...method.budget import TOLERANCE
+from ...method.budget import TOLERANCE, timestep_weights
 from ...method.measured import EARLY_BINS, EARLY_SAMPLES, INTERVALS, ORDER_SAMPLES, Measured, forwards, in_bins
 from ..batch import Batch
 from ..probe import Probe
@@ -38,7 +38,7 @@ class ElasticSearch:
     """
 
     updates: dict[str, tuple[Update, float]] = {}
-    less = "no masks that keep more have less error"
+    less = "no masks within it that keep more have less error"
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.parts, self.config = trainer, trainer.parts, trainer.config
@@ -59,7 +59,8 @@ class ElasticSearch:
 
         tell(f"ordering {layers} layers: about {counted.order + counted.forecast:,} forwards of one sample; "
              f"their errors will take {counted.errors + counted.response:,} more")
-        self.chains = ordered(config, parts, promises=True)
+        chains = ordered(config, parts, promises=True, shared=True)
+        self.chains = on_main_process(lambda: chains)  # another processor may break a tie otherwise
         self.trainer.backbone.train()
         least = float(self._cost_M().min())  # of masks, any of which may serve any timestep
         if least > config.budget.range[0] + TOLERANCE:
@@ -99,9 +100,9 @@ class ElasticSearch:
 
     def finish(self) -> TemporalExperts:
         """Measure, and allocate depths to timesteps for every budget."""
-        experts = allocated(self.config, self.parts, self.chains, self.config.budget.range)
+        experts = allocated(self.config, self.parts, self.chains, self.config.budget.range, shared=True)
         self.trainer.backbone.train()
-        return experts
+        return on_main_process(lambda: experts)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its state, for a checkpoint."""
@@ -117,16 +118,17 @@ class ElasticSearch:
         return costs(self.parts, self.chains.mask_ML)
 
 
-def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool = False) -> Chains:
+def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool = False,
+            shared: bool = False) -> Chains:
     """Chains of nested masks by measurement on the dense model, as `order_layers`: with several experts one for each of
     as many intervals of timesteps (INTERVALS at most), of equal weight in the budget, and one for all timesteps.
 
-    promises: whether to say what the dense model's errors promise of masks over time.
+    promises: whether to say what the dense model's errors promise of masks over time. shared: as of `Probe`.
     """
     samples = config.search.samples
-    few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size, shared=True)
+    few = Probe(config, parts, min(samples, EARLY_SAMPLES), batch_size, shared)
     weight_T = early_response(few, len(parts.cost.sites))
-    probe = Probe(config, parts, min(samples, ORDER_SAMPLES), batch_size, shared=True)
+    probe = Probe(config, parts, min(samples, ORDER_SAMPLES), batch_size, shared)
     edges = edges_of(parts.noising, min(config.experts.count, INTERVALS), _weight_T(parts))
     chains = Chains.of([order_layers(probe, parts.budget, config.search.least, weight_T, *span)
                         for span in Chains.spans(edges)], edges)
@@ -139,16 +141,17 @@ def ordered(config: Config, parts: Parts, batch_size: int = 16, promises: bool =
 
 
 def allocated(config: Config, parts: Parts, chains: Chains, asked: Sequence[float], tuned: bool = True,
-              batch_size: int = 16) -> TemporalExperts:
+              batch_size: int = 16, shared: bool = False) -> TemporalExperts:
     """Measure the masks, and allocate them to timesteps for every budget.
 
     Args:
         asked: keep ratios, of which the first is chosen. tuned: whether the weights were trained for those between.
+        shared: as of `Probe`.
     """
     mask_ML, edges = chains.mask_ML, edges_of(parts.noising, config.search.bins, _sampled_T(config, parts))
     near_T = chains.nearest(costs(parts, mask_ML), (min(asked) + max(asked)) / 2, skipping=True)
     near_T = np.repeat(near_T[edges[:-1]], np.diff(edges))
-    measured, error_MBS, image_S = measured_family(config, parts, mask_ML, edges, near_T, batch_size)
+    measured, error_MBS, image_S = measured_family(config, parts, mask_ML, edges, near_T, batch_size, shared)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
     if config.experts.count > 1:
         fewer = "; one mask alone would have been trained on more samples" if tuned else ""
@@ -178,8 +181,8 @@ def remeasure(config: Config, parts: Parts, experts: TemporalExperts) -> Tempora
     measured = dataclasses.replace(experts.measured, error_MB=error_MBS.mean(axis=2), samples=probe.samples)
     loss_MBS = error_MBS * measured.response[measured.space][:, None]
     cost_MB = bin_costs(parts, experts.mask_EL, edges)
-    most = max(1 + np.count_nonzero(np.diff(rung.expert_T)) for rung in experts.ladder if rung.steps is None)
-    frontier, rungs = Frontier(smoothed(loss_MBS), cost_MB, int(most)), []
+    runs = [1 + int(np.count_nonzero(np.diff(rung.expert_T))) for rung in experts.ladder if rung.steps is None]
+    frontier, rungs = Frontier(smoothed(loss_MBS), cost_MB, max(runs, default=1)), []
     for rung in experts.ladder:
         if rung.steps is not None:
             rungs.append(dataclasses.replace(rung, error=None, interval=None))
@@ -209,11 +212,10 @@ def _weight_T(parts: Parts) -> np.ndarray:
 
 
 def _sampled_T(config: Config, parts: Parts) -> np.ndarray:
-    """How often the sampler visits each timestep, float64 [T]; with betas as often as the budget says."""
+    """Of the timesteps in the sampler's steps, float64 [T]; with betas those in the budget."""
     if not isinstance(parts.noising, Flow):
         return _weight_T(parts)
-    visited = visited_by(sampler_of(config, parts)(), parts)
-    return np.bincount(visited, minlength=parts.noising.num_timesteps).astype(np.float64)
+    return timestep_weights(parts.noising.num_timesteps, visited_by(sampler_of(config, parts)(), parts))
 
 
 def ladder(loss_MBS: np.ndarray, image_S: np.ndarray, edges: np.ndarray, cost_MB: np.ndarray, experts: int,

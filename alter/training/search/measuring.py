@@ -207,13 +207,13 @@ def residuals(parts: Parts, row: Tensor, latents: Tensor, noise: Tensor, conditi
 
 
 def measured_family(config: Config, parts: Parts, mask_ML: np.ndarray, edges: np.ndarray, near_T: np.ndarray,
-                    batch_size: int = 16) -> tuple[Measured, np.ndarray, np.ndarray]:
+                    batch_size: int = 16, shared: bool = False) -> tuple[Measured, np.ndarray, np.ndarray]:
     """Errors of masks bool [M, L] against the teacher, and the response with mask near_T[t] at timestep t; the errors
-    of each sample, float64 [M, B, S], and its image, int64 [S], beside."""
-    probe = Probe(config, parts, config.search.samples, batch_size, shared=True)
+    of each sample, float64 [M, B, S], and its image, int64 [S], beside. shared: as of `Probe`."""
+    probe = Probe(config, parts, config.search.samples, batch_size, shared)
     error_MBS = probe.against_teacher(mask_ML, edges)
     error_MB = error_MBS.mean(axis=2)
-    fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size, shared=True)
+    fewer = Probe(config, parts, min(config.search.samples, RESPONSE_SAMPLES), batch_size, shared)
     # Displacements are those from the backbone's own full depth, which is not the teacher any more.
     own_B = np.array([probe.errors(mask_ML[near_T[low]][None], int(low), int(high))[0][0]
                       for low, high in pairwise(edges)])
