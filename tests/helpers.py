@@ -35,7 +35,8 @@ from alter.training.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 # Overrides of a demo's configuration, so that it takes seconds, and what its summary tells.
 SHORT = ["demo.steps=30", "train.steps=12", "train.search_steps=6", "train.batch_size=16", "optim.warmup_steps=0",
-         "evaluate.samples=100", "evaluate.sampling_steps=2", "checkpoint.every=5", "log.every=2", "data.holdout=32"]
+         "evaluate.samples=100", "evaluate.sampling_steps=2", "checkpoint.every=5", "log.every=2", "data.holdout=32",
+         "search.samples=4", "search.bins=4"]
 KEYS = {
     "keep_ratio_target", "keep_ratio", "macs_dense", "macs_experts", "experts_count", "experts_used", "sampling_steps",
     "fd_dense", "fd_experts", "fd_dense_50", "accuracy_dense", "accuracy_experts", "output_error", "seconds_total",

@@ -19,9 +19,9 @@ CORE = {"torch", "diffusers", "safetensors", "huggingface_hub", "numpy"}
 # Packages of extras and tests; those that diffusers and huggingface_hub bring (yaml, tqdm, PIL) are left to them.
 BEYOND = ["accelerate", "transformers", "scipy", "sklearn", "matplotlib", "datasets", "timm", "torchvision",
           "open_clip", "cleanfid", "torch_fidelity", "pyarrow", "peft", "tensorboard", "tokenizers"]
-SHORT = ["demo.steps=4", "train.steps=4", "train.search_steps=2", "train.batch_size=8", "data.holdout=16",
-         "experts.start=dense", "experts.offset=4", "evaluate.samples=100", "evaluate.sampling_steps=2",
-         "evaluate.dense=false", "log.tracker=none"]
+SHORT = ["search.samples=4", "search.bins=4", "demo.steps=4", "train.steps=4", "train.search_steps=2",
+         "train.batch_size=8", "data.holdout=16", "experts.start=dense", "experts.offset=4", "evaluate.samples=100",
+         "evaluate.sampling_steps=2", "evaluate.dense=false", "log.tracker=none"]
 
 
 @pytest.fixture(scope="module")
