@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from .drawing import EXPERTS, INK, WIDTH, styled
 
-_LINE, _BESIDE = 14.0, 60.0  # pixels: between names, and within which they would overlap
+_LINE, _LETTER = 14.0, 5.5  # pixels: between names, and a letter of them
 _COLORS = (*EXPERTS, "#8C564B", "#56B4E9")
 _SERIES = {  # in the order in which they take colours, after the dense model
     "dense_chosen": "dense, chosen timesteps", "planned": "steps and depth planned",
@@ -55,11 +55,12 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
 def _name(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """The names of series right of their ends, those that end below one another without overlap."""
     axis.figure.canvas.draw()
-    placed: list[tuple[float, float]] = []
+    placed: list[tuple[float, float, float]] = []
     for x, y, title, color in sorted(ends, key=lambda end: end[1]):
         left, bottom = axis.transData.transform((x, y))
-        lifted = max([bottom, *(height + _LINE for there, height in placed if abs(there - left) < _BESIDE)])
-        placed.append((left, lifted))
+        right = left + _LETTER * len(title)
+        lifted = max([bottom, *(height + _LINE for start, end, height in placed if start < right and left < end)])
+        placed.append((left, right, lifted))
         lift = (lifted - bottom) * 72 / axis.figure.dpi
         axis.annotate(title, (x, y), (5, lift), textcoords="offset points", fontsize=7, color=color, va="center")
 
