@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_least(arguments, 1, "images", "batch")
-    check_least(arguments, 2, "most", "quality")
+    check_least(arguments, 1, "batch")
+    check_least(arguments, 2, "images", "most", "quality")
     check_least(arguments, 0, "labels", "seed")
     for name in ("share", "macs", "seconds"):
         value = getattr(arguments, name)
@@ -104,5 +104,5 @@ def run(arguments: argparse.Namespace) -> None:
     layers = f"of {' '.join(map(str, chosen['layers']))} of {len(experts.sites)} layers"
     print(f"chosen: {plan.steps} steps {'of the dense model' if plan.dense else layers}, "
           f"{chosen['share']:.1%} of the MACs of {planner.most} steps at full depth; displacement {plan.error:.3g} "
-          f"predicted, {chosen['measured']:.3g} measured")
+          f"predicted, {chosen['measured']:.3g} measured (drift {chosen['predicted_drift']:.3g}, {chosen['drift']:.3g})")
     print(f"written to {out}: plan.json, plan.png, and experts.json for `alter sample --plan {out}`")

@@ -233,7 +233,8 @@ class Experts:
             "keep ratio": [f"{one.keep_ratio_target:g}" for one in each],
             "MACs": [f"{one.keep_ratio:.1%}" for one in each],
             "GMACs a forward": [f"{one.macs_mean / 1e9:.4g}" for one in each],
-            "time": [f"{one.time_ratio:.1%}" if one.time_ratio is not None else "" for one in each],
+            "seconds a forward": ["" if one.latency is None or one.time_ratio is None
+                                  else f"{one.time_ratio * one.latency.seconds_total:.3g}" for one in each],
             # That of a plan is of latents.
             f"predicted error{of}": ["" if rung.error is None or of and rung.steps else f"{rung.error:.3g}"
                                      for rung in self.ladder],

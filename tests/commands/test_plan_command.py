@@ -57,11 +57,25 @@ def test_the_front_is_printed_drawn_and_written(folder, capsys):
                str(folder / "planned"), "--out", str(folder / "drawn")]
     assert main([*drawing, "--steps", "99"]) == 2
     assert "is of" in capsys.readouterr().err
-    assert main(drawing) == 0
+    assert main([*drawing, "--latents"]) == 0
     assert json.loads((folder / "drawn/manifest.json").read_text())["settings"]["steps"] == chosen["steps"]
+    reference = ["sample", "--run", str(folder / "run"), "--prompts", str(folder / "prompts.txt"), *solver, "--dense",
+                 "--steps", "16", "--latents", "--out", str(folder / "many")]
+    against = ["evaluate", "--images", str(folder / "drawn"), "--against", str(folder / "many"), "--metrics",
+               "drift_latents", "--out", str(folder / "against.json")]
+    assert main(reference) == main(against) == 0
+    drift = json.loads((folder / "against.json").read_text())["drift_latents"]["value"]
+    assert chosen["drift"] == pytest.approx(drift, rel=1e-3)
+    assert chosen["drift"] / chosen["predicted_drift"] == pytest.approx(chosen["measured"] / chosen["predicted"])
     pipe = load_quietly(folder / "run/final")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert _planned(pipe, experts, chosen) == Image.open(folder / "drawn/000000.png").tobytes()
+
+
+def test_of_two_steps_at_most_the_front_is_short(folder):
+    assert plan(folder, "--scheduler", "DPMSolverMultistepScheduler", "--most", "2", "--share", "1") == 0
+    front = json.loads((folder / "planned/plan.json").read_text())["front"]
+    assert {row["steps"] for row in front} == {2}
 
 
 def _planned(pipe, experts, chosen):

@@ -307,5 +307,5 @@ def test_the_figure_of_an_ablation():
         assert np.allclose(dense, [(0.5, 7 * scale), (1, 4 * scale)])
         assert np.allclose(planned, [(0.25, 9 * scale), (0.48, 5 * scale)])
         band = axis.collections[0].get_paths()[0].vertices
-        assert np.allclose((band[:, 1].min(), band[:, 1].max()), (4 * scale, 8 * scale))
+        assert np.allclose((band[:, 1].min(), band[:, 1].max()), (4 * scale, (7 + 2**0.5) * scale))
         assert {text.get_text() for text in axis.texts} == {"dense, fewer steps", "steps and depth planned"}

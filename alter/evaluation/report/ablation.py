@@ -1,5 +1,6 @@
 """The figure of an ablation: quality against the MACs of all denoising steps."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .drawing import EXPERTS, INK, WIDTH, styled
+from .drawing import EXPERTS, INK, WIDTH, name_ends, styled
 
-_LINE, _LETTER = 14.0, 5.5  # pixels: between names, and a letter of them
 _COLORS = (*EXPERTS, "#8C564B", "#56B4E9")
 _SERIES = {  # in the order in which they take colours, after the dense model
     "dense_chosen": "dense, chosen timesteps", "planned": "steps and depth planned",
@@ -33,7 +33,7 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
                       for place in places]
             if not groups:
                 continue
-            points = np.array([(*np.mean(group, axis=0), np.std(group, axis=0)[1]) for group in groups])
+            points = np.array([(*np.mean(group, axis=0), _spread([y for _, y in group])) for group in groups])
             x, y, spread = points[np.argsort(points[:, 0])].T
             color = INK if variant == "dense" else _COLORS[index - 1]
             axis.plot(x, y, color=color, linewidth=2 if variant == "dense" else 1.2, marker=".", markersize=5)
@@ -48,21 +48,12 @@ def fronts_figure(rows: list[dict[str, Any]]) -> Figure:
         axis.yaxis.set_minor_locator(NullLocator())
         axis.set_xticks([0.25, 0.5, 0.75, 1.0])
         axis.grid()
-        _name(axis, ends)
+        name_ends(axis, ends)
     return figure
 
 
-def _name(axis: Any, ends: list[tuple[float, float, str, str]]) -> None:
-    """The names of series right of their ends, those that end below one another without overlap."""
-    axis.figure.canvas.draw()
-    placed: list[tuple[float, float, float]] = []
-    for x, y, title, color in sorted(ends, key=lambda end: end[1]):
-        left, bottom = axis.transData.transform((x, y))
-        right = left + _LETTER * len(title)
-        lifted = max([bottom, *(height + _LINE for start, end, height in placed if start < right and left < end)])
-        placed.append((left, right, lifted))
-        lift = (lifted - bottom) * 72 / axis.figure.dpi
-        axis.annotate(title, (x, y), (5, lift), textcoords="offset points", fontsize=7, color=color, va="center")
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def plot_fronts(rows: list[dict[str, Any]], path: Path) -> None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 INK = "#010203"
 BLUE, ORANGE = "#0072B2", "#D55E00"
 EXPERTS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#808080")  # Okabe and Ito's that stand out on white and on black
+_LINE, _LETTER = 14.0, 5.5  # pixels: between names of series, and a letter of them
 WIDTH, ROW = 3.5, 0.18  # inches: a phone's width, and the height of a layer's row
 _STYLE: dict[Any, Any] = {
     "font.size": 8.5, "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "figure.dpi": 130,
@@ -77,3 +78,16 @@ def add_colorbar(figure: Figure, axis: Axes, mesh: Any, label: str) -> None:
     """A horizontal bar below the axis, in percent."""
     figure.colorbar(mesh, ax=axis, location="bottom", aspect=30, pad=0.02, label=label,
                     format=lambda x, _: f"{100 * x:g}%")
+
+
+def name_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """The names of series right of their ends, those that end below one another without overlap."""
+    axis.figure.canvas.draw()
+    placed: list[tuple[float, float, float]] = []
+    for x, y, title, color in sorted(ends, key=lambda end: end[1]):
+        left, bottom = axis.transData.transform((x, y))
+        right = left + _LETTER * len(title)
+        lifted = max([bottom, *(height + _LINE for start, end, height in placed if start < right and left < end)])
+        placed.append((left, right, lifted))
+        lift = (lifted - bottom) * 72 / axis.figure.dpi
+        axis.annotate(title, (x, y), (5, lift), textcoords="offset points", fontsize=7, color=color, va="center")

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ...experts.plan import Plan, Planner
-from .drawing import BLUE, INK, ORANGE, WIDTH, styled
+from ..pairs import drifts
+from .drawing import BLUE, INK, ORANGE, WIDTH, name_ends, styled
 
 _SHARES = (0.25, 0.35, 0.5, 0.65, 0.8, 1.0)  # of the MACs of the most steps, dense
 _SERIES = {"dense": ("dense, fewer steps", INK), "chosen": ("dense, chosen steps", "#7F7F7F"),
@@ -38,9 +39,13 @@ def front_rows(planner: Planner) -> list[dict[str, Any]]:
 
 
 def plan_row(planner: Planner, plan: Plan) -> dict[str, Any]:
-    """Numbers of a plan, with what it moves samples as measured."""
+    """Numbers of a plan, with how far it moves samples as predicted and as measured: mean squared, and as a `drift`
+    (evaluation/pairs.py) from the many dense steps that the planner compares with."""
+    measured, reference = planner.check(plan), planner.reference
+    spread = float(drifts(reference, reference)[1].mean()) / reference[0].numel()
     return {"steps": plan.steps, "macs": plan.macs, "share": plan.macs / planner.most / planner.experts.macs_total,
-            "predicted": plan.error, "measured": planner.check(plan)}
+            "predicted": plan.error, "measured": measured, "predicted_drift": plan.error / spread,
+            "drift": measured / spread}
 
 
 def front_table(rows: list[dict[str, Any]]) -> str:
@@ -57,7 +62,7 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
     """Displacement over the share of the MACs of the most steps, dense: measured as lines, which are named at their
     ends, predicted dotted; the dense model with fewer steps is the line to beat."""
     figure = Figure((1.4 * WIDTH, 3.2), layout="constrained")
-    axis = figure.subplots()
+    axis, ends = figure.subplots(), list[tuple[float, float, str, str]]()
     for series, (title, color) in _SERIES.items():
         points = sorted((row["share"], row["measured"], row["predicted"]) for row in rows if row["series"] == series)
         if not points:
@@ -66,13 +71,12 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
         axis.plot(share, measured, color=color, linewidth=2 if series == "dense" else 1.2, marker=".", markersize=5)
         if series not in ("dense", "chosen"):
             axis.plot(share, predicted, color=color, linewidth=0.8, linestyle=":")
-        end, shift, side = {"dense": (len(share) // 2, (6, 4), "left"), "chosen": (2, (-4, -6), "right"),
-                            "planned": (-1, (6, -9), "left")}.get(series, (0, (-4, 2), "right"))
-        axis.annotate(title, (share[end], measured[end]), shift, textcoords="offset points", fontsize=6, color=color,
-                      ha=side, va="bottom")
+        ends.append((share[-1], measured[-1], title, color))
     axis.set(xlabel="MACs of all steps (most steps, dense: 1)", ylabel="mean squared displacement of latents",
-             yscale="log", xlim=(0, 1.2))
+             yscale="log", xlim=(0, 1.45))
+    axis.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     axis.grid()
+    name_ends(axis, ends)
     return figure
 
 

@@ -42,16 +42,13 @@ class HypernetworkSearch:
     def begin(self) -> None:
         """Choose where a new search starts, unless it is the dense model by measuring (minutes)."""
         experts = self.config.experts
-
-        def measure() -> None:
+        if experts.start != "dense":
             apart = experts.start == "measured"
-            table = measure_sensitivity(self.config, self.parts, max(10, 2 * experts.count) if apart else 10)
-            write_sensitivity(table, self.trainer.run_dir / SENSITIVITY)
+            table = measure_sensitivity(self.config, self.parts, max(10, 2 * experts.count) if apart else 10,
+                                        shared=True)
+            on_main_process(lambda: write_sensitivity(table, self.trainer.run_dir / SENSITIVITY))
             start_near(table, self.parts.budget, self.hypernetwork, apart)
             self.trainer.backbone.train()
-
-        if experts.start != "dense":
-            on_main_process(measure)
         self._share()
 
     def _share(self) -> None:
