@@ -1,5 +1,5 @@
 """Signal to noise of the search's gradients at its start, with one draw of masks an iteration or one a sample, for each
-router: `OMP_NUM_THREADS=1 python scripts/gradient_noise.py --config configs/demo_dit.yaml`. On the CPU, in one process.
+router: `OMP_NUM_THREADS=1 python scripts/gradient_noise.py --config configs/demo_dit.yaml`. In one process.
 
 The model has to be there: run its demo first.
 """

@@ -22,14 +22,12 @@ from ..common.errors import InputError
 from .asking import Stopped
 from .draws import generator
 from .family import COMPONENTS, Backbone, backbone_class, floating_dtype, parameters, timestep_argument
+from .guidance import guided, unguided
 from .pretrained import absent_parts, component_of, hollow, load_backbone, precision, variant_of
 
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
-# How a pipeline is told to draw without guidance, in the order of preference; some count from 0.
-_UNGUIDED = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
-_UNGUIDED_AT_ZERO = ("Krea2", "ZImage")
 _AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}
 
 
@@ -135,9 +133,11 @@ class Conditioner:
             self.pipe.scheduler = scheduler or self.pipe.scheduler
             for first in range(0, len(prompts), batch_size):
                 some = list(prompts[first : first + batch_size])
+                scale = (unguided(self.pipe, self.backbone, self.guidance) if guidance_scale == 1
+                         and not self.is_told_guidance else guided(self.pipe, self.backbone, guidance_scale, len(some)))
                 wanted = {**self._shape(), "prompt": some, "num_inference_steps": steps, "output_type": "pt",
                           "generator": [generator(seed, first + i, 7) for i in range(len(some))],
-                          **_AS_GIVEN, **self._guided(accepted, guidance_scale, len(some))}
+                          **_AS_GIVEN, **scale}
                 output = self.pipe(**{name: value for name, value in wanted.items() if name in accepted})
                 done.append((output.frames if hasattr(output, "frames") else output.images).float().cpu() * 2 - 1)
         return torch.cat(done)
@@ -186,7 +186,8 @@ class Conditioner:
         """What the pipeline tells its backbone, under dotted names."""
         accepted = inspect.signature(self.pipe.__call__).parameters
         wanted = {**self._shape(size), "prompt": prompts, "num_inference_steps": 2, "output_type": "latent",
-                  "generator": torch.Generator().manual_seed(0), **_AS_GIVEN, **self._unguided(accepted)}
+                  "generator": torch.Generator().manual_seed(0), **_AS_GIVEN,
+                  **unguided(self.pipe, self.backbone, self.guidance)}
         given = {name: value for name, value in wanted.items() if name in accepted}
         told = stop_at_backbone(self.pipe, self.backbone, given)
         cls = backbone_class(self.backbone)
@@ -198,22 +199,6 @@ class Conditioner:
         tokens = {} if self.max_tokens is None else {"max_sequence_length": self.max_tokens}
         height, width = size or self.size[-2:]
         return {**frames, **tokens, "height": height, "width": width}
-
-    def _guided(self, accepted: Mapping[str, Any], scale: float, count: int) -> dict[str, Any]:
-        if scale == 1 and not self.is_told_guidance:
-            return self._unguided(accepted)
-        if "true_cfg_scale" in accepted and not self.is_told_guidance:
-            return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
-        return {"guidance_scale": scale}
-
-    def _unguided(self, accepted: Mapping[str, Any]) -> dict[str, float]:
-        if self.is_told_guidance:
-            told = {"guidance_scale": self.guidance} if self.guidance is not None else {}
-            return told | {"true_cfg_scale": 1.0}
-        if type(self.pipe).__name__.startswith(_UNGUIDED_AT_ZERO):
-            return {"guidance_scale": 0.0}
-        name = next((name for name in _UNGUIDED if name in accepted), None)
-        return {} if name is None else {name: _UNGUIDED[name]}
 
 
 def load_hollow(folder: Path, device: torch.device | str, dtype: torch.dtype,

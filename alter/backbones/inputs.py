@@ -38,7 +38,7 @@ _PACKED = {"BriaTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transform
            "NucleusMoEImageTransformer2DModel", "OvisImageTransformer2DModel", "QwenImageTransformer2DModel"}
 _AS_TOKENS = {"BriaFiboTransformer2DModel"}
 _PACKED_VIDEO = {"LTXVideoTransformer3DModel"}
-_FRAMES_FIRST = {"CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"}
+FRAMES_FIRST = {"CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"}
 
 
 def example_inputs(backbone: Any, size: Size, text_tokens: int | None = None, batch: int = 1,
@@ -146,7 +146,7 @@ class _Inputs:
             return height * width, channels
         if name in _PACKED_VIDEO:
             return self.frames * height * width, channels
-        if name in _FRAMES_FIRST:
+        if name in FRAMES_FIRST:
             return self.frames, channels, height, width
         if is_video(self.backbone) or family_of(self.backbone).listed:
             return channels, self.frames, height, width

@@ -32,10 +32,11 @@ def usual_resolution(folder: Path, component: str | None = None) -> int | None:
 def pixel_size(folder: Path, resolution: int, frames: int) -> tuple[int, ...]:
     """(height, width) of a pipeline's images; (frames, height, width) where it makes videos."""
     size = resolution, resolution
-    return (frames, *size) if _makes_videos(folder) else size
+    return (frames, *size) if makes_videos(folder) else size
 
 
-def _makes_videos(folder: Path) -> bool:
+def makes_videos(folder: Path) -> bool:
+    """Whether a pipeline's latents are of videos."""
     return "3D" in component_of(folder)[0].__name__
 
 
@@ -47,7 +48,7 @@ def latent_frames(folder: Path, frames: int) -> int:
     """
     if frames == 1:
         return 1
-    if not _makes_videos(folder):
+    if not makes_videos(folder):
         raise InputError(f"data.frames={frames}: the backbone is of images: set 1")
     file = folder / "vae" / "config.json"
     config = read_config(file) if file.is_file() else {}

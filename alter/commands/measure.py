@@ -18,23 +18,24 @@ from ..common.load import load_config
 from .options import add_config, announce_loading, check_keep, check_least, read_prompts, user_path
 
 _KEEP = (0.7, 0.85, 0.55)
-_BINS = 10
+_BINS, _IMAGES = 10, 32
+_APPLIED = ("pipeline", "prompts", "labels", "images", "resolution", "seed", "dtype", "keep")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, required=False)
     parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
-    parser.add_argument("--bins", type=int, default=_BINS, help=f"intervals of timesteps (default {_BINS})")
-    parser.add_argument("--samples", type=int, default=32, help="samples of each bin (default 32)")
-    parser.add_argument("--trials", type=int, default=4, help="layers skipped while sampling (default 4)")
+    parser.add_argument("--bins", type=int, help=f"intervals of timesteps (default {_BINS})")
+    parser.add_argument("--samples", type=int, help="samples of each bin (default 32)")
+    parser.add_argument("--trials", type=int, help="layers skipped while sampling (default 4)")
     parser.add_argument("--batch", type=int, default=16, help="samples of one forward (default 16)")
     parser.add_argument("--apply", action="store_true", help="write experts.json; --images in place of --samples")
     parser.add_argument("--pipeline", metavar="FOLDER", help="or hub id")
     parser.add_argument("--prompts", type=user_path, metavar="FILE", help="a prompt a line")
     parser.add_argument("--labels", type=_labels, metavar="CLASSES", help="such as 3,5 or 0-9")
-    parser.add_argument("--images", type=int, default=32, help="drawn; prompts repeat (default 32)")
+    parser.add_argument("--images", type=int, help="drawn; prompts repeat (default 32)")
     parser.add_argument("--resolution", type=int, help="in pixels (default: the backbone's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default 0")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights")
     parser.add_argument("--keep", type=float, nargs="+", metavar="RATIO",
                         help="budgets to draw at (default 0.7 0.85 0.55)")
@@ -59,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     loss = dataclasses.replace(config.loss, output_kd=0.0, feature_kd=0.0, denoise=1.0)  # no teacher is needed
     config = dataclasses.replace(config, loss=loss)
     parts = build(config, device=_device(), frozen=DTYPES[config.backbone.precision])
-    table = measure_sensitivity(config, parts, arguments.bins, arguments.samples, arguments.batch, arguments.trials)
+    table = measure_sensitivity(config, parts, arguments.bins or _BINS, arguments.samples or _IMAGES, arguments.batch,
+                                arguments.trials or 4)
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     write_sensitivity(table, out / SENSITIVITY)
@@ -70,10 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _apply(arguments: argparse.Namespace) -> None:
-    given = None
+    given, count = None, arguments.images or _IMAGES
     if arguments.prompts or arguments.labels:
         named = arguments.labels or read_prompts(arguments.prompts)
-        given = [named[i % len(named)] for i in range(arguments.images)]
+        given = [named[i % len(named)] for i in range(count)]
     announce_loading()
     from ..backbones.pretrained import DTYPES
     from ..data.drawn import Drawn
@@ -89,7 +91,7 @@ def _apply(arguments: argparse.Namespace) -> None:
     dense_folder(config)
     parts = build(config, device=_device(), source=source, frozen=DTYPES[arguments.dtype or config.backbone.precision])
     keeps = check(config, parts, list(dict.fromkeys(arguments.keep or _KEEP)))
-    conditions = given or conditions_of(parts, arguments.images)
+    conditions = given or conditions_of(parts, count)
     cost = forwards(config, parts, len(conditions), keeps)
     print(f"about {sum(cost.values()):,} forwards of one sample ({parts.cost.macs_total / 1e9:.4g} GMACs each): "
           + ", ".join(f"{count:,} to {what}" for what, count in cost.items()), file=sys.stderr, flush=True)
@@ -129,12 +131,15 @@ def _config_of(arguments: argparse.Namespace, conditions: list[Any]) -> Config:
         raise InputError(f"--pipeline {arguments.pipeline}: does not say for which size it was made: name "
                          "--resolution")
     precision = "no" if arguments.dtype in (None, "fp32") else arguments.dtype
-    return load_config({
-        "backbone": {"pretrained": arguments.pipeline}, "seed": arguments.seed,
+    values: dict[str, Any] = {
+        "backbone": {"pretrained": arguments.pipeline}, "seed": arguments.seed or 0,
         "data": {"path": "images that the pipeline draws", "resolution": resolution, "holdout": 0},
-        "search": {"method": "elastic", "samples": arguments.images, "bins": arguments.bins},
+        "search": {"method": "elastic", "samples": len(conditions), "bins": arguments.bins or _BINS},
         "budget": {"keep_ratio": 1.0}, "evaluate": {"guidance_scale": usual_guidance(folder)},
-        "train": {"mixed_precision": precision}}, arguments.overrides)
+        "train": {"mixed_precision": precision}}
+    # Measured in as many steps as are drawn, of a flow too.
+    values["budget"]["sampling_steps"] = load_config(values, arguments.overrides).evaluate.sampling_steps
+    return load_config(values, arguments.overrides)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -152,8 +157,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--apply: name --prompts or --labels, of which the pipeline draws images")
     if arguments.prompts and arguments.labels:
         raise InputError("--prompts and --labels: name one of them")
-    if not arguments.apply and (arguments.pipeline or arguments.prompts or arguments.labels or arguments.keep):
-        raise InputError("--pipeline, --prompts, --labels and --keep are for --apply: add it, or leave them out")
+    unused, why = _APPLIED, "without --apply: add it, or leave them out"
+    if arguments.apply and arguments.config:
+        unused, why = ("samples", "trials", "bins", "resolution", "seed"), "here: set the configuration's keys"
+    elif arguments.apply:
+        unused, why = ("samples", "trials"), "with --apply: name --images"
+    if given := [f"--{name}" for name in unused if getattr(arguments, name) is not None]:
+        raise InputError(f"{' '.join(given)}: no effect {why}")
 
 
 def _labels(text: str) -> list[int]:

@@ -11,7 +11,7 @@ import math
 from ..common.errors import InputError
 from ..common.files import check_writable, write_text
 from .options import announce_loading, check_least, read_prompts, user_path
-from .sample import DTYPES, load_asked
+from .sample import DTYPES, add_size, drawing, load_asked, take_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=24, help="drawn each time; prompts or labels repeat (default 24)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
+    add_size(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="images of one call (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_least(arguments, 1, "batch")
+    check_least(arguments, 1, "batch", "resolution")
     check_least(arguments, 2, "images", "most", "quality")
     check_least(arguments, 0, "labels", "seed")
     for name in ("share", "macs", "seconds"):
@@ -65,8 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     experts = TemporalExperts.from_pretrained(arguments.experts or (final if final.is_dir() else arguments.run))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {**vars(arguments), "keep": None, "plan": None, "latents": False, "steps": 2}
-    pipe = load_asked(argparse.Namespace(**{**asked, "dense": True, "original": False, "dense_pipeline": None}))
-    dense = load_asked(argparse.Namespace(**asked, dense=False)) if (
+    take_size(arguments)
+    pipe = load_asked(argparse.Namespace(**{**asked, "dense": True, "original": False, "dense_pipeline": None}), True)
+    dense = load_asked(argparse.Namespace(**asked, dense=False), True) if (
         arguments.original or arguments.dense_pipeline) else None
     for each in (pipe, dense):
         if each is not None:
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             each.set_progress_bar_config(disable=True)
     name = "prompt" if arguments.labels is None else "class_labels"
     call = {name: [conditions[i % len(conditions)] for i in range(arguments.images)]}
-    call |= {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
+    call |= drawing(arguments, pipe, arguments.images)
     planner = Planner(experts, pipe, call, arguments.most, arguments.seed, arguments.batch, dense,
                       arguments.own_steps)
     if dense is None and planner.fixed(2, 1).error > planner.fixed(2, 1).discretisation:
@@ -96,7 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     plot_plans(rows, out / "plan.png")
     settings = {"run": str(arguments.run.resolve()), "scheduler": type(pipe.scheduler).__name__,
                 "asked_scheduler": arguments.scheduler, "most": planner.most,
-                "guidance": arguments.guidance, "images": arguments.images, "seed": arguments.seed,
+                "guidance": arguments.guidance, "resolution": arguments.resolution,
+                "max_tokens": arguments.max_tokens, "images": arguments.images, "seed": arguments.seed,
                 "reference": "full depth" if dense is None else "original",
                 "dense_pipeline": arguments.dense_pipeline and str(arguments.dense_pipeline.resolve())}
     write_text(out / "plan.json", json.dumps({"settings": settings, "chosen": chosen, "front": rows}, indent=1) + "\n")
@@ -104,5 +107,6 @@ def run(arguments: argparse.Namespace) -> None:
     layers = f"of {' '.join(map(str, chosen['layers']))} of {len(experts.sites)} layers"
     print(f"chosen: {plan.steps} steps {'of the dense model' if plan.dense else layers}, "
           f"{chosen['share']:.1%} of the MACs of {planner.most} steps at full depth; displacement {plan.error:.3g} "
-          f"predicted, {chosen['measured']:.3g} measured (drift {chosen['predicted_drift']:.3g}, {chosen['drift']:.3g})")
+          f"predicted, {chosen['measured']:.3g} measured; as drift of latents {chosen['predicted_drift']:.3g} and "
+          f"{chosen['drift']:.3g}")
     print(f"written to {out}: plan.json, plan.png, and experts.json for `alter sample --plan {out}`")

@@ -7,6 +7,7 @@ arguments, it draws what is missing.
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="denoising steps (default 20, or those of --plan)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
+    add_size(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="images of one call on one process (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -49,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
 
 
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Shared with `alter plan`."""
+    parser.add_argument("--resolution", type=int, help="of the images, in pixels (default: the run's data.resolution; "
+                        "of a pipeline without a run's config.yaml, the pipeline's)")
+
+
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     conditions = arguments.labels or read_prompts(arguments.prompts)
@@ -63,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     arguments.steps = _steps(arguments)
     asked, arguments.taken = _take_settings(arguments)
+    take_size(arguments)
     state, out = this_process(), arguments.out
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
@@ -87,7 +96,6 @@ def run(arguments: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     missing = [image for image in images[state.process_index :: state.num_processes]
                if not (out / image["file"]).is_file()]
-    extra = {} if arguments.guidance is None else {"guidance_scale": arguments.guidance}
     with tqdm(total=len(missing), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
         for first in range(0, len(missing), arguments.batch):
             batch = missing[first : first + arguments.batch]
@@ -95,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             torch.manual_seed(batch[0]["seed"])
             with decoded(pipe.vae if arguments.latents else None) as latents:
                 drawn = pipe([image["condition"] for image in batch], num_inference_steps=asked,
-                             generator=generators, **extra).images
+                             generator=generators, **drawing(arguments, pipe, len(batch))).images
             for image, row in zip(batch, latents, strict=True) if arguments.latents else ():
                 np.save((out / image["file"]).with_suffix(".npy"), row.numpy())
             for image, picture in zip(batch, drawn, strict=True):
@@ -107,7 +115,28 @@ def run(arguments: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
-def load_asked(arguments: argparse.Namespace) -> Any:
+def take_size(arguments: argparse.Namespace) -> None:
+    """Let `resolution`, unless it is asked for, and `max_tokens` of a drawing by prompts be those of the run."""
+    from ..common.load import load_config
+
+    file, arguments.max_tokens = _config_file(arguments.run), None
+    if file is not None and arguments.labels is None:
+        data = load_config(file).data
+        arguments.resolution, arguments.max_tokens = arguments.resolution or data.resolution, data.max_tokens
+
+
+def drawing(arguments: argparse.Namespace, pipe: Any, count: int) -> dict[str, Any]:
+    """What a call for `count` images is given beside its conditions and steps."""
+    from ..backbones.guidance import guided
+    from ..experts.apply import backbone_of
+
+    size = {"height": arguments.resolution, "width": arguments.resolution, "max_sequence_length": arguments.max_tokens}
+    accepted = inspect.signature(pipe.__call__).parameters
+    given = {name: value for name, value in size.items() if value is not None and name in accepted}
+    return given | ({} if arguments.guidance is None else guided(pipe, backbone_of(pipe), arguments.guidance, count))
+
+
+def load_asked(arguments: argparse.Namespace, videos: bool = False) -> Any:
     """The pipeline that the arguments name, with experts or without.
 
     Raises:
@@ -119,6 +148,7 @@ def load_asked(arguments: argparse.Namespace) -> Any:
     from ..backbones.dit import null_class
     from ..backbones.pretrained import component_of, load_backbone, local_folder
     from ..backbones.schedules import is_flow, load_scheduler, make_sampler, scheduler_class, tokens_of
+    from ..backbones.sizes import makes_videos
     from ..experts.artefact import TemporalExperts
     from ..experts.load import load_dense, load_pipeline
     from ..experts.pipeline import ClassConditionalPipeline
@@ -130,6 +160,9 @@ def load_asked(arguments: argparse.Namespace) -> Any:
                          "run")
     if arguments.scheduler is not None:
         scheduler_class(arguments.scheduler, "--scheduler ", is_flow(load_scheduler(parts)))
+    if not videos and makes_videos(parts):
+        raise InputError(f"--run {arguments.run}: draws videos, not images: call its pipeline from Python "
+                         "(docs/use.md)")
     if not any((parts / part).is_dir() for part in ("vae", "transformer")):
         raise InputError(f"--run {arguments.run}: {folder} has no VAE and draws no images: name a run on images")
     dtype = getattr(torch, DTYPES[arguments.dtype])
@@ -147,6 +180,8 @@ def load_asked(arguments: argparse.Namespace) -> Any:
     if by_class != (arguments.labels is not None):
         wanted = "--labels" if by_class else "--prompts"
         raise InputError(f"--run {arguments.run}: a {type(pipe).__name__} takes {wanted}")
+    if by_class and arguments.resolution is not None:
+        raise InputError(f"--resolution {arguments.resolution}: a {type(pipe).__name__} has one size: leave it out")
     if by_class and max(arguments.labels) >= null_class(pipe.transformer):
         raise InputError(f"--labels {max(arguments.labels)}: the model has the classes 0 to "
                          f"{null_class(pipe.transformer) - 1}")
@@ -175,8 +210,7 @@ def _original(arguments: argparse.Namespace, parts: Path) -> tuple[Path, str]:
         if (folder / "experts.json").is_file():
             raise InputError(f"{field} {folder}: its weights were tuned under experts: name the original pipeline")
     else:
-        field, run = "--original", arguments.run.resolve()
-        file = next((place / "config.yaml" for place in (run, run.parent) if (place / "config.yaml").is_file()), None)
+        field, file = "--original", _config_file(arguments.run)
         if file is None:
             raise InputError(f"--original: {arguments.run} has no config.yaml that says what it started from: use "
                              "--dense-pipeline")
@@ -187,6 +221,12 @@ def _original(arguments: argparse.Namespace, parts: Path) -> tuple[Path, str]:
         raise InputError(f"{field}: {folder} is of another architecture than {parts}: name the pipeline that the run "
                          "started from")
     return folder, field
+
+
+def _config_file(run: Path) -> Path | None:
+    """The run's config.yaml, also of its final/."""
+    places = run.resolve(), run.resolve().parent
+    return next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
 
 
 def _steps(arguments: argparse.Namespace) -> int:
@@ -215,7 +255,8 @@ def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None
     try:
         written = json.loads(read_text(file, "--plan"))
         settings, chosen = written["settings"], written["chosen"]
-        planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"]}
+        planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"],
+                   "resolution": settings.get("resolution")}
         asked, taken = chosen["asked"], chosen["taken"]
         if chosen["dense"]:
             pipeline = settings["dense_pipeline"]
@@ -238,7 +279,7 @@ def _experts_digest(run: Path) -> str | None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what cannot be drawn by any model, or be written."""
-    check_least(arguments, 1, "num", "steps", "batch")
+    check_least(arguments, 1, "num", "steps", "batch", "resolution")
     check_least(arguments, 0, "labels", "seed")
     if arguments.seed >= 2**32:  # the images' own seeds have 64 bits
         raise InputError(f"--seed {arguments.seed}: choose one below {2**32}")

@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -138,6 +139,16 @@ def release() -> None:
     """Give up what this process has claimed."""
     while _held:
         _held.pop().close()
+
+
+@contextlib.contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block; `file`, whose folder is made, stays."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as held:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(held, fcntl.LOCK_EX)
+        yield
 
 
 def _nearest(path: Path) -> Path:

@@ -26,6 +26,7 @@ PAPER = {
 }
 # Of the hypernetwork alone. Its losses' weights and learning rate are left out: files hold them for `paper=true`.
 _LEARNED = ("experts.router", "experts.tau", "experts.offset", "search.draws")
+_MEASURED = ("search.samples", "search.bins", "search.least", "search.features")  # of the elastic search alone
 _PATHS = ("output_dir", "resume", "backbone.pretrained", "teacher.pretrained", "experts.pretrained", "data.path",
           "data.prior_path", "budget.latency_file", "search.features")
 
@@ -84,10 +85,11 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def without_effect(config: Config) -> list[str]:
-    """Each "key=value" of the hypernetwork's that has another value than its default though nothing is learned."""
+    """Each "key=value" of the other method of search that has another value than its default."""
     values, defaults = flatten(config), {path: entry.default for path, entry, _ in schema.keys(Config)}
-    unused = config.search.method == "elastic" and config.experts.pretrained is None
-    return [f"{path}={values[path]}" for path in _LEARNED if unused and values[path] != defaults[path]]
+    unused = _LEARNED if config.search.method == "elastic" else _MEASURED
+    searched = config.experts.pretrained is None
+    return [f"{path}={values[path]}" for path in unused if searched and values[path] != defaults[path]]
 
 
 def save_config(config: Config, path: Path) -> None:

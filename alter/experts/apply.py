@@ -211,7 +211,7 @@ class _Chooser:
         given = timestep.tolist() if isinstance(timestep, Tensor) else timestep  # the host read
         values = [self._training(value) for value in (given if isinstance(given, list) else [given])]
         if isinstance(timestep, Tensor) and timestep.dtype in (torch.bfloat16, torch.float16):
-            values = self._unrounded(values, torch.finfo(timestep.dtype).eps)
+            values = self._unrounded(values, timestep.dtype)
         rung = self._in_force()
         experts = [self._expert(value, rung) for value in values]
         if experts.count(experts[0]) == len(experts):
@@ -251,8 +251,9 @@ class _Chooser:
             return max(map(self._training, value))
         return self.family.training(value, self.count)
 
-    def _unrounded(self, values: list[float], eps: float) -> list[float]:
-        """The scheduler's present timestep, if `values` are it but for rounding."""
+    def _unrounded(self, values: list[float], dtype: torch.dtype) -> list[float]:
+        """The scheduler's present timestep, if `values` are what it is rounded to: before the backbone's units, or
+        after."""
         pipeline = self.pipeline or vars(self.simulator.backbone).get("_alter_drawn_by")  # of validation images
         scheduler: Any = getattr(pipeline() if pipeline else None, "scheduler", None)
         timesteps, step = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
@@ -262,9 +263,11 @@ class _Chooser:
             self._visited = timesteps, timesteps.tolist()
         visited = self._visited[1]
         step = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
-        if step >= len(visited) or any(abs(visited[step] - value) > eps * self.count for value in values):
+        if step >= len(visited):
             return values
-        return [visited[step]] * len(values)
+        exact = torch.tensor(visited[step])
+        rounded = [self._training(self.family.value(each).to(dtype).item()) for each in (exact, exact.to(dtype))]
+        return [visited[step]] * len(values) if all(value in rounded for value in values) else values
 
     def _expert(self, timestep: float, rung: Rung) -> int:
         """Of the nearest training timestep."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..backbones.cost import CostTable
@@ -232,9 +232,15 @@ class TemporalExperts(Experts):
 
 def fetch(source: str | Path, name: str, hub: dict[str, Any]) -> Path:
     """A file of a folder or, with further arguments of `hf_hub_download`, a hub id; raises EntryNotFoundError if it is
-    not there."""
+    not there, OSError where that cannot be known."""
     if not Path(source).is_dir():
-        return Path(hf_hub_download(str(source), name, **hub))
+        try:
+            return Path(hf_hub_download(str(source), name, **hub))
+        except LocalEntryNotFoundError as error:  # it may exist, unless the hub has said so before
+            known = try_to_load_from_cache(str(source), name, hub.get("cache_dir"), hub.get("revision"))
+            if known is _CACHED_NO_EXIST:
+                raise
+            raise OSError(str(error)) from None
     if not (Path(source) / name).is_file():
         raise LocalEntryNotFoundError(f"{source} holds no {name}")
     return Path(source) / name

@@ -104,14 +104,6 @@ class Frontier:
         return Choice(mask_B, float(self._cost_MB[chosen].sum()), float(self._loss_MB[chosen].sum()))
 
 
-def one_mask(loss_MB: np.ndarray, cost_MB: np.ndarray, budget: float) -> Choice:
-    """The least loss of a single mask for all bins at a cost of at most `budget`; the cheapest mask if none is."""
-    cost_M = cost_MB.sum(axis=1)
-    fitting = np.flatnonzero(cost_M <= budget * (1 + 1e-9))
-    m = int(fitting[loss_MB[fitting].sum(axis=1).argmin()]) if len(fitting) else int(cost_M.argmin())
-    return Choice(np.full(loss_MB.shape[1], m), float(cost_M[m]), float(loss_MB[m].sum()))
-
-
 def likely(cost_M: np.ndarray, low: float, high: float, spread: float = 0.2) -> np.ndarray:
     """How often each mask is trained while budgets from low to high are searched for, float64 [M] of sum 1: those
     between alike, those beyond by a Gaussian of their distance in cost."""

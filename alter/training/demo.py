@@ -27,7 +27,7 @@ from ..backbones.pretrained import absent_parts, component_of, export
 from ..backbones.schedules import load_scheduler, make_noising, tokens_of
 from ..common.config import Config
 from ..common.errors import InputError
-from ..common.files import write_text
+from ..common.files import one_at_a_time, write_text
 from ..common.load import CONFIGS
 from ..data import shapes
 from ..data.batches import GlobalBatches, Order, make_loader, split
@@ -47,7 +47,12 @@ def make_demo(config: Config, device: torch.device) -> None:
 
     Call it on one process.
     """
-    folder, template = Path(str(config.backbone.pretrained)), CONFIGS / "models" / str(config.demo.model)
+    folder = Path(str(config.backbone.pretrained))
+    with one_at_a_time(folder.with_name(f".making-{folder.name}")):  # runs of several seeds may begin together
+        _make(config, folder, CONFIGS / "models" / str(config.demo.model), device)
+
+
+def _make(config: Config, folder: Path, template: Path, device: torch.device) -> None:
     settings = {"demo": dataclasses.asdict(config.demo),
                 "data": {name: getattr(config.data, name) for name in _DATA_SETTINGS}}
     record, made = folder.with_name(f"{folder.name}.json"), folder.is_dir()

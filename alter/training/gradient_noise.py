@@ -42,8 +42,9 @@ def measure_gradient_noise(config: Config, draws: int) -> GradientNoise:
         draws: 20 or more.
     """
     with tempfile.TemporaryDirectory() as folder:
-        parts = build(config)
-        trainer = Trainer(config, parts, make_accelerator(config), Path(folder))
+        accelerator = make_accelerator(config)
+        parts = build(config, device=accelerator.device)
+        trainer = Trainer(config, parts, accelerator, Path(folder))
         search = trainer.search
         assert isinstance(search, HypernetworkSearch)
         search.begin()
@@ -54,8 +55,9 @@ def measure_gradient_noise(config: Config, draws: int) -> GradientNoise:
             roots, gradients, _ = search.gradients(logits, trainer._prepare(micro_batches))
             masks, *others = torch.autograd.grad(roots, [logits.mask_EL, *router], gradients, retain_graph=True)
             for kept, parts_of in zip(found, ([masks], others), strict=True):
-                kept.append(np.concatenate([part.double().flatten().numpy() for part in parts_of] or [np.empty(0)]))
-    expert_T = logits.router_TE.argmax(dim=1).numpy()
+                flat = [part.double().flatten().cpu().numpy() for part in parts_of]
+                kept.append(np.concatenate(flat or [np.empty(0)]))
+    expert_T = logits.router_TE.argmax(dim=1).cpu().numpy()
     weight_T = parts.budget.weight_T(len(expert_T))
     share_E = np.bincount(expert_T, weight_T, minlength=config.experts.count)
     return GradientNoise(signal_to_noise(np.array(found[0])), signal_to_noise(np.array(found[1])) if router else None,

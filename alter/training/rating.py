@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..common.config import Config
+from ..data.latents import weights_hash
 from ..evaluation.classifier import SmallClassifier, accuracy
 from ..evaluation.distances import frechet_distance
 from ..evaluation.pairs import drift
@@ -42,7 +43,7 @@ class Rating:
         reference = demo_reference(config, parts.source)
         budget = config.budget.sampler, config.budget.sampling_steps  # in which samples answer to errors
         made_of = repr((config.evaluate, config.demo, config.data, config.backbone, config.flow, budget,
-                        config.train.mixed_precision))
+                        config.train.mixed_precision, weights_hash(parts.folder / parts.component)))
         self.key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
         assert reference is not None, "a demo's run"
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -24,6 +25,7 @@ from ..backbones.pretrained import set_tf32
 from ..common.config import Config
 from ..common.errors import InputError
 from ..common.files import release, write_text
+from ..common.load import without_effect
 from ..common.process import MEETING, on_main_process
 from ..evaluation.report.figures import summary_table
 from ..experts.artefact import TemporalExperts
@@ -95,6 +97,7 @@ def _train(config: Config) -> FinishedRun:
 
     trainer = Trainer(config, parts, accelerator, run_dir)
     if trainer.search and not resume_from:
+        tell_unused(config)
         trainer.search.begin()
     begun = step_of(resume_from) if resume_from else 0
     if begun < config.train.steps:
@@ -128,6 +131,12 @@ def _only_data_parallel(kind: str) -> InputError:
                       "differ from sample to sample: use plain data parallelism (configs/accelerate/), and save memory "
                       "with backbone.gradient_checkpointing, optim.optimizer=adamw_8bit, teacher.precision=bf16 or "
                       "lora.rank")
+
+
+def tell_unused(config: Config) -> None:
+    """Name the keys of the other method of search that are set, on the main process."""
+    if (unused := without_effect(config)) and PartialState().is_main_process:
+        tqdm.write(f"warning: {', '.join(unused)}: no effect with search.method={config.search.method}", sys.stderr)
 
 
 def make_accelerator(config: Config) -> Accelerator:

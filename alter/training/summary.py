@@ -43,7 +43,8 @@ def finish(config: Config, parts: Parts, experts: TemporalExperts, processes: in
     _export(config, parts, final)
     experts.save_pretrained(final)
 
-    summary = {**achieved(experts), "prunable_share": parts.cost.prunable_share, **counts}
+    summary = {**achieved(experts), "prunable_share": parts.cost.prunable_share, "free_guidance": parts.free_guidance,
+               **counts}
     summary |= _held_out_errors(config, parts, experts, config.train.micro_batch(processes))
     reference = demo_reference(config, parts.source)
     if reference is not None:
@@ -137,7 +138,7 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
         summary[f"accuracy_{name}"] = accuracy(classifier, images, demo.asked)
         visited = visited_rows(make_solver(parts.scheduler, parts.tokens), count, parts.tokens)
         per_step = experts.macs_T[visited] if name == "experts" else np.full(count, experts.macs_total)
-        spent = float(per_step.sum()) * (1 if evaluate.guidance_scale == 1 else 2)  # guidance runs the backbone twice
+        spent = float(per_step.sum()) * (1 if parts.free_guidance == 1 else 2)  # guidance runs the backbone twice
         pictures[row_label(name, count, spent, summary)] = images[:_SHOWN]
     parts.release_teacher()
     plot_samples(pictures, demo.titles[:_SHOWN], run_dir / "samples.png")

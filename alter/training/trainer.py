@@ -65,12 +65,13 @@ class Trainer:
             train.steps - (searched if train.schedule == "two_stage" else 0), accelerator.device,
             eight_bit=optim.optimizer == "adamw_8bit")
         self.wrapped = accelerator.prepare_model(self.backbone)
-        # Of each timestep, of mean 1; None: all weigh the same. A flow's shift draws more of those that count.
-        noising, limited = parts.noising, len(parts.noising.trained) < parts.noising.num_timesteps
-        weight_T = None if isinstance(noising, Flow) and not limited else parts.budget.weight_T(noising.num_timesteps)
+        # Of each timestep, of mean 1; None: all weigh the same.
+        noising = parts.noising
+        weight_T = parts.budget.weight_T(noising.num_timesteps)
         self.balance_T = None if weight_T is None else torch.tensor(
             weight_T * len(weight_T), dtype=torch.float32, device=accelerator.device)
-        self.weight_T = None if limited else self.balance_T  # of losses, unless each is drawn as often as it counts
+        often = isinstance(noising, Flow) or len(noising.trained) < noising.num_timesteps
+        self.weight_T = None if often else self.balance_T  # of losses, unless those that count are drawn more often
         self.inputs = fingerprint(parts)
         self.step = 0
         self.experts: TemporalExperts | None = parts.experts

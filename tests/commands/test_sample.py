@@ -124,6 +124,19 @@ def test_images_at_another_rung(folder, tmp_path, draw):
         assert code == 2 and message in error
 
 
+def test_images_have_the_size_that_the_run_was_trained_at(folder, tmp_path, draw):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    given = ["--prompts", str(folder / "prompts.txt"), "--num", "1", "--run", str(tmp_path / "run")]
+    sides = {}
+    for name, asked in (("pipeline", []), ("run", []), ("asked", ["--resolution", "64"])):
+        assert draw(tmp_path / name, *given, *asked)[0] == 0
+        sides[name] = images(tmp_path, name)["000000.png"].shape[0]
+        (tmp_path / "run/config.yaml").write_text("backbone: {pretrained: x}\ndata: {path: x, resolution: 48}\n")
+    assert sides == {"pipeline": 32, "run": 48, "asked": 64}
+    code, error = draw(tmp_path / "pipeline", *given)
+    assert code == 2 and "was drawn with resolution=None, not 48" in error
+
+
 def test_images_of_a_run_that_latest_meant_before_are_not_mixed_in(folder, tmp_path):
     for name in ("first", "second"):
         shutil.copytree(folder / "run", tmp_path / name)

@@ -11,7 +11,7 @@ import pytest
 from helpers import HANGING
 
 from alter import InputError, train
-from alter.common.files import claim, release
+from alter.common.files import claim, one_at_a_time, release
 
 _CLAIM = ("import sys, time; from pathlib import Path; from alter.common.files import claim; "
           "claim(Path(sys.argv[1]), 'output_dir'); print('held', flush=True); time.sleep(10_000)")
@@ -74,3 +74,19 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
     claim(tmp_path, "output_dir")
     (said,) = capsys.readouterr().err.splitlines()
     assert "keeps no locks (No locks available): nothing hinders a second run" in said
+
+
+_ALONE = ("import sys; from pathlib import Path; from alter.common.files import one_at_a_time\n"
+          "with one_at_a_time(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
+
+
+def test_one_at_a_time(tmp_path):
+    place = tmp_path / "new/.making"
+    with subprocess.Popen([sys.executable, "-c", _ALONE, str(place)], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline().strip() == b"held"
+        with open(place, "a") as file, pytest.raises(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        other.stdin.close()
+        with one_at_a_time(place):  # once the other has left
+            assert other.wait(HANGING) == 0

@@ -31,6 +31,21 @@ def test_the_expert_of_the_timestep_before_it_was_rounded(name):
     assert any(changed)
 
 
+def test_another_pipelines_timestep_is_not_taken_for_the_schedulers():
+    """Of two that share a backbone: near in bfloat16, and not equal."""
+    pipe = make_pipeline("flux").to(torch.bfloat16)
+    experts = make_experts(pipe.transformer, expert_T=np.arange(1000) % 4)
+    pipe.scheduler.set_timesteps(sigmas=[0.951, 0.5], mu=0.0)
+    mine = pipe.scheduler.timesteps[0]
+    with experts.apply(pipe):
+        chooser = pipe.transformer._alter_applied.chooser
+        for exact in (mine, mine - 6.0):
+            told = (exact.to(torch.bfloat16) / 1000).float() * 1000
+            expected = mine if exact is mine else told
+            (found,) = chooser._unrounded([chooser._training(float(told / 1000))], torch.bfloat16)
+            assert found == pytest.approx(float(expected), abs=1e-2)
+
+
 def test_images_of_a_conditioner_are_those_of_a_pipeline_with_experts(tmp_path):
     """In bfloat16, with another expert at every timestep: validation images have the expert that users will have."""
     pipe = make_pipeline("flux", tmp_path).to(torch.bfloat16)

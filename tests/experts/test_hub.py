@@ -11,6 +11,7 @@ from helpers import experts_for
 
 from alter import ClassConditionalPipeline, InputError, TemporalExperts, load_pipeline
 from alter.backbones.pretrained import load_backbone, local_folder
+from alter.experts.artefact import NoExperts
 
 
 def save(folder):
@@ -31,6 +32,21 @@ def test_the_hubs_arguments_hold_for_experts_and_pipeline(tmp_path):
     assert isinstance(pipe, ClassConditionalPipeline) and hasattr(pipe.transformer, "_alter_applied")
     with pytest.raises(InputError, match="me/mine: no such folder, and the hub gave no experts.json"):
         load_pipeline("me/mine", cache_dir=tmp_path / "empty", local_files_only=True)
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_missing_experts_are_known_to_be_missing(tmp_path, asked_before):
+    """Without a network, the hub may have what the cache has not."""
+    model, commit = tmp_path / "models--me--mine", "0" * 40
+    save(model / "snapshots" / commit)
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text(commit)
+    if asked_before:  # as huggingface_hub keeps the answer
+        (model / ".no_exist" / commit / "transformer_2").mkdir(parents=True)
+        (model / ".no_exist" / commit / "transformer_2/experts.json").touch()
+    with pytest.raises(InputError) as caught:
+        TemporalExperts.from_pretrained("me/mine", component="transformer_2", cache_dir=tmp_path, local_files_only=True)
+    assert isinstance(caught.value, NoExperts) == asked_before
 
 
 def test_the_token_reaches_every_download(monkeypatch):

@@ -15,6 +15,7 @@ from alter import InputError, TemporalExperts, load_config, train
 from alter.backbones.draws import draw
 from alter.common.load import without_effect
 from alter.method.allocation import likely
+from alter.training.run import tell_unused
 from alter.training.search.chains import Chains
 from alter.training.search.elastic import remeasure
 from alter.training.setup.describe import describe_run
@@ -196,6 +197,16 @@ def test_of_a_ladder_that_was_not_tuned_the_chosen_rung_is(small_config, tmp_pat
     assert [rung.keep_ratio_target for rung in found.ladder if rung.tuned] == pytest.approx([0.6])
 
 
+def test_a_chosen_rung_that_was_not_tuned_is_tuned_alone(small_config, tmp_path, ladder):
+    """Of a ladder that has others which were."""
+    experts = TemporalExperts.from_pretrained(ladder).choose(0.4)
+    assert not experts.rung.tuned and any(rung.tuned for rung in experts.ladder)
+    experts.save_pretrained(tmp_path / "chosen")
+    found = train(elastic(small_config, experts={"pretrained": "chosen"})).experts
+    assert [rung.keep_ratio_target for rung in found.ladder if rung.tuned] == pytest.approx([0.4])
+    assert np.array_equal(found.rung.expert_T, experts.rung.expert_T)  # what was trained is what is exported
+
+
 def test_a_finished_run_without_a_teacher_is_no_start(small_config, ladder):
     with pytest.raises(InputError, match="is a finished run, and search.method=elastic .*: set teacher.pretrained"):
         build(elastic(small_config, backbone={"pretrained": str(ladder)},
@@ -244,8 +255,8 @@ def test_the_dry_run_tells_what_is_measured_and_what_random_depths_cost():
     assert json.dumps(numbers) and min(numbers) > 0
 
 
-def test_keys_without_effect_are_named(small_config, tmp_path, capsys):
-    """Where they have another value than their default; of the search of before, and with given masks, none is."""
+def test_keys_without_effect_are_named(small_config, capsys):
+    """Where they have another value than their default; with given masks, none is."""
     set_here = {"experts": {"router": "ordered", "tau": 0.5}, "search": {"draws": "iteration"},
                 "loss": {"balance": 0.5}, "optim": {"hypernetwork_lr": 1e-3}}
     config = elastic(small_config, **set_here)
@@ -253,8 +264,9 @@ def test_keys_without_effect_are_named(small_config, tmp_path, capsys):
     assert set(without_effect(config)) >= set(named)  # beside what `elastic` itself sets
     assert not any(line.startswith(("loss.", "optim.")) for line in without_effect(config))  # are there for paper=true
     assert without_effect(small_config("dit", **set_here)) == []
+    assert without_effect(small_config("dit", search={"bins": 5})) == ["search.bins=5"]
     assert without_effect(elastic(small_config, experts={"pretrained": "somewhere", "tau": 0.5})) == []
     assert "no effect with search.method=elastic: experts.router=ordered, " in describe_run(config)
-    make_trainer(config, tmp_path).search.begin()
+    tell_unused(config)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert all(name in said for name in named) and said.endswith(": no effect with search.method=elastic")

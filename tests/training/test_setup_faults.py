@@ -59,7 +59,8 @@ def test_both_sizes_of_latents_and_dit_are_named(small_config, tmp_path):
     assert said.startswith("data.resolution=16: gives latents of 16x16, and this DiT was made for 8x8")
 
 
-@pytest.mark.parametrize("name", ["GlmImageTransformer2DModel", "HiDreamImageTransformer2DModel"])
+@pytest.mark.parametrize("name", ["CogView4Transformer2DModel", "GlmImageTransformer2DModel",
+                                  "HiDreamImageTransformer2DModel"])
 def test_backbones_that_are_counted_and_not_trained(small_config, tmp_path, name):
     config = small_config("sd")
     shutil.rmtree(tmp_path / "sd-pretrained/unet")

@@ -47,7 +47,8 @@ def test_two_lines(tmp_path, capsys, name):
     said = capsys.readouterr()
     assert "forwards of one sample" in said.err and "draw 3 images" in said.err
     experts = TemporalExperts.from_pretrained(out)
-    assert experts.component == component and experts.keep_ratio_target == 0.7
+    assert experts.component == component and experts.keep_ratio_target == 0.7 and experts.measured.steps == (
+        3 if component else 4)  # as many as were drawn; of two backbones, its own
     assert not any(rung.tuned for rung in experts.ladder)
     assert len(experts.measured.error_MB) == len(experts.mask_EL) and experts.measured.samples == 3
     each = {tuple(mask_L) for mask_L in experts.mask_EL}

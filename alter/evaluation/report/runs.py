@@ -80,7 +80,8 @@ class Run:
 
     def macs_per_image(self, steps: int, dense: bool = False) -> float:
         """Of the backbone, in that many steps; with classifier-free guidance it runs twice per step."""
-        runs_per_step = 1 if self.config is None or self.config.evaluate.guidance_scale == 1 else 2
+        scale = 1 if self.config is None else self.config.evaluate.guidance_scale
+        runs_per_step = 1 if self.summary.get("free_guidance", scale) == 1 else 2
         if dense:
             return runs_per_step * steps * self.experts.macs_total
         if not (self.final / "scheduler").is_dir():

@@ -18,7 +18,7 @@ _NAMED = 8  # unused experts; more are counted
 _COUNTS = ("skipped_samples", "truncated_prompts", "skipped_updates")  # shown where they are not 0
 _KNOWN = {"keep_ratio_target", "budget_over", "keep_ratio", "prunable_share", "macs_dense", "macs_experts",
           "time_ratio", "time_measured_on", "experts_count", "experts_used", "output_error", "denoise_error",
-          "sampling_steps", "guidance_scale", "samples", "seconds_total", *_COUNTS,
+          "sampling_steps", "guidance_scale", "free_guidance", "samples", "seconds_total", *_COUNTS,
           *(f"{kind}_{model}" for kind in ("fd", "accuracy") for model in _QUALITY)}
 
 

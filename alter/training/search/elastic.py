@@ -2,18 +2,15 @@
 these orders, and masks over time are allocated by their errors, for every budget at once."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ...backbones.noising import Flow, edges_of
 from ...common.config import Config
 from ...common.errors import InputError
-from ...common.load import without_effect
 from ...common.process import on_main_process, tell
 from ...experts.artefact import TemporalExperts
 from ...experts.ladder import Rung
@@ -49,8 +46,6 @@ class ElasticSearch:
     def begin(self) -> None:
         """Order the layers by measurement on the dense model, and say what its errors promise."""
         config, parts, search = self.config, self.parts, self.config.search
-        if (unused := without_effect(config)) and self.trainer.accelerator.is_main_process:
-            tqdm.write(f"warning: {', '.join(unused)}: no effect with search.method=elastic", file=sys.stderr)
         steps, layers = len(sampler_of(config, parts)().timesteps), len(parts.cost.sites)
         counted = forwards(layers, search.least, search.samples, search.bins, steps, parts.free_guidance != 1,
                            config.experts.count)

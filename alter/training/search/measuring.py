@@ -22,6 +22,7 @@ from ...evaluation.networks import ClipVision, embedded
 from ...method.budget import Budget
 from ...method.measured import CANDIDATES, EARLY_BINS, RESPONSE_SAMPLES, WINDOWS, Measured
 from ..probe import Probe, View
+from ..setup.noise import response_sampler
 from ..setup.parts import Parts
 
 
@@ -120,8 +121,7 @@ def sampler_of(config: Config, parts: Parts) -> Callable[[], Any]:
         InputError: if it visits no timestep of the component that is trained.
     """
     budget, scheduler, flow = config.budget, parts.scheduler, isinstance(parts.noising, Flow)
-    solvers = budget.sampler == "uniform" or budget.sampler is None and not flow
-    steps = config.evaluate.sampling_steps if solvers else budget.sampling_steps
+    solvers, steps = response_sampler(config, flow)
     even = flow and hands_sigmas(parts.folder)
     part = parts.noising if isinstance(parts.noising, Flow) and parts.noising.within is not None else None
     if not flow:  # a learned variance is not handed on

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ...backbones.noising import Betas
+from ...backbones.noising import Betas, Flow
 from ...backbones.pretrained import DTYPES, trained_parameters
 from ...common.config import Config
 from ...common.errors import Faults, InputError
@@ -15,6 +15,7 @@ from ...method.allocation import likely
 from ...method.budget import Budget
 from ...method.measured import Forwards, forwards
 from .machine import check_shares
+from .noise import response_sampler
 from .parts import choose_trained
 from .plan import Plan, known_folder, make_plan
 
@@ -98,6 +99,8 @@ def _hours(config: Config, plan: Plan) -> float:
     if _elastic(config, plan):
         shares = _mean_depth(config, plan) * searched + kept * (tuned - searched)
         measured = _forwards(config, plan).total
+    else:
+        shares -= searched / passes  # Φ's update differentiates no weights
     run = (passes * shares + config.loss.distils * train.steps) * train.batch_size + measured
     return 2 * plan.cost.macs_total * run / (_PEAK * _USED) / 3600
 
@@ -117,16 +120,18 @@ def _mean_depth(config: Config, plan: Plan) -> float:
 def _forwards(config: Config, plan: Plan) -> Forwards:
     search, evaluate = config.search, config.evaluate
     guided = evaluate.guidance_scale != 1 and not plan.backbone.config.get("guidance_embeds")
-    return forwards(len(plan.cost.sites), search.least, search.samples, search.bins, evaluate.sampling_steps, guided,
+    steps = response_sampler(config, isinstance(plan.noising, Flow))[1]
+    return forwards(len(plan.cost.sites), search.least, search.samples, search.bins, steps, guided,
                     config.experts.count)
 
 
 def _measured(config: Config, plan: Plan) -> list[str]:
-    """What an elastic search measures and what it does not use, in a line each."""
+    """What a search does not use and what an elastic one measures, in a line each."""
+    keys = without_effect(config)
+    unused = [f"no effect with search.method={config.search.method}: {', '.join(keys)}"] if keys else []
     if not _elastic(config, plan):
-        return []
+        return unused
     counted = _forwards(config, plan)
-    unused = [f"no effect with search.method=elastic: {', '.join(keys)}"] if (keys := without_effect(config)) else []
     return [*unused,
             f"measured, in forwards of one sample: about {counted.order:,} to order the layers, {counted.forecast:,} "
             f"for a forecast, {counted.errors:,} for errors and {counted.response:,} for the response of samples"]

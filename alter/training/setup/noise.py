@@ -9,6 +9,7 @@ import torch
 
 from ...backbones.asking import asked_timesteps
 from ...backbones.draws import generator
+from ...backbones.inputs import FRAMES_FIRST
 from ...backbones.noising import Flow, Noising
 from ...backbones.pretrained import component_of, pipeline_of, share_of
 from ...backbones.schedules import hands_sigmas, is_flow, make_noising, make_sampler, visited_timesteps
@@ -35,6 +36,10 @@ def check_noise(config: Config, folder: Path, scheduler: Any) -> None:
             faults.lines.append(f"train.noise_offset={config.train.noise_offset}: helps models that never see pure "
                                 f"noise, and the pipeline's {name} is of flow matching, which begins there: set 0")
     else:
+        backbone = component_of(folder, wanted=config.backbone.component)[0].__name__
+        if config.train.noise_offset > 0 and backbone in FRAMES_FIRST:
+            faults.lines.append(f"train.noise_offset={config.train.noise_offset}: shifts channels, and the latents of "
+                                f"a {backbone} have frames on that axis: set 0")
         default = FlowConfig()
         faults.lines += [f"flow.{key.name}={value!r}: is for flow matching, and the pipeline noises by betas: leave "
                          "the section flow out" for key in dataclasses.fields(FlowConfig)
@@ -101,6 +106,14 @@ def sampled_timesteps(config: Config, folder: Path, scheduler: Any, tokens: int,
         example = "uniform" if flow else "DPMSolverMultistepScheduler"
         raise InputError(f"{named} with budget.sampling_steps={budget.sampling_steps}: it cannot sample this backbone "
                          f"({' '.join(str(error).split())[:200]}): use for example budget.sampler={example}") from None
+
+
+def response_sampler(config: Config, flow: bool) -> tuple[bool, int]:
+    """Whether the response of samples is measured by `make_solver`'s sampler, and in how many steps: in
+    `evaluate.sampling_steps` then; else, by `budget.sampler` or a flow's own, in `budget.sampling_steps`."""
+    budget = config.budget
+    solvers = budget.sampler == "uniform" or budget.sampler is None and not flow
+    return solvers, config.evaluate.sampling_steps if solvers else budget.sampling_steps
 
 
 def trained_noising(config: Config, folder: Path, scheduler: Any, tokens: int,

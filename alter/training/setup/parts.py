@@ -19,6 +19,7 @@ from ...backbones.cost import CostTable
 from ...backbones.dit import null_class, tie_embedders
 from ...backbones.family import Backbone, predict
 from ...backbones.gates import FeatureTap, Simulator
+from ...backbones.guidance import guidance_of
 from ...backbones.inputs import is_class_conditional, timestep_features
 from ...backbones.latency import Latency
 from ...backbones.latents import encode, final_latents
@@ -121,8 +122,8 @@ class Parts:
 
     @property
     def free_guidance(self) -> float:
-        """The scale of classifier-free guidance; 1, without, where the backbone is told its guidance instead."""
-        return 1.0 if self.backbone.config.get("guidance_embeds") else self.guidance_scale
+        """`guidance_of` the run's scale."""
+        return guidance_of(self.backbone, self.guidance_scale)
 
     @property
     def has_pictures(self) -> bool:

@@ -30,7 +30,7 @@ from ...backbones.pretrained import (
 )
 from ...backbones.schedules import as_rows, image_tokens, load_scheduler
 from ...backbones.sites import named_sites
-from ...backbones.sizes import check_bucket_step, check_latents, latent_frames, latent_size
+from ...backbones.sizes import check_bucket_step, check_latents, latent_frames, latent_size, makes_videos
 from ...common.config import Config
 from ...common.errors import Faults, InputError
 from ...common.load import CONFIGS
@@ -44,6 +44,7 @@ from .machine import check_machine
 from .noise import check_noise, sampled_timesteps, take_shift, trained_noising
 
 _NOT_TRAINED = {  # though their layers are counted
+    "CogView4Transformer2DModel": "its pipeline tells it other timesteps than those of the noise",
     "GlmImageTransformer2DModel": "its pipeline makes tokens of the image that it will draw, not of those in the data",
     "HiDreamImageTransformer2DModel": "in training it gives patches, and its text has samples on the second axis",
 }
@@ -120,6 +121,9 @@ def make_plan(config: Config, folder: Path, source: Source | None, latency: Late
             raise InputError(f"data.frames={config.data.frames}: latency is measured of images alone: use "
                              "budget.cost=macs")
     shape = latent_shape(backbone, size, frames)
+    with faults.caught():
+        if config.backbone.channels_last and (len(shape) != 3 or makes_videos(folder)):
+            raise InputError("backbone.channels_last=true: this backbone is given no images with channels: set false")
     with faults.caught():
         _check_features(config, folder, shape)
     with faults.caught():
@@ -248,7 +252,7 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
             raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
                              f"scheduler's {scheduler.config.num_train_timesteps}")
         experts = dataclasses.replace(experts, macs=cost.macs, macs_total=cost.macs_total)  # at this resolution
-        if not any(rung.tuned for rung in experts.ladder):
+        if not experts.rung.tuned:
             ladder = (dataclasses.replace(rung, tuned=rung is experts.rung) for rung in experts.ladder)
             experts = dataclasses.replace(experts, ladder=tuple(ladder))
         timesteps = None if experts.timesteps is None else np.array(experts.timesteps)
