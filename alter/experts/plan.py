@@ -135,8 +135,8 @@ class Planner:
     def plan(self, macs: float | None = None, seconds: float | None = None, quality: int | None = None) -> Plan:
         """The plan of least predicted displacement within a budget; or the cheapest of a quality. Give one of them.
 
-        It is drawn, and steps at full depth that cost no more are taken instead if they turn out nearer; of a quality,
-        as many as are asked for if it does not reach it.
+        It is drawn, and one mask at all steps, or steps at full depth, that cost no more are taken instead if they turn
+        out nearer; of a quality, as many steps at full depth as are asked for if it does not reach it.
 
         Args:
             macs: of the backbone for one image, one forward a step; guidance that is computed doubles them.
@@ -156,7 +156,7 @@ class Planner:
         try:
             if quality is None:
                 front = self.front if seconds is None else self._timed
-                return self._drawn_best(front.within(value), front.fewer_steps(value))
+                return self._drawn_best(front.within(value), front.one_mask(value), front.fewer_steps(value))
             if quality not in self.visited:
                 raise ValueError(f"choose 2 to {self.most} dense steps")
             full = self.front.everything(quality)
@@ -181,11 +181,10 @@ class Planner:
         Raises:
             InputError: as `plan`.
         """
-        options = [self.front.with_mask(steps, mask) for steps in self.visited for mask in range(len(self.macs_M))]
-        fitting = [option for option in options if option.cost <= macs]
-        if not fitting:
-            raise InputError(f"plan: macs={macs:g}: the cheapest option costs {min(one.cost for one in options):g}")
-        return self._plan(min(fitting, key=lambda option: option.error))
+        option = self.front.one_mask(macs)
+        if option is None:
+            raise InputError(f"plan: macs={macs:g}: two steps of the cheapest mask cost {2 * self.macs_M.min():g}")
+        return self._plan(option)
 
     def check(self, plan: Plan) -> float:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
@@ -213,11 +212,9 @@ class Planner:
             self._seconds_M = self._left_M(latency.share_L) * latency.seconds_total * self.forwards
         return Front(self.front.losses, self._seconds_M, self.front.discretisation, self.full, self.front.dense)
 
-    def _drawn_best(self, option: Option, control: Option | None) -> Plan:
-        """What an option plans, or the control if its samples are nearer."""
-        plan = self._plan(option)
-        dense = None if control is None else self._plan(control)
-        return plan if dense is None or self.check(plan) <= self.check(dense) else dense
+    def _drawn_best(self, *options: Option | None) -> Plan:
+        """That whose samples are nearest; of equals, the first."""
+        return min((self._plan(option) for option in options if option is not None), key=self.check)
 
     def _plan(self, option: Option) -> Plan:
         steps, masks, experts = option.steps, option.mask_N, self.experts

@@ -131,6 +131,12 @@ class Front:
         fitting = [steps for steps in self.losses if steps * self.cost_M[self.full] <= cost * (1 + 1e-9)]
         return min(map(self.everything, fitting), key=lambda option: option.error) if fitting else None
 
+    def one_mask(self, cost: float) -> Option | None:
+        """The best of one mask at all steps that costs at most `cost`; None: there is none."""
+        options = (self.with_mask(steps, mask) for steps in self.losses for mask in range(len(self.cost_M)))
+        fitting = [option for option in options if option.cost <= cost * (1 + 1e-9)]
+        return min(fitting, key=lambda option: option.error) if fitting else None
+
     def everything(self, steps: int) -> Option:
         """Every layer at all of so many steps, by the dense model where it may be had."""
         option = self.with_mask(steps, self.full)
