@@ -19,6 +19,7 @@ from ..method.measured import Measured
 from .apply import Applied, Installed, asking, backbone_of, check_fit, check_same, remove, serving
 from .ladder import Experts, Rung
 from .plan import Plan, Planner
+from .prompts import usual_call
 from .stored import from_text, to_text
 from .trim import trim_layers
 
@@ -156,14 +157,15 @@ class TemporalExperts(Experts):
         with asking(self, keep_ratio):
             yield rung
 
-    def plan(self, pipe: Any, call: Mapping[str, Any], macs: float | None = None, seconds: float | None = None,
-             quality: int | None = None, **measuring: Any) -> Plan:
+    def plan(self, pipe: Any, call: Mapping[str, Any] | None = None, macs: float | None = None,
+             seconds: float | None = None, quality: int | None = None, **measuring: Any) -> Plan:
         """How many steps, and which layers at each of them, for a budget or a quality of the backbone's part of `pipe`.
 
         It draws images first, to measure the sampler; a `Planner` that is kept does so once for all budgets.
 
         Args:
-            call: arguments of `pipe`, for example {"prompt": [...], "guidance_scale": 5.0}; a few dozen images.
+            call: arguments of `pipe`, for example {"prompt": [...], "guidance_scale": 5.0}; a few dozen images. None:
+                plain prompts, or classes, at the pipeline's guidance.
             macs, seconds, quality: one of them, as of `Planner.plan`. measuring: further arguments of `Planner`.
 
         Returns: a plan, to be drawn with by
@@ -174,6 +176,7 @@ class TemporalExperts(Experts):
         """
         if sum(value is not None for value in (macs, seconds, quality)) != 1:  # before anything is drawn
             raise InputError("plan: give one of macs, seconds and quality")
+        call = usual_call(pipe) if call is None else call
         return Planner(self, pipe, call, **measuring).plan(macs, seconds, quality)
 
     def remove(self, target: Any) -> None:
