@@ -165,8 +165,8 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
         settings = row["run"].partition(" ")[2]
         groups.setdefault((row["budget"], " ".join(filter(None, (row["variant"], settings))), row.get("rung")), []
                           ).append(row)
-    heads = ("MACs asked", "variant", "steps", "seeds", "MACs", "Fréchet distance", "drift", "weighted error",
-             "output error ×10³", "accuracy")
+    heads = ("MACs asked", "variant", "steps", "seeds", "MACs", "Fréchet distance", "its noise", "drift",
+             "weighted error", "output error ×10³", "accuracy")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
 
     def cell(group: list[dict[str, Any]], name: str, scale: float, digits: int) -> str:
@@ -179,8 +179,8 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
         group = groups[budget, variant, rung]
         steps = sorted({row["steps"] for row in group})
         cells = (budget, variant + ("" if rung is None else f" at {rung:g}"), "-".join(map(str, {
-            steps[0]: 0, steps[-1]: 0})), len(group), cell(group, "share", 1, 3), cell(group, "fd", 1, 2),
-            cell(group, "drift", 1, 3), cell(group, "weighted_error", 1, 2), cell(group, "output_error", 1e3, 2),
-            cell(group, "accuracy", 1, 3))
+            steps[0]: 0, steps[-1]: 0})), len(group), *(cell(group, *of) for of in (
+                ("share", 1, 3), ("fd", 1, 2), ("fd_noise", 1, 1), ("drift", 1, 3), ("weighted_error", 1, 2),
+                ("output_error", 1e3, 2), ("accuracy", 1, 3))))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

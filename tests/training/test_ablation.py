@@ -158,9 +158,11 @@ def test_one_elastic_run_gives_rungs_and_plans(scenes):
 
 def test_the_table_has_means_and_deviations_over_seeds():
     common = {"budget": 0.5, "steps": 20, "share": 0.5, "accuracy": 0.9, "fd": 2.0}
-    rows = [{**common, "variant": "paper", "run": "paper", "output_error": error, "drift": drift}
+    rows = [{**common, "variant": "paper", "run": "paper", "output_error": error, "drift": drift,
+             "fd_noise": 30.0}
             for error, drift in ((0.003, 0.1), (0.005, 0.2), (0.007, 0.3))]
     rows.append({**common, "variant": "dense", "run": "dense", "rung": 0.5, "steps": 10, "drift": 0.05})
     lines = ablation_table(rows).splitlines()
-    assert lines[2] == "| 0.5 | dense at 0.5 | 10 | 1 | 0.500 | 2.00 | 0.050 |  |  | 0.900 |", "the least drift first"
-    assert lines[3].startswith("| 0.5 | paper | 20 | 3 | 0.500 ± 0.000 | 2.00 ± 0.00 | 0.200 ± 0.100 |  | 5.00 ± 2.00")
+    assert lines[2] == "| 0.5 | dense at 0.5 | 10 | 1 | 0.500 | 2.00 |  | 0.050 |  |  | 0.900 |", "least drift first"
+    assert lines[3].startswith("| 0.5 | paper | 20 | 3 | 0.500 ± 0.000 | 2.00 ± 0.00 | 30.0 ± 0.0 | 0.200 ± 0.100 |  | "
+                               "5.00 ± 2.00")
