@@ -168,12 +168,15 @@ def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, s
     for other in {row.get("real", "unknown ones") for row in beside} - {real}:
         raise InputError(f"--out: its rows were rated by other real images ({other}) than are drawn here ({real}), by "
                          "other versions of matplotlib or Pillow or another configuration: choose another file")
+    for other in {row["yardstick"] for row in beside if "yardstick" in row} - {rating.yardstick}:
+        raise InputError(f"--out: its rows were rated by another dense model or classifier ({other}) than are here "
+                         f"({rating.yardstick}): choose another file")
     if variant != "dense" and not (folder / "run" / "summary.json").is_file():
         _train(arguments, config, variant, folder, [*settings, *SEARCHED.get(variant, ["paper=true"])], keep, seed)
     steps, total = config.evaluate.sampling_steps, rating.parts.cost.macs_total
     found = dense_rows(rating, steps) if variant == "dense" else run_rows(rating, folder / "run", variant, steps)
     common = {"run": name, "seed": seed, "budget": keep, "device": device_name(device), "torch": torch.__version__,
-              "samples": config.evaluate.samples, "real": real}
+              "samples": config.evaluate.samples, "real": real, "yardstick": rating.yardstick}
     return [{**common, **row, "share": row["macs"] / (steps * total)} for row in found]
 
 

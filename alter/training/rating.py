@@ -37,18 +37,24 @@ class Rating:
 
     Args:
         config, parts: of the dense model, with a teacher. folder: where what was computed once is kept.
+
+    Attributes:
+        yardstick: digest of the dense model and of the classifier: numbers by another one cannot be compared.
     """
 
     def __init__(self, config: Config, parts: Parts, folder: Path) -> None:
         reference = demo_reference(config, parts.source)
         budget = config.budget.sampler, config.budget.sampling_steps  # in which samples answer to errors
+        dense = weights_hash(parts.folder / parts.component)
         made_of = repr((config.evaluate, config.demo, config.data, config.backbone, config.flow, budget,
-                        config.train.mixed_precision, weights_hash(parts.folder / parts.component)))
+                        config.train.mixed_precision, dense))
         self.key = hashlib.sha256(made_of.encode()).hexdigest()[:8]
         assert reference is not None, "a demo's run"
         folder.mkdir(parents=True, exist_ok=True)
         self.config, self.parts, self.folder, self.reference = config, parts, folder, reference
         self.classifier = demo_classifier(config, reference)
+        weights = [hashlib.sha256(value.numpy().tobytes()).digest() for value in self.classifier.state_dict().values()]
+        self.yardstick = hashlib.sha256(b"".join([*weights, str(dense).encode()])).hexdigest()[:16]
         self.real = self.classifier.features(reference.images).numpy()
         self.batch: dict[str, Any] = {name: value.to(parts.backbone.device) if isinstance(value, Tensor) else value
                                       for name, value in reference.batch.items()}

@@ -120,6 +120,9 @@ def test_the_script_continues_its_rows(scenes, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{**row, "real": "others"} for row in dense]))
     with pytest.raises(AssertionError, match="--out: its rows were rated by other real images"):
         scenes("dense", "random")
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "yardstick": "another"} for row in dense]))
+    with pytest.raises(AssertionError, match="--out: its rows were rated by another dense model or classifier"):
+        scenes("dense", "random")
     (tmp_path / "rows.json").write_text(json.dumps(dense))
     other = scenes("random", extra=("optim.backbone_lr=0.02",))[-1]
     assert other["run"] == "random optim.backbone_lr=0.02" and other["variant"] == "random"

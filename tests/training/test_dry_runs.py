@@ -28,7 +28,7 @@ def test_a_released_model(name):
     text = describe_run(config)
     assert f"{cls}: {sites} sites, {gmacs} GMACs a forward" in text
     assert f"({trained}M of " in text and (config.lora.rank is not None) == (f"({trained}M of {trained}M " not in text)
-    # 16,000 or 32,000 steps; a hypernetwork's search computes every layer, with recomputation, and backward to the masks
+    # 16,000 or 32,000 steps; a hypernetwork's search computes every layer, with recomputation, and backward to masks
     # alone; the teacher runs once
     train, passes = config.train, 4 if config.backbone.gradient_checkpointing else 3
     forwards = (passes - 1) * train.search_steps + passes * 0.65 * train.steps + train.steps
