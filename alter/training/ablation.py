@@ -12,7 +12,7 @@ import torch
 
 from ..backbones.family import predict
 from ..backbones.noising import Betas
-from ..backbones.schedules import make_solver, visited_rows
+from ..backbones.schedules import hands_sigmas, make_solver, visited_rows
 from ..backbones.sites import Site
 from ..common.config import Config
 from ..common.errors import InputError
@@ -154,7 +154,8 @@ def _planned_rows(rating: Rating, run: Path, parts: Parts, steps: int) -> Iterat
 
 
 def _cost(experts: TemporalExperts, parts: Parts, steps: int) -> dict[str, float]:
-    visited = visited_rows(make_solver(parts.scheduler, parts.tokens), steps, parts.tokens)
+    visited = visited_rows(make_solver(parts.scheduler, parts.tokens), steps, parts.tokens,
+                           hands_sigmas(parts.folder))
     return {"macs": float(experts.macs_T[visited].sum()), "keep_ratio": experts.keep_ratio}
 
 

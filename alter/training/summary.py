@@ -16,7 +16,7 @@ from ..backbones.family import predict
 from ..backbones.lora import FILE_NAME as ADAPTERS
 from ..backbones.lora import Base, adapter_state, export_adapters, merge_adapters, put_adapters
 from ..backbones.pretrained import base_of, export, load_backbone
-from ..backbones.schedules import make_solver, visited_rows
+from ..backbones.schedules import hands_sigmas, make_solver, visited_rows
 from ..common.config import Config
 from ..common.files import write_text
 from ..data.batches import WithSubstitutes, collate, of_one_shape, split
@@ -136,7 +136,8 @@ def _sample_quality(config: Config, parts: Parts, experts: TemporalExperts, demo
         summary[f"fd_{name}"] = frechet_distance(features, real)
         summary[f"fd_halves_{name}"] = [frechet_distance(half, real) for half in np.array_split(features, 2)]
         summary[f"accuracy_{name}"] = accuracy(classifier, images, demo.asked)
-        visited = visited_rows(make_solver(parts.scheduler, parts.tokens), count, parts.tokens)
+        visited = visited_rows(make_solver(parts.scheduler, parts.tokens), count, parts.tokens,
+                               hands_sigmas(parts.folder))
         per_step = experts.macs_T[visited] if name == "experts" else np.full(count, experts.macs_total)
         spent = float(per_step.sum()) * (1 if parts.free_guidance == 1 else 2)  # guidance runs the backbone twice
         pictures[row_label(name, count, spent, summary)] = images[:_SHOWN]

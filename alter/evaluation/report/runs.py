@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...backbones.schedules import load_scheduler, make_sampler, make_solver, tokens_of, visited_rows
+from ...backbones.schedules import hands_sigmas, load_scheduler, make_sampler, make_solver, tokens_of, visited_rows
 from ...common.config import Config
 from ...common.errors import InputError
 from ...common.load import load_config
@@ -66,7 +66,7 @@ class Run:
     def visited(self, sampler: str, steps: int) -> list[int]:
         """The training timesteps at which that diffusers scheduler runs the backbone, in its order."""
         solver = make_sampler(sampler, "", load_scheduler(self.final), self.tokens)
-        return visited_rows(solver, steps, self.tokens).tolist()
+        return visited_rows(solver, steps, self.tokens, hands_sigmas(self.final)).tolist()
 
     @property
     def sampler(self) -> str:
