@@ -28,7 +28,7 @@ from .pretrained import absent_parts, component_of, hollow, load_backbone, preci
 _TEXT_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask")
 _SIZES = "added_cond_kwargs.time_ids"  # also height and width of the part
 _ZEROED = ("encoder_hidden_states", "added_cond_kwargs.text_embeds")  # of a prompt that SDXL leaves out
-_AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}
+AS_GIVEN = {"use_resolution_binning": False, "clean_caption": False}
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,9 @@ class Conditioner:
             self.pipe.scheduler = scheduler or self.pipe.scheduler
             for first in range(0, len(prompts), batch_size):
                 some = list(prompts[first : first + batch_size])
-                scale = (unguided(self.pipe, self.backbone, self.guidance) if guidance_scale == 1
-                         and not self.is_told_guidance else guided(self.pipe, self.backbone, guidance_scale, len(some)))
                 wanted = {**self._shape(), "prompt": some, "num_inference_steps": steps, "output_type": "pt",
                           "generator": [generator(seed, first + i, 7) for i in range(len(some))],
-                          **_AS_GIVEN, **scale}
+                          **AS_GIVEN, **guided(self.pipe, self.backbone, guidance_scale, len(some))}
                 output = self.pipe(**{name: value for name, value in wanted.items() if name in accepted})
                 done.append((output.frames if hasattr(output, "frames") else output.images).float().cpu() * 2 - 1)
         return torch.cat(done)
@@ -186,7 +184,7 @@ class Conditioner:
         """What the pipeline tells its backbone, under dotted names."""
         accepted = inspect.signature(self.pipe.__call__).parameters
         wanted = {**self._shape(size), "prompt": prompts, "num_inference_steps": 2, "output_type": "latent",
-                  "generator": torch.Generator().manual_seed(0), **_AS_GIVEN,
+                  "generator": torch.Generator().manual_seed(0), **AS_GIVEN,
                   **unguided(self.pipe, self.backbone, self.guidance)}
         given = {name: value for name, value in wanted.items() if name in accepted}
         told = stop_at_backbone(self.pipe, self.backbone, given)

@@ -11,9 +11,11 @@ _UNGUIDED_AT_ZERO = ("Krea2", "ZImage")
 
 
 def guided(pipe: Any, backbone: Backbone, scale: float, count: int) -> dict[str, Any]:
-    """Arguments with which a pipeline draws `count` images at a guidance scale of its own units."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    if "true_cfg_scale" in accepted and not backbone.config.get("guidance_embeds"):
+    """Arguments with which a pipeline draws `count` images at a guidance scale in units of its own; 1: without."""
+    accepted, told = inspect.signature(pipe.__call__).parameters, backbone.config.get("guidance_embeds")
+    if scale == 1 and not told:
+        return unguided(pipe, backbone)
+    if "true_cfg_scale" in accepted and not told:
         return {"true_cfg_scale": scale, "negative_prompt": [""] * count}
     return {"guidance_scale": scale}
 
@@ -26,8 +28,8 @@ def guidance_of(backbone: Backbone, scale: float) -> float:
     return scale + 1 if scale != 1 and backbone_class(backbone).__name__.startswith(_UNGUIDED_AT_ZERO) else scale
 
 
-def unguided(pipe: Any, backbone: Backbone, told: float | None) -> dict[str, float]:
-    """Arguments with which a pipeline draws without classifier-free guidance.
+def unguided(pipe: Any, backbone: Backbone, told: float | None = None) -> dict[str, Any]:
+    """Arguments with which a pipeline, if it accepts them, draws without classifier-free guidance.
 
     told: the guidance that a backbone which is told one is told; None: the pipeline's.
     """

@@ -168,7 +168,7 @@ def _rows(arguments: argparse.Namespace, variant: str, name: str, keep: float, s
     for other in {row.get("real", "unknown ones") for row in beside} - {real}:
         raise InputError(f"--out: its rows were rated by other real images ({other}) than are drawn here ({real}), by "
                          "other versions of matplotlib or Pillow or another configuration: choose another file")
-    for other in {row["yardstick"] for row in beside if "yardstick" in row} - {rating.yardstick}:
+    for other in {row.get("yardstick", "unknown ones") for row in beside} - {rating.yardstick}:
         raise InputError(f"--out: its rows were rated by another dense model or classifier ({other}) than are here "
                          f"({rating.yardstick}): choose another file")
     if variant != "dense" and not (folder / "run" / "summary.json").is_file():

@@ -157,13 +157,15 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--apply: name --prompts or --labels, of which the pipeline draws images")
     if arguments.prompts and arguments.labels:
         raise InputError("--prompts and --labels: name one of them")
-    unused, why = _APPLIED, "without --apply: add it, or leave them out"
-    if arguments.apply and arguments.config:
-        unused, why = ("samples", "trials", "bins", "resolution", "seed"), "here: set the configuration's keys"
-    elif arguments.apply:
-        unused, why = ("samples", "trials"), "with --apply: name --images"
-    if given := [f"--{name}" for name in unused if getattr(arguments, name) is not None]:
-        raise InputError(f"{' '.join(given)}: no effect {why}")
+    faults: list[tuple[tuple[str, ...], str]] = [(_APPLIED, "without --apply: add it, or leave them out")]
+    if arguments.apply:
+        faults = [(("samples", "trials"), "with --apply: name --images")]
+    if arguments.config:
+        own = ("resolution", "seed", *(("bins",) if arguments.apply else ()))
+        faults.insert(0, (own, "on a configuration: set its own keys"))
+    for unused, why in faults:
+        if given := [f"--{name}" for name in unused if getattr(arguments, name) is not None]:
+            raise InputError(f"{' '.join(given)}: no effect {why}")
 
 
 def _labels(text: str) -> list[int]:

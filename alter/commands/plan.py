@@ -99,7 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {"run": str(arguments.run.resolve()), "scheduler": type(pipe.scheduler).__name__,
                 "asked_scheduler": arguments.scheduler, "most": planner.most,
                 "guidance": arguments.guidance, "resolution": arguments.resolution,
-                "max_tokens": arguments.max_tokens, "images": arguments.images, "seed": arguments.seed,
+                "max_tokens": arguments.max_tokens, "frames": arguments.frames, "images": arguments.images,
+                "seed": arguments.seed,
                 "reference": "full depth" if dense is None else "original",
                 "dense_pipeline": arguments.dense_pipeline and str(arguments.dense_pipeline.resolve())}
     write_text(out / "plan.json", json.dumps({"settings": settings, "chosen": chosen, "front": rows}, indent=1) + "\n")

@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     arguments.steps = _steps(arguments)
     asked, arguments.taken = _take_settings(arguments)
-    take_size(arguments)
+    if arguments.plan is None:
+        take_size(arguments)
     state, out = this_process(), arguments.out
     images = [{"file": f"{i:06d}.png", "condition": conditions[i % len(conditions)],
                "seed": arguments.seed * 2**32 + i} for i in range(arguments.num or len(conditions))]
@@ -94,6 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
         (out / "manifest.json").write_text(content, encoding="utf-8")
     state.wait_for_everyone()
     pipe.set_progress_bar_config(disable=True)
+    condition = "prompt" if arguments.labels is None else "class_labels"
     missing = [image for image in images[state.process_index :: state.num_processes]
                if not (out / image["file"]).is_file()]
     with tqdm(total=len(missing), unit="image", disable=not state.is_main_process, dynamic_ncols=True) as bar:
@@ -102,8 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
             generators = [torch.Generator().manual_seed(image["seed"]) for image in batch]
             torch.manual_seed(batch[0]["seed"])
             with decoded(pipe.vae if arguments.latents else None) as latents:
-                drawn = pipe([image["condition"] for image in batch], num_inference_steps=asked,
-                             generator=generators, **drawing(arguments, pipe, len(batch))).images
+                named = {condition: [image["condition"] for image in batch]}
+                drawn = pipe(**named, num_inference_steps=asked, generator=generators,
+                             **drawing(arguments, pipe, len(batch))).images
             for image, row in zip(batch, latents, strict=True) if arguments.latents else ():
                 np.save((out / image["file"]).with_suffix(".npy"), row.numpy())
             for image, picture in zip(batch, drawn, strict=True):
@@ -116,24 +119,29 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def take_size(arguments: argparse.Namespace) -> None:
-    """Let `resolution`, unless it is asked for, and `max_tokens` of a drawing by prompts be those of the run."""
-    from ..common.load import load_config
+    """Let `resolution`, unless it is asked for, `max_tokens` and `frames` of a drawing by prompts be the run's."""
+    from ..common.schema import read_yaml
 
-    file, arguments.max_tokens = _config_file(arguments.run), None
-    if file is not None and arguments.labels is None:
-        data = load_config(file).data
-        arguments.resolution, arguments.max_tokens = arguments.resolution or data.resolution, data.max_tokens
+    file = _config_file(arguments.run)
+    data = read_yaml(file).get("data") if file is not None and arguments.labels is None else None
+    trained = data if isinstance(data, dict) else {}
+    arguments.resolution = arguments.resolution or trained.get("resolution")
+    arguments.max_tokens, arguments.frames = trained.get("max_tokens"), trained.get("frames", 1)
 
 
 def drawing(arguments: argparse.Namespace, pipe: Any, count: int) -> dict[str, Any]:
     """What a call for `count` images is given beside its conditions and steps."""
+    from ..backbones.conditioning import AS_GIVEN
     from ..backbones.guidance import guided
     from ..experts.apply import backbone_of
 
-    size = {"height": arguments.resolution, "width": arguments.resolution, "max_sequence_length": arguments.max_tokens}
+    side, tokens = arguments.resolution, arguments.max_tokens
+    wanted = {"height": side, "width": side, "max_sequence_length": tokens,
+              "num_frames": arguments.frames if arguments.frames != 1 else None, **AS_GIVEN}
+    if arguments.guidance is not None:
+        wanted |= guided(pipe, backbone_of(pipe), arguments.guidance, count)
     accepted = inspect.signature(pipe.__call__).parameters
-    given = {name: value for name, value in size.items() if value is not None and name in accepted}
-    return given | ({} if arguments.guidance is None else guided(pipe, backbone_of(pipe), arguments.guidance, count))
+    return {name: value for name, value in wanted.items() if value is not None and name in accepted}
 
 
 def load_asked(arguments: argparse.Namespace, videos: bool = False) -> Any:
@@ -240,7 +248,7 @@ def _steps(arguments: argparse.Namespace) -> int:
 
 
 def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None]:
-    """A plan holds for its scheduler and guidance, and may be one of the dense model: take what `alter plan` wrote.
+    """A plan holds for its scheduler, guidance and size, and may be one of the dense model: take what was written.
 
     Returns: how many steps to ask the pipeline for, and which of them are taken; None: all.
 
@@ -256,7 +264,8 @@ def _take_settings(arguments: argparse.Namespace) -> tuple[int, list[int] | None
         written = json.loads(read_text(file, "--plan"))
         settings, chosen = written["settings"], written["chosen"]
         planned = {"scheduler": settings["asked_scheduler"], "guidance": settings["guidance"],
-                   "resolution": settings.get("resolution")}
+                   "resolution": settings["resolution"]}
+        arguments.max_tokens, arguments.frames = settings["max_tokens"], settings["frames"]
         asked, taken = chosen["asked"], chosen["taken"]
         if chosen["dense"]:
             pipeline = settings["dense_pipeline"]

@@ -144,10 +144,10 @@ def release() -> None:
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
     """Waits until no other process is in such a block; `file`, whose folder is made, stays."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as held:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.lockf(held, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks, or that is read alone
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.lockf(stack.enter_context(open(file, "a", encoding="utf-8")), fcntl.LOCK_EX)
         yield
 
 

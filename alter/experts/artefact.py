@@ -70,18 +70,19 @@ class TemporalExperts(Experts):
         """
         if Path(source).is_file():
             raise InputError(f"experts: {source} is a file: name the folder that holds {FILE_NAME}")
-        missing = ""
+        missing = unknown = ""
         for place in (component,) if component else (None, COMPONENTS[-1]):
             try:
                 file = fetch(source, cls._place(place), {"revision": revision, **hub})
             except EntryNotFoundError as error:
                 missing = missing or str(error).splitlines()[0]
             except (OSError, ValueError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise InputError(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} "
-                                 f"({reason})") from None
+                unknown = unknown or (str(error).strip() or type(error).__name__).splitlines()[0]
             else:
                 return cls._read(file, place)
+        if unknown:
+            raise InputError(f"experts: {source}: no such folder, and the hub gave no {cls._place(component)} "
+                             f"({unknown}): load it once with a network")
         if Path(source).is_dir():
             raise NoExperts(f"{source}: holds no {cls._place(component)}: name a folder that training has finished")
         raise NoExperts(f"experts: {source}: no such folder, and the hub gave no {FILE_NAME} ({missing})")

@@ -3,7 +3,9 @@
 import inspect
 from typing import Any
 
+from ..backbones.guidance import guided
 from ..common.errors import InputError
+from .apply import backbone_of
 
 _COUNT = 24
 _PROMPTS = (
@@ -14,7 +16,8 @@ _PROMPTS = (
 
 
 def usual_call(pipe: Any) -> dict[str, Any]:
-    """Conditions of two dozen images, as arguments of `pipe`: plain prompts, or classes spread over all that it has.
+    """Conditions of two dozen images, as arguments of `pipe`: plain prompts, or classes spread over all that it has; at
+    its own size and guidance.
 
     Raises:
         InputError: if it takes other ones.
@@ -24,5 +27,7 @@ def usual_call(pipe: Any) -> dict[str, Any]:
         classes = pipe.transformer.config.num_embeds_ada_norm
         return {"class_labels": [i * classes // _COUNT for i in range(_COUNT)]}
     if "prompt" not in accepted:
-        raise InputError(f"plan: a {type(pipe).__name__} takes no prompts: give `call`, its arguments")
-    return {"prompt": [_PROMPTS[i % len(_PROMPTS)] for i in range(_COUNT)]}
+        raise InputError(f"plan: {type(pipe).__name__} takes no prompts: give `call`, its arguments")
+    scale = getattr(accepted.get("true_cfg_scale"), "default", 1.0)
+    return {"prompt": [_PROMPTS[i % len(_PROMPTS)] for i in range(_COUNT)],
+            **({} if scale == 1 else guided(pipe, backbone_of(pipe), scale, _COUNT))}

@@ -11,13 +11,13 @@ from alter.backbones.guidance import guidance_of, guided, unguided
 def test_a_pipelines_scale(name, scale):
     """The first step's output is uncond + s * (cond - uncond), of which s is `guidance_of` the scale."""
     pipe, stepped, outputs = make_pipeline(name), [], []
+    step = pipe.scheduler.step
 
-    def keep(scheduler, output, *given, **named):
+    def keep(output, *given, **named):
         stepped.append(output)
         return step(output, *given, **named)
 
-    step = pipe.scheduler.step
-    pipe.scheduler.step = lambda output, *given, **named: keep(pipe.scheduler, output, *given, **named)
+    pipe.scheduler.step = keep
     hook = pipe.transformer.register_forward_hook(lambda module, given, output: outputs.append(output[0]))
 
     def first(arguments):
@@ -34,6 +34,7 @@ def test_a_pipelines_scale(name, scale):
         cond = first(unguided(pipe, pipe.transformer, None))
         twice = first(guided(pipe, pipe.transformer, 2 * scale, 1))  # linear in s: two points give the line
         slope = (twice - with_scale) / (guidance_of(pipe.transformer, 2 * scale) - guidance)
+        assert len(told) == (2 if name == "qwen" else 1)  # with and without the prompt, in one batch or two
         if name != "qwen":  # which rescales what guidance makes of it
             assert torch.allclose(with_scale - (guidance - 1) * slope, cond, atol=1e-4)
         assert not torch.allclose(with_scale, cond, atol=1e-4)

@@ -59,7 +59,7 @@ def test_the_token_reaches_every_download(monkeypatch):
     monkeypatch.setattr("alter.experts.artefact.hf_hub_download", refuse)
     with pytest.raises(InputError, match="no network"):
         load_pipeline("me/mine", token="secret")
-    assert asked == ["secret"]
+    assert asked == ["secret"] * 2  # of the first backbone and of the second
 
 
 def test_a_pipeline_of_our_class_is_a_backbone_by_its_hub_id(tmp_path, monkeypatch):

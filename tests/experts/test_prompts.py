@@ -31,5 +31,5 @@ def test_other_conditions_have_to_be_given():
         def __call__(self, image):
             """Draws from an image."""
 
-    with pytest.raises(InputError, match="a Other takes no prompts: give `call`"):
+    with pytest.raises(InputError, match="plan: Other takes no prompts: give `call`"):
         usual_call(Other())

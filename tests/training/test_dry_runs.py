@@ -47,4 +47,4 @@ def test_what_costs_hours():
     assert hours(text("loss.output_kd=0", "loss.feature_kd=0")) < whole < hours(
         text("backbone.gradient_checkpointing=true"))
     assert hours(text("train.schedule=two_stage")) < whole
-    assert "at 40% of an H100's 989 TFLOP/s (forward 1, backward 2, dense model 1)" in text()
+    assert "at 40% of an H100's 989 TFLOP/s (forward 1, backward 2, to masks 1, dense model 1)" in text()

@@ -65,7 +65,8 @@ def describe_run(config: Config, processes: int = 1) -> str:
     lines += [f"  {name:22} {size / _GIB:7.2f} GiB" for name, size in memory.items()]
     lines.append(f"  {'total':22} {sum(memory.values()) / _GIB:7.2f} GiB")
     lines.append(f"time: about {_hours(config, plan):,.1f} GPU-hours, of the backbone alone, at {_USED:.0%} of an "
-                 f"H100's {_PEAK / 1e12:.0f} TFLOP/s (forward 1, backward 2, dense model {int(config.loss.distils)}"
+                 f"H100's {_PEAK / 1e12:.0f} TFLOP/s (forward 1, backward 2, to masks 1, dense model "
+                 f"{int(config.loss.distils)}"
                  f"{', recomputed forward 1' if config.backbone.gradient_checkpointing else ''})")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from ...common.config import Config, FlowConfig
 from ...common.errors import Faults, InputError
 
 # Pipelines whose dynamic shift is not that of `schedules.mean_shift`.
-_OWN_SHIFTS = ("CogView4", "EasyAnimate", "Flux2", "GlmImage", "HiDream", "Krea2")
+_OWN_SHIFTS = ("EasyAnimate", "Flux2", "GlmImage", "HiDream", "Krea2")
 
 
 def check_noise(config: Config, folder: Path, scheduler: Any) -> None:
