@@ -10,7 +10,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("models.json")
 MARKS = {  # by which the table's last columns are headed
-    "dense": "with all layers kept, equal to the plain model bit for bit",
+    "dense": "with all layers kept, equal to the plain model bit for bit (under soft masks but for rounding)",
     "blocks": "each layer removed is that layer with zero weights",
     "batches": "samples of one batch run different layers, each as if alone; gradients too",
     "pipeline": "images of its real pipeline equal those of a model whose layers were removed by hand",

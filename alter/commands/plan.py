@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conditions.add_argument("--prompts", type=user_path, metavar="FILE", help="text file, a prompt a line")
     conditions.add_argument("--labels", type=int, nargs="+", metavar="CLASS")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--share", type=float, help="of the MACs of the most steps at full depth (default 0.5)")
+    budget.add_argument("--share", type=float, help="of the MACs of the most dense steps (default 0.5)")
     budget.add_argument("--macs", type=float, help="of the backbone for one image, one forward a step")
     budget.add_argument("--seconds", type=float, help="of the backbone for one image, or as experts.json has measured")
     budget.add_argument("--quality", type=int, metavar="STEPS", help="the cheapest plan that is predicted to be as "

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conditions = parser.add_mutually_exclusive_group(required=True)
     conditions.add_argument("--prompts", type=user_path, metavar="FILE", help="text file, a prompt a line")
     conditions.add_argument("--labels", type=int, nargs="+", metavar="CLASS")
-    parser.add_argument("--num", type=int, help="images; prompts or labels repeat in turn (default: one of each)")
+    parser.add_argument("--num", type=int, help="images; prompts or labels repeat (default: one each)")
     parser.add_argument("--steps", type=int, help="denoising steps (default 20, or those of --plan)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the pipeline's)")
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="--original, with the backbone of this pipeline")
     dense.add_argument("--plan", type=user_path, metavar="DIR",
                        help="with the steps and layers that `alter plan --out DIR` chose")
-    parser.add_argument("--keep", type=float, metavar="RATIO", help="of the experts' ladder, the rung of this keep "
-                        "ratio or the next lower one (default: the one that experts.json names)")
+    parser.add_argument("--keep", type=float, metavar="RATIO", help="the rung of this keep ratio or the next lower one "
+                        "(default: that of experts.json)")
     parser.add_argument("--latents", action="store_true",
                         help="keep what the VAE decodes beside each image (.npy), to compare by")
     parser.add_argument("--out", type=user_path, metavar="DIR", required=True)
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Shared with `alter plan`."""
-    parser.add_argument("--resolution", type=int, help="of the images, in pixels (default: the run's data.resolution; "
-                        "of a pipeline without a run's config.yaml, the pipeline's)")
+    parser.add_argument("--resolution", type=int, metavar="SIDE", help="in pixels (default: the run's, or else the "
+                        "pipeline's)")
 
 
 def run(arguments: argparse.Namespace) -> None:
