@@ -35,3 +35,12 @@ def test_what_cannot_be_asked_is_refused_by_name(family_config, tmp_path):
         check(config, 1)
     assert "\n" not in str(caught.value)
     check(family_config("flux2", flow={"shift": 3.0}, budget={"sampler": "uniform"}), 1)
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("flux", {"backbone": {"channels_last": True}}, "backbone.channels_last=true: this backbone is given no images"),
+    ("cogvideox", {"train": {"noise_offset": 0.1}, "data": {"frames": 5}},
+     "train.noise_offset=0.1: shifts channels, and the latents of a CogVideoX")])
+def test_what_other_latents_do_not_allow(family_config, name, changes, message):
+    with pytest.raises(InputError, match=message):
+        check(family_config(name, **changes), 1)
