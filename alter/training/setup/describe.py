@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ...backbones.guidance import guidance_of
 from ...backbones.noising import Betas, Flow
 from ...backbones.pretrained import DTYPES, trained_parameters
 from ...common.config import Config
@@ -120,7 +121,7 @@ def _mean_depth(config: Config, plan: Plan) -> float:
 
 def _forwards(config: Config, plan: Plan) -> Forwards:
     search, evaluate = config.search, config.evaluate
-    guided = evaluate.guidance_scale != 1 and not plan.backbone.config.get("guidance_embeds")
+    guided = guidance_of(plan.backbone, evaluate.guidance_scale) != 1
     steps = response_sampler(config, isinstance(plan.noising, Flow))[1]
     return forwards(len(plan.cost.sites), search.least, search.samples, search.bins, steps, guided,
                     config.experts.count)

@@ -14,7 +14,6 @@ from ...backbones.dit import embedders, null_class
 from ...backbones.family import COMPONENTS, Backbone
 from ...backbones.inputs import is_class_conditional, latent_shape, takes_one_text, text_width
 from ...backbones.latency import Latency, measure_latency
-from ...backbones.lora import Base
 from ...backbones.noising import Noising
 from ...backbones.pretrained import (
     DTYPES,
@@ -42,6 +41,7 @@ from ...method.budget import TOLERANCE, Budget
 from .encoding import check_encoding
 from .machine import check_machine
 from .noise import check_noise, sampled_timesteps, take_shift, trained_noising
+from .teacher import check_teacher
 
 _NOT_TRAINED = {  # though their layers are counted
     "CogView4Transformer2DModel": "its pipeline tells it other timesteps than those of the noise",
@@ -272,22 +272,6 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
         raise InputError(f"budget.keep_ratio={budget.range[0]} is below {least:.3f}, which search.least="
                          f"{config.search.least} leaves at least: lower search.least, or keep more")
     return found, None
-
-
-def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:
-    """Refuse a teacher in `folder` of another architecture than the backbone's.
-
-    Raises:
-        InputError: about teacher.pretrained.
-    """
-    if Base.beside(str(config.teacher.pretrained)) is not None:
-        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: holds adapters of a run alone: name the "
-                         "pipeline that they belong to")
-    shapes = [{name: value for name, value in model.config.items() if not name.startswith("_")}
-              for model in (meta_backbone(folder, "teacher.pretrained", config.backbone.component), backbone)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the backbone's: "
-                         "name a pipeline of the same one")
 
 
 def _check_validation(config: Config, backbone: Backbone) -> None:

@@ -11,11 +11,10 @@ from torch import nn
 from ...backbones.dit import tie_embedders
 from ...backbones.family import Backbone
 from ...backbones.lora import Base
-from ...backbones.pretrained import DTYPES, load_backbone, local_folder, told_component
+from ...backbones.pretrained import DTYPES, load_backbone, local_folder, meta_backbone, told_component
 from ...common.config import Config
 from ...common.errors import InputError
 from ...experts.artefact import FILE_NAME as EXPERTS
-from .plan import check_teacher
 
 
 def load_teacher(config: Config, folder: Path, backbone: Backbone, device: torch.device | str,
@@ -67,3 +66,19 @@ def _tuned(config: Config, folder: Path) -> bool:
     if Base.beside(str(config.backbone.pretrained)) is not None:
         return config.lora.rank is None or file.is_file()
     return file.is_file() or config.experts.pretrained == config.backbone.pretrained
+
+
+def check_teacher(config: Config, folder: Path, backbone: Backbone) -> None:
+    """Refuse a teacher in `folder` of another architecture than the backbone's.
+
+    Raises:
+        InputError: about teacher.pretrained.
+    """
+    if Base.beside(str(config.teacher.pretrained)) is not None:
+        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: holds adapters of a run alone: name the "
+                         "pipeline that they belong to")
+    shapes = [{name: value for name, value in model.config.items() if not name.startswith("_")}
+              for model in (meta_backbone(folder, "teacher.pretrained", config.backbone.component), backbone)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"teacher.pretrained={config.teacher.pretrained!r}: another architecture than the backbone's: "
+                         "name a pipeline of the same one")
