@@ -23,6 +23,7 @@ from ..common.errors import InputError
 from .sites import Site, find_sites
 
 _Streams = tuple[Tensor, ...]  # of a layer's output
+Added = tuple[Tensor | None, ...]  # to each stream by a layer
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,31 @@ class HardRows:
         return tuple(map(scatter, around, layer(*args, **kwargs)))
 
 
-Rows = SoftRows | HardRows
+class CachedRows:
+    """A layer that is left out adds what it added when it last ran, if it has.
+
+    Args:
+        kept: bool [L], the layers that run, for all samples. added: what each layer added to each stream, by its index;
+            read, and written where `noted`, bool [L].
+    """
+
+    def __init__(self, kept: Sequence[bool], added: dict[int, Added], noted: Sequence[bool]) -> None:
+        self.kept, self.added, self.noted = kept, added, noted
+
+    @torch.compiler.disable(recursive=False)
+    def gate(self, index: int, site: Site, layer: Callable, args: tuple, kwargs: dict[str, Any]) -> _Streams:
+        around = site.bypass(args, kwargs)
+        if not self.kept[index]:
+            added = self.added.get(index, (None,) * len(around))
+            return tuple(stream if more is None else stream + more for stream, more in zip(around, added, strict=True))
+        outputs = layer(*args, **kwargs)
+        if self.noted[index]:
+            self.added[index] = tuple(None if output is None or stream is None else output - stream
+                                      for output, stream in zip(outputs, around, strict=True))
+        return outputs
+
+
+Rows = SoftRows | HardRows | CachedRows
 
 
 class _State(threading.local):

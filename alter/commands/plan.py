@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense = parser.add_mutually_exclusive_group()
     dense.add_argument("--original", action="store_true", help="with the run's dense model, as its config.yaml names "
                        "it, as a choice (default: these weights at full depth)")
-    dense.add_argument("--dense-pipeline", type=user_path, metavar="FOLDER",
+    dense.add_argument("--dense-pipeline", type=user_path, metavar="DIR",
                        help="--original, with the backbone of this pipeline")
-    parser.add_argument("--most", type=int, help="steps at most (default: those that experts.json was measured with)")
+    parser.add_argument("--most", type=int, help="steps at most (default: as experts.json was measured)")
+    parser.add_argument("--cached", action="store_true", help="let skipped layers add what they added when last run")
     parser.add_argument("--own-steps", action="store_true", help="visit the scheduler's own timesteps, not chosen ones")
     parser.add_argument("--images", type=int, default=24, help="drawn each time; prompts or labels repeat (default 24)")
     parser.add_argument("--scheduler", metavar="NAME", help="a diffusers scheduler (default: the pipeline's)")
@@ -51,6 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} {value}: choose a number above 0")
+    if arguments.cached and (arguments.seconds or arguments.quality):
+        raise InputError("--cached: is planned for MACs alone: give --share or --macs")
     if arguments.guidance is not None and not math.isfinite(arguments.guidance):
         raise InputError(f"--guidance {arguments.guidance}: choose a finite number")
     check_writable(arguments.out, "--out", folder=True)
@@ -85,11 +88,11 @@ def run(arguments: argparse.Namespace) -> None:
     macs = arguments.macs
     if all(value is None for value in (macs, arguments.seconds, arguments.quality)):
         macs = (0.5 if arguments.share is None else arguments.share) * planner.most * experts.macs_total
-    plan = planner.plan(macs, arguments.seconds, arguments.quality)
-    rows = front_rows(planner)
+    plan = planner.cached(macs) if arguments.cached else planner.plan(macs, arguments.seconds, arguments.quality)
+    rows = front_rows(planner, arguments.cached)
     masks = plan.rung.expert_T[planner.visited[plan.steps]]
     chosen = {**plan_row(planner, plan), "seconds": plan.seconds, "discretisation": plan.discretisation,
-              "dense": plan.dense, "asked": plan.asked, "taken": plan.chosen,
+              "dense": plan.dense, "cached": plan.rung.cached, "asked": plan.asked, "taken": plan.chosen,
               "timesteps": planner.visited[plan.steps].tolist(), "masks": masks.tolist(),
               "layers": experts.mask_EL[masks].sum(axis=1).tolist()}
     out = arguments.out

@@ -26,6 +26,8 @@ class Rung:
         error: predicted squared displacement of the samples (method/measured.py); None: not predicted.
         steps: of denoising, that it was planned for; None: any.
         interval: what the noise of the measured samples leaves of `error`, 90%, low and high; None: not known.
+        cached: whether a layer that is skipped adds what it added to its input at the last denoising step that ran it,
+            instead of nothing. At the first step every layer runs that any of the experts runs.
     """
 
     keep_ratio_target: float
@@ -34,6 +36,7 @@ class Rung:
     error: float | None = None
     steps: int | None = None
     interval: tuple[float, float] | None = None
+    cached: bool = False
 
     def __post_init__(self) -> None:
         if not np.issubdtype(self.expert_T.dtype, np.integer):
@@ -46,7 +49,8 @@ class Rung:
         return np.unique(self.expert_T).tolist()
 
     def _plain(self) -> tuple[Any, ...]:
-        return self.keep_ratio_target, self.tuned, self.error, self.interval, self.steps, self.expert_T.tobytes()
+        return (self.keep_ratio_target, self.tuned, self.error, self.interval, self.steps, self.cached,
+                self.expert_T.tobytes())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rung) and self._plain() == other._plain()
@@ -240,6 +244,7 @@ class Experts:
                                      for rung in self.ladder],
             "90%": ["" if rung.interval is None else "{:.3g} to {:.3g}".format(*rung.interval) for rung in self.ladder],
             "steps": [str(rung.steps or "") for rung in self.ladder],
+            "skipped layers": ["cached" if rung.cached else "" for rung in self.ladder],
             "tuned": ["yes" if rung.tuned else "no" for rung in self.ladder],
             "": ["chosen" if rung is self.rung else "" for rung in self.ladder],
         }

@@ -1,7 +1,7 @@
 """The planner: how many denoising steps, and which layers at each of them, for a sampler and a budget."""
 
 import contextlib
-import threading
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -9,23 +9,21 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
-from ..backbones.conditioning import stop_at_backbone
 from ..backbones.family import COMPONENTS, backbone_class, parameters
 from ..backbones.latency import measure_latency
-from ..backbones.latents import final_latents
-from ..backbones.schedules import as_rows
-from ..backbones.stepping import can_skip_steps, only_steps, outputs_given
+from ..backbones.stepping import can_skip_steps, only_steps
 from ..common.errors import InputError
 from ..method.measured import Measured
 from ..method.planning import Front, Option, between, choose_steps, routes, step_losses
 from .apply import Applied, asking, backbone_of, check_same
 from .ladder import Experts, Rung
+from .samples import Samples
 
 SPACE = "latents"  # in which displacements are predicted and measured
+_PERIODS = (2, 3, 4)  # of cached rungs, in steps
 _MEASURED_STEPS = (2, 3, 4, 6, 8, 11, 15, 20, 28, 40, 56, 80)  # at which the solver's own error is measured
 
 
@@ -84,7 +82,6 @@ class Planner:
         reference: latents of many dense steps, float32 [N, ...]. drift: by number of steps, the displacement of as many
             dense ones from it, where drawn; chosen_drift: at chosen timesteps. chosen: by number of steps, those of
             `most` that are taken; None: the sampler's own. visited: the training timesteps, int64 [steps].
-        forwards: of the backbone, in a step; 2 where guidance has one of its own.
 
     Raises:
         InputError: if the experts lack what a plan needs, or of the pipeline no samples of different numbers of steps
@@ -102,19 +99,16 @@ class Planner:
                              "with the whole ladder")
         if sum(isinstance(getattr(pipe, name, None), nn.Module) for name in COMPONENTS) > 1:
             raise InputError(f"plan: a {type(pipe).__name__} has two backbones: plans are made for one")
-        self.experts, self.pipe, self.call, self.seed, self.batch_size = experts, pipe, dict(call), seed, batch_size
-        self._dense, self._checked = dense, dict[tuple[Rung, bool], float]()
+        self.experts, self.pipe, self._dense, self._checked = experts, pipe, dense, dict[tuple[Rung, bool], float]()
+        self._samples = Samples(call, seed, batch_size, experts.component)
         self.backbone = backbone_of(pipe, experts.component)
         self.most = measured.steps if most is None else most
         if self.most < 2:
             raise InputError(f"plan: most={most}: give at least 2 steps")
-        self.visited = {steps: self._visited(steps) for steps in range(2, self.most + 1)}
+        self.visited = {steps: self._samples.visited(pipe, steps) for steps in range(2, self.most + 1)}
         self.full = int(experts.mask_EL.all(axis=1).argmax())
-        self.forwards = 0
-        self._noise_left: Tensor | None = None
         many = max(2 * self.most, min(4 * self.most, 200))
         known = [steps for steps in _MEASURED_STEPS if steps < self.most] + [self.most, many]
-        self._gram_NN = np.zeros((self.most, self.most))
         drawn = {steps: self._draw(self._everything, steps, dense is not None, watched=steps == self.most)
                  for steps in tqdm(known, unit="draw", desc="the solver's own error", dynamic_ncols=True)}
         self.reference = drawn.pop(known[-1])
@@ -186,6 +180,24 @@ class Planner:
             raise InputError(f"plan: macs={macs:g}: two steps of the cheapest mask cost {2 * self.macs_M.min():g}")
         return self._plan(option)
 
+    def cached(self, macs: float) -> Plan:
+        """As `plan`, by a cached rung: every layer at each second, third or fourth step, whichever draws nearest, and
+        one mask at the others. What caches leave cannot be predicted from the errors of masks: `error` is as drawn.
+
+        Raises:
+            InputError: as `plan`.
+        """
+        options = (self.front.cached(macs, period) for period in _PERIODS)
+        plans = [self._plan(option) for option in options if option is not None]
+        if not plans:
+            raise InputError(f"plan: macs={macs:g}: two steps, one of them of the cheapest mask, cost "
+                             f"{self.macs_M[self.full] + self.macs_M.min():g}")
+        nearest = min(plans, key=self.check)
+        moved = self.check(nearest)
+        nearest = dataclasses.replace(nearest, error=moved, rung=dataclasses.replace(nearest.rung, error=moved))
+        self._checked[nearest.rung, False] = moved
+        return nearest
+
     def check(self, plan: Plan) -> float:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
         key = plan.rung, plan.dense
@@ -193,6 +205,11 @@ class Planner:
             self._checked[key] = displacement(self._draw(plan.rung, plan.steps, plan.dense, plan.chosen),
                                               self.reference)
         return self._checked[key]
+
+    @property
+    def forwards(self) -> int:
+        """Of the backbone, in a step; 2 where guidance has one of its own."""
+        return self._samples.forwards
 
     @property
     def _everything(self) -> Rung:
@@ -206,7 +223,7 @@ class Planner:
     def _timed(self) -> Front:
         if self._seconds_M is None:
             with self._serving(self._everything):
-                told = stop_at_backbone(self.pipe, self.backbone, self._arguments(2, range(1)), "plan")
+                told = self._samples.told(self.pipe, 2)
                 latents = told[parameters(backbone_class(self.backbone))[0]]
                 latency = measure_latency(self.backbone, latents[0].shape[-1], len(latents), inputs=told)
             self._seconds_M = self._left_M(latency.share_L) * latency.seconds_total * self.forwards
@@ -224,15 +241,16 @@ class Planner:
             kept = 1 - (1 - kept) / float(share_L.sum())
         expert_T = routes(masks, self.visited[steps], len(experts.expert_T))
         seconds = None if self._seconds_M is None else float(self._seconds_M[masks].sum())
-        return Plan(Rung(kept, expert_T, False, option.error, steps), float(self.macs_M[masks].sum()), seconds,
-                    option.error, option.discretisation, option.dense, self.most if self.chosen[steps] else steps,
-                    self.chosen[steps])
+        rung = Rung(kept, expert_T, False, option.error, steps, cached=option.cached)
+        return Plan(rung, float(self.macs_M[masks].sum()), seconds, option.error, option.discretisation, option.dense,
+                    self.most if self.chosen[steps] else steps, self.chosen[steps])
 
     def _choose_steps(self, measured: Measured) -> None:
         """Of the sampler's `most` steps those that tell the others best, where samples come nearer by it."""
         visited, response_B = self.visited[self.most], measured.response[SPACE]
         weight_N = step_losses(response_B[None], measured.edges, visited)[0]
-        chosen = {steps: tuple(taken.tolist()) for steps, taken in choose_steps(self._gram_NN, weight_N).items()}
+        taken = choose_steps(self._samples.gram[self.most], weight_N)
+        chosen = {steps: tuple(taken_n.tolist()) for steps, taken_n in taken.items()}
         drawn = [steps for steps in self.drift if steps < self.most]
         for steps in tqdm(drawn, unit="draw", desc="chosen timesteps", dynamic_ncols=True):
             latents = self._draw(self._everything, steps, self._dense is not None, chosen[steps])
@@ -247,9 +265,9 @@ class Planner:
     def _draw(self, rung: Rung, steps: int, dense: bool = False, chosen: tuple[int, ...] | None = None,
               watched: bool = False) -> Tensor:
         if dense:
-            return self._call(self._dense, steps, chosen, watched)
+            return self._samples.latents(self._dense, steps, self.most, chosen, watched)
         with self._serving(rung):
-            return self._call(self.pipe, steps, chosen, watched)
+            return self._samples.latents(self.pipe, steps, self.most, chosen, watched)
 
     @contextmanager
     def _serving(self, rung: Rung) -> Iterator[None]:
@@ -259,85 +277,6 @@ class Planner:
             check_same(self.backbone._alter_applied, self.experts)
             stack.enter_context(asking(self.experts, rung))
             yield
-
-    def _call(self, pipe: Any, steps: int, chosen: tuple[int, ...] | None, watched: bool) -> Tensor:
-        """Final latents of the call, float32 [N, ...]; sample i depends on the seed, on i and on its prompt.
-
-        watched: whether inner products of the outputs at all steps are added to `_gram_NN`.
-        """
-        calls, thread = 0, threading.get_ident()
-        watching = outputs_given if watched else contextlib.nullcontext
-
-        def count(*_: Any) -> None:
-            nonlocal calls
-            calls += threading.get_ident() == thread
-
-        hook = backbone_of(pipe, self.experts.component).register_forward_pre_hook(count)
-        done, parts = [], list(self._parts())
-        try:
-            for part in parts:
-                arguments = self._arguments(self.most if chosen else steps, part)
-                with (torch.random.fork_rng(), only_steps(pipe.scheduler, chosen, self.most),
-                      final_latents(pipe.scheduler) as stepped, watching(pipe.scheduler) as outputs):
-                    torch.manual_seed(self.seed)
-                    output = pipe(**arguments, output_type="latent")
-                    left = [arguments["generator"][0].get_state(), torch.get_rng_state()]
-                    if self.backbone.device.type == "cuda":
-                        left.append(torch.cuda.get_rng_state(self.backbone.device))
-                latents = output.frames if hasattr(output, "frames") else output.images
-                if not isinstance(latents, Tensor) and [*map(len, stepped)] in ([len(part)], [2 * len(part)]):
-                    latents = stepped[0][: len(part)]  # a DiTPipeline; with guidance both halves are alike
-                done.append(latents)
-                if watched:
-                    for image in range(len(part)):  # one at a time, for the memory of double precision
-                        flat_ND = torch.stack([output[image].flatten() for output in outputs]).double()
-                        self._gram_NN += (flat_ND @ flat_ND.T).numpy() / self._images
-        finally:
-            hook.remove()
-        self._compare(type(pipe.scheduler).__name__, steps, calls / len(parts) / steps, torch.cat(left))
-        if not all(isinstance(images, Tensor) for images in done):
-            raise InputError(f"plan: a {type(pipe).__name__} gives no latents of these arguments with "
-                             "output_type='latent', in which displacements are measured")
-        return torch.cat(done).float().cpu()
-
-    def _compare(self, scheduler: str, steps: int, forwards: float, noise_left: Tensor) -> None:
-        """Refuse what makes numbers of steps incomparable: other calls of the backbone, noise drawn at each step."""
-        self.forwards = self.forwards or int(forwards)
-        if forwards != self.forwards:
-            raise InputError(f"plan: in {steps} steps the pipeline calls its backbone {forwards * steps:g} times: it "
-                             "has to be as often at every step: leave out strength, and intervals of guidance")
-        if self._noise_left is None:
-            self._noise_left = noise_left
-        if not torch.equal(noise_left, self._noise_left):
-            raise InputError(f"plan: {scheduler} adds noise at its steps, so that samples of few and of many steps "
-                             "differ in any case: use one that adds none, such as DPMSolverMultistepScheduler")
-
-    def _visited(self, steps: int) -> np.ndarray:
-        """The training timesteps at which the pipeline calls its backbone, int64 [steps], decreasing."""
-        stop_at_backbone(self.pipe, self.backbone, self._arguments(steps, range(1)), "plan")
-        scheduler = self.pipe.scheduler
-        visited = as_rows(np.asarray([float(value) for value in scheduler.timesteps]), scheduler)
-        if len(visited) != steps or (np.diff(visited) >= 0).any():
-            raise InputError(f"plan: with num_inference_steps={steps} {type(scheduler).__name__} visits {len(visited)} "
-                             f"timesteps, {len(np.unique(visited))} of them distinct, not {steps} that decrease: use "
-                             "one that does, with one call a step")
-        return visited
-
-    def _parts(self) -> Iterator[range]:
-        """Images of one call."""
-        for first in range(0, self._images, self.batch_size):
-            yield range(first, min(first + self.batch_size, self._images))
-
-    @property
-    def _images(self) -> int:
-        return max((len(value) for value in self.call.values() if isinstance(value, (list, tuple))), default=1)
-
-    def _arguments(self, steps: int, part: range) -> dict[str, Any]:
-        """Of a call that draws the images of `part`."""
-        own = {name: list(value[part.start : part.stop]) if isinstance(value, (list, tuple)) and
-               len(value) == self._images else value for name, value in self.call.items()}
-        return {**own, "num_inference_steps": steps,
-                "generator": [torch.Generator().manual_seed(self.seed + i) for i in part]}
 
 
 def displacement(latents: Tensor, reference: Tensor) -> float:

@@ -25,7 +25,7 @@ def to_text(experts: Experts) -> str:
         chosen = experts.choose(rung)
         return {"keep_ratio_target": rung.keep_ratio_target, "keep_ratio_of_total": chosen.keep_ratio,
                 "time_ratio": chosen.time_ratio, "tuned": rung.tuned, "error": rung.error,
-                "interval": rung.interval, "steps": rung.steps,
+                "interval": rung.interval, "steps": rung.steps, **({"cached": True} if rung.cached else {}),
                 "routes": runs(rung.expert_T)}
 
     measured = {"latency": experts.latency and asdict(experts.latency),
@@ -133,12 +133,11 @@ def _ladder(content: dict[str, Any]) -> tuple[tuple[Rung, ...], int]:
         for number, plain in enumerate(content["ladder"]):
             with _field(f"ladder[{number}]"):
                 error, steps, interval = plain["error"], plain["steps"], plain.get("interval")
-                if not isinstance(plain["tuned"], bool):
-                    raise TypeError(f"tuned: expected true or false, found {plain['tuned']!r}")
+                tuned, cached = _flag(plain, "tuned"), _flag({"cached": False, **plain}, "cached")
                 rungs.append(Rung(
-                    _number(plain["keep_ratio_target"]), from_runs(plain["routes"], count), plain["tuned"],
+                    _number(plain["keep_ratio_target"]), from_runs(plain["routes"], count), tuned,
                     None if error is None else _number(error), None if steps is None else _whole(steps),
-                    None if interval is None else (_number(interval[0]), _number(interval[1]))))
+                    None if interval is None else (_number(interval[0]), _number(interval[1])), cached))
     with _field("default"):
         targets = [rung.keep_ratio_target for rung in rungs]
         if content["default"] not in targets:
@@ -180,6 +179,12 @@ def _number(value: Any) -> float:
     if type(value) not in (int, float):
         raise TypeError(f"expected a number, found {str(value)[:40]!r}")
     return float(value)
+
+
+def _flag(plain: dict[str, Any], name: str) -> bool:
+    if not isinstance(plain[name], bool):
+        raise TypeError(f"{name}: expected true or false, found {plain[name]!r}")
+    return plain[name]
 
 
 def _text(value: Any) -> str:

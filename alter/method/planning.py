@@ -84,13 +84,15 @@ def routes(mask_N: np.ndarray, visited: np.ndarray, num_timesteps: int) -> np.nd
 @dataclass(frozen=True)
 class Option:
     """A number of steps N with the mask of each, int64 [N]; their cost; and the predicted squared displacement, of
-    which `discretisation` is the solver's own. dense: with the dense model's own weights."""
+    which `discretisation` is the solver's own. dense: with the dense model's own weights. cached: layers that a step
+    skips add what they added at the step before that ran them; `error` is without that."""
 
     mask_N: np.ndarray
     cost: float
     error: float
     discretisation: float
     dense: bool = False
+    cached: bool = False
 
     @property
     def steps(self) -> int:
@@ -136,6 +138,21 @@ class Front:
         options = (self.with_mask(steps, mask) for steps in self.losses for mask in range(len(self.cost_M)))
         fitting = [option for option in options if option.cost <= cost * (1 + 1e-9)]
         return min(fitting, key=lambda option: option.error) if fitting else None
+
+    def cached(self, cost: float, period: int) -> Option | None:
+        """Every layer at the first of every `period` steps, and at the others one mask whose skipped layers are cached:
+        as many steps as cost at most `cost`, and the mask that loses least. None: there is none."""
+        for steps in sorted(self.losses, reverse=True):
+            others = np.arange(steps) % period > 0
+            left = cost * (1 + 1e-9) - self.cost_M[self.full] * (~others).sum()
+            fitting = np.flatnonzero(self.cost_M * others.sum() <= left)
+            if others.any() and len(fitting):
+                lost_M = self.losses[steps][:, others].sum(axis=1)
+                mask = int(fitting[lost_M[fitting].argmin()])
+                mask_N, solver = np.where(others, mask, self.full), self.discretisation[steps]
+                lost = float(self.losses[steps][mask_N, np.arange(steps)].sum())
+                return Option(mask_N, float(self.cost_M[mask_N].sum()), solver + lost, solver, cached=True)
+        return None
 
     def everything(self, steps: int) -> Option:
         """Every layer at all of so many steps, by the dense model where it may be had."""

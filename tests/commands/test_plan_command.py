@@ -1,5 +1,6 @@
 """`alter plan`, and drawing with what it wrote."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -78,6 +79,23 @@ def test_of_two_steps_at_most_the_front_is_short(folder):
     assert {row["steps"] for row in front} == {2}
 
 
+def test_a_cached_plan_is_drawn_by_its_folder(folder, tmp_path, capsys):
+    solver = ["--scheduler", "DPMSolverMultistepScheduler", "--guidance", "2"]
+    assert plan(folder, *solver, "--cached", "--share", "0.8") == 0
+    content = json.loads((folder / "planned/plan.json").read_text())
+    chosen, experts = content["chosen"], TemporalExperts.from_pretrained(folder / "planned")
+    assert chosen["cached"] and experts.rung.cached and "cached" in capsys.readouterr().out
+    assert chosen["predicted"] == chosen["measured"] and 0.3 < chosen["share"] <= 0.8
+    assert len({row["share"] for row in content["front"] if row["series"] == "cached"}) > 2
+    assert main(["sample", "--run", str(folder / "run"), "--prompts", str(folder / "prompts.txt"), *solver, "--plan",
+                 str(folder / "planned"), "--out", str(tmp_path / "drawn")]) == 0
+    pipe, uncached = load_quietly(folder / "run/final"), dataclasses.replace(
+        experts, ladder=(dataclasses.replace(experts.rung, cached=False),))
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    found = Image.open(tmp_path / "drawn/000000.png").tobytes()
+    assert _planned(pipe, experts, chosen) == found != _planned(pipe, uncached, chosen)
+
+
 def _planned(pipe, experts, chosen):
     """The first image, by the experts that the plan's folder holds."""
     with experts.apply(pipe), only_steps(pipe.scheduler, chosen["taken"], chosen["asked"]):
@@ -103,6 +121,7 @@ def test_a_plan_of_the_dense_model_is_drawn_by_it(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--share", "0"], "--share 0.0: choose a number above 0"), (["--most", "1"], "--most 1: choose at least 2"),
+    (["--cached", "--quality", "3"], "--cached: is planned for MACs"),
     (["--macs", "nan"], "--macs nan"), (["--original"], "has no config.yaml"),
 ])
 def test_refusals(folder, capsys, words, message):

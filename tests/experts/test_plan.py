@@ -259,6 +259,25 @@ def test_a_plan_that_turns_out_worse_is_not_taken():
     assert taken == [False, True]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cached_plan_is_the_nearest_of_three(kind):
+    """Of every second, third and fourth step at full depth, by what each of them draws."""
+    pipe, experts, planner = made(kind)
+    for share in (0.6, 0.9):
+        plan = planner.cached(share * MOST * experts.macs_total)
+        masks = plan.rung.expert_T[planner.visited[plan.steps]]
+        assert plan.rung.cached and plan.macs <= share * MOST * experts.macs_total * (1 + 1e-9)
+        assert masks[0] == planner.full and len(set(masks)) == 2
+        with experts.apply(pipe), experts.at(plan.rung):
+            moved = distance(drawn(pipe, kind, plan.steps), planner.reference)
+        assert plan.error == planner.check(plan) == pytest.approx(moved, rel=1e-3)
+        others = [planner.check(planner._plan(option)) for period in (2, 3, 4) if (
+            option := planner.front.cached(share * MOST * experts.macs_total, period)) is not None]
+        assert plan.error == min(others) and len(set(others)) > 1
+    with pytest.raises(InputError, match="macs=1: two steps, one of them of the cheapest mask, cost"):
+        planner.cached(1.0)
+
+
 def _whole():
     torch.manual_seed(0)
     model = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, in_channels=4, out_channels=4,

@@ -120,6 +120,27 @@ def test_the_front_is_never_behind_fewer_dense_steps():
     assert front.fewer_steps(1.5) is None
 
 
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_a_cached_option_takes_as_many_steps_as_it_can(period):
+    """And of the masks that fit the one that loses least, against a loop over all of them."""
+    source = np.random.default_rng(period)
+    cost_M, losses = np.array([1.0, 0.7, 0.4, 0.4]), {steps: source.uniform(size=(4, steps)) for steps in range(2, 9)}
+    front = Front(losses, cost_M, {steps: 1 / steps for steps in losses}, full=0)
+    for budget in np.linspace(1.4, 8, 12):
+        found = front.cached(budget, period)
+        choices = []
+        for steps, loss in losses.items():
+            whole = [n for n in range(steps) if n % period == 0]
+            others = [n for n in range(steps) if n % period != 0]
+            choices += [(-steps, loss[mask, others].sum(), mask, loss[0, whole].sum()) for mask in range(4)
+                        if len(whole) + cost_M[mask] * len(others) <= budget * (1 + 1e-9)]
+        negative, lost, mask, always = min(choices)
+        assert found.steps == -negative and found.cached and found.cost <= budget * (1 + 1e-9)
+        assert found.mask_N.tolist() == [0 if n % period == 0 else mask for n in range(found.steps)]
+        assert found.error == pytest.approx(1 / found.steps + lost + always)
+    assert front.cached(1.39, period) is None
+
+
 def test_the_steps_chosen_are_the_best_of_all():
     """Against every choice of steps, each rest by least squares on the vectors themselves."""
     source = np.random.default_rng(3)

@@ -1,5 +1,6 @@
 """Tuning a finished run further: with its experts on, from its weights or from those it began with."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -120,7 +121,13 @@ def test_given_experts_bring_their_budget_and_take_the_costs_of_this_resolution(
     assert all(line["keep_ratio"] == pytest.approx(experts.keep_ratio) for line in lines)
 
 
-def test_experts_of_another_backbone_are_refused(small_config, searched):
+def test_experts_that_cannot_be_tuned_are_refused(small_config, searched, tmp_path):
+    experts = TemporalExperts.from_pretrained(searched / "final")
+    rungs = tuple(dataclasses.replace(rung, cached=True) for rung in experts.ladder)
+    cached = dataclasses.replace(experts, ladder=rungs)
+    cached.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has a cached rung, and training sees no steps before its own"):
+        build(small_config("sd", experts={"pretrained": str(tmp_path)}))
     with pytest.raises(InputError, match=r"experts.pretrained=.*: their 26 sites are not the 4"):
         build(small_config("dit", experts={"pretrained": str(searched / "final")}))
     for given, message in ((str(searched), "holds no experts.json"), ("./nowhere", "no such folder, and the hub")):

@@ -13,13 +13,14 @@ from .drawing import BLUE, INK, ORANGE, WIDTH, name_ends, styled
 
 _SHARES = (0.25, 0.35, 0.5, 0.65, 0.8, 1.0)  # of the MACs of the most steps, dense
 _SERIES = {"dense": ("dense, fewer steps", INK), "chosen": ("dense, chosen steps", "#7F7F7F"),
-           "one mask": ("one mask", "#009E73"), "experts": ("experts, all steps", BLUE), "planned": ("planned", ORANGE)}
+           "one mask": ("one mask", "#009E73"), "experts": ("experts, all steps", BLUE), "planned": ("planned", ORANGE),
+           "cached": ("cached", "#CC79A7")}
 
 
-def front_rows(planner: Planner) -> list[dict[str, Any]]:
+def front_rows(planner: Planner, cached: bool = False) -> list[dict[str, Any]]:
     """Points of the dense model at fewer steps, as the sampler spaces them and at chosen timesteps; of the best single
-    mask, of rungs of the ladder at the most steps, and of plans. Each has its steps, the MACs of an image, their share,
-    and the displacement as predicted and as measured.
+    mask, of rungs of the ladder at the most steps, and of plans, `cached` ones too if they are asked for. Each has its
+    steps, the MACs of an image, their share, and the displacement as predicted and as measured.
     """
     total = planner.experts.macs_total
     whole, least = planner.most * total, 2 * float(planner.macs_M.min())
@@ -28,6 +29,9 @@ def front_rows(planner: Planner) -> list[dict[str, Any]]:
     rungs = [min(planner.experts.ladder, key=lambda rung: abs(rung.keep_ratio_target - share)) for share in _SHARES]
     plans += [("experts", planner.fixed(planner.most, rung)) for rung in dict.fromkeys(rungs)]
     plans += [("planned", planner.plan(macs=budget)) for budget in budgets]
+    if cached:
+        fewest = planner.macs_M[planner.full] + planner.macs_M.min()
+        plans += [("cached", planner.cached(budget)) for budget in budgets if budget >= fewest]
     rows: list[dict[str, Any]] = [
         {"series": series, "steps": steps, "macs": steps * total, "share": steps / planner.most, "predicted": moved,
          "measured": moved}
@@ -69,7 +73,7 @@ def plan_figure(rows: list[dict[str, Any]]) -> Figure:
             continue
         share, measured, predicted = np.array(points).T
         axis.plot(share, measured, color=color, linewidth=2 if series == "dense" else 1.2, marker=".", markersize=5)
-        if series not in ("dense", "chosen"):
+        if series not in ("dense", "chosen", "cached"):  # of which nothing is predicted
             axis.plot(share, predicted, color=color, linewidth=0.8, linestyle=":")
         ends.append((share[-1], measured[-1], title, color))
     axis.set(xlabel="MACs of all steps (most steps, dense: 1)", ylabel="mean squared displacement of latents",

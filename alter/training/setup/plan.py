@@ -248,6 +248,9 @@ def _plan_budget(config: Config, folder: Path, backbone: Backbone, cost: CostTab
             raise InputError(f"experts.pretrained={given!r}: its experts are of {experts.component}: set "
                              f"backbone.component={experts.component}")
         named_sites(backbone, experts.sites, f"experts.pretrained={given!r}")
+        if any(rung.cached for rung in experts.ladder):
+            raise InputError(f"experts.pretrained={given!r}: has a cached rung, and training sees no steps before its "
+                             "own: name experts without one")
         if len(experts.expert_T) != scheduler.config.num_train_timesteps:
             raise InputError(f"experts.pretrained={given!r}: its {len(experts.expert_T)} timesteps are not the "
                              f"scheduler's {scheduler.config.num_train_timesteps}")
