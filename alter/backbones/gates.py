@@ -97,6 +97,9 @@ class CachedRows:
     Args:
         kept: bool [L], the layers that run, for all samples. added: what each layer added to each stream, by its index;
             read, and written where `noted`, bool [L].
+
+    Raises:
+        InputError: in a forward, if a layer is given other shapes than when it last ran.
     """
 
     def __init__(self, kept: Sequence[bool], added: dict[int, Added], noted: Sequence[bool]) -> None:
@@ -104,15 +107,22 @@ class CachedRows:
 
     @torch.compiler.disable(recursive=False)
     def gate(self, index: int, site: Site, layer: Callable, args: tuple, kwargs: dict[str, Any]) -> _Streams:
+        if self.kept[index] and not self.noted[index]:
+            return layer(*args, **kwargs)
         around = site.bypass(args, kwargs)
-        if not self.kept[index]:
-            added = self.added.get(index, (None,) * len(around))
-            return tuple(stream if more is None else stream + more for stream, more in zip(around, added, strict=True))
-        outputs = layer(*args, **kwargs)
-        if self.noted[index]:
-            self.added[index] = tuple(None if output is None or stream is None else output - stream
+        if self.kept[index]:
+            outputs = layer(*args, **kwargs)
+            self.added[index] = tuple(None if output is None or stream is None else output - stream.to(output.device)
                                       for output, stream in zip(outputs, around, strict=True))
-        return outputs
+            return outputs
+        added = self.added.get(index, (None,) * len(around))
+        for stream, more in zip(around, added, strict=True):
+            if more is not None and more.shape != stream.shape:
+                raise InputError(f"experts: {site.name} added {list(more.shape)} at a step before and is given "
+                                 f"{list(stream.shape)}; a cached rung needs the same samples at every step: leave out "
+                                 "what ends guidance")
+        return tuple(stream if more is None else stream.to(more.device) + more
+                     for stream, more in zip(around, added, strict=True))
 
 
 Rows = SoftRows | HardRows | CachedRows

@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..backbones.latents import decoded
     from ..backbones.stepping import keep_steps
     from ..common.process import this_process
+    from ..experts.trajectory import following
 
     arguments.steps = _steps(arguments)
     asked, arguments.taken = _take_settings(arguments)
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> None:
             batch = missing[first : first + arguments.batch]
             generators = [torch.Generator().manual_seed(image["seed"]) for image in batch]
             torch.manual_seed(batch[0]["seed"])
-            with decoded(pipe.vae if arguments.latents else None) as latents:
+            with decoded(pipe.vae if arguments.latents else None) as latents, following(pipe.scheduler):
                 named = {condition: [image["condition"] for image in batch]}
                 drawn = pipe(**named, num_inference_steps=asked, generator=generators,
                              **drawing(arguments, pipe, len(batch))).images

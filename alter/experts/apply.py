@@ -5,7 +5,6 @@ layers then run or not without a look at the device (backbones/gates.py). Nothin
 forward ends, in the thread that runs it. So does the rung of the ladder that is asked of a thread or task.
 """
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from ..backbones.gates import HardRows, Rows, Simulator
 from ..backbones.sites import Site, named_sites
 from ..common.errors import InputError
 from .ladder import Experts, Rung
-from .trajectory import Trajectory
+from .trajectory import followed
 from .trim import check_runnable
 
 # What `TemporalExperts.at` asks of the calls of this thread or task: by which experts, and for what. Innermost first.
@@ -113,15 +112,16 @@ def check_fit(backbone: nn.Module, experts: Experts, rungs: Iterable[Rung]) -> t
 
 
 def check_caches(backbone: nn.Module, sites: Sequence[Site], experts: Experts, rung: Rung) -> None:
-    """Refuse a rung that skips a layer from which a cache of diffusers takes what it keeps, or is cached itself.
+    """Refuse a rung that skips a layer from which a cache of diffusers takes what it keeps, or that is cached itself.
 
     First-block caches compare what their first layer did, and keep what their last one gave. FasterCache wants an
     output of every attention from before it begins to leave them out.
     """
     mask_UL, first_L = experts.mask_EL[rung.used], experts.mask_EL[rung.expert_T[-1]]
-    if rung.cached and getattr(backbone, "is_cache_enabled", False):
-        raise InputError("experts: a cache of diffusers is enabled, and the rung is cached itself: call disable_cache, "
-                         "or ask for another rung")
+    hooks = [name for name, _ in _cache_hooks(backbone) if "cache" in name or name.startswith(("fbc_", "pyramid_"))]
+    if rung.cached and hooks:
+        raise InputError(f"experts: a rung is cached, and so is the backbone by diffusers ({hooks[0]}): call "
+                         "disable_cache, or take another rung alone (`experts.only`)")
     for index, site in enumerate(sites):
         for name, hook in _cache_hooks(backbone.get_submodule(site.name)):
             if ("leader" in name or getattr(hook, "is_tail", False)) and not mask_UL[:, index].all():
@@ -199,7 +199,6 @@ class _Chooser:
         self.pipeline = weakref.ref(target) if hasattr(target, "scheduler") else None
         self._visited: tuple[Any, list[float]] = (None, [])  # the scheduler's timesteps, and on the host
         self._fit = weakref.WeakSet[Rung]()  # rungs that this backbone can run
-        self.trajectory = Trajectory()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, in another process perhaps, serves another pipeline."""
@@ -220,15 +219,13 @@ class _Chooser:
             values = self._unrounded(values, timestep.dtype)
         rung = self._in_force()
         experts = [self._expert(value, rung) for value in values]
+        alike = experts.count(experts[0]) == len(experts)
+        if rung.cached and not alike:
+            raise InputError("experts: a cached rung serves samples of one expert at a time, and these have timesteps "
+                             "of several: call the backbone with one timestep at a time")
         if rung.cached:
-            if values.count(values[0]) < len(values):
-                raise InputError("experts: a cached rung serves samples of one timestep, step after step, and these "
-                                 "are of several: call the backbone with one timestep at a time")
-            drawn, visited = self._scheduled()
-            ends = [self._training(self.family.value(torch.tensor(each)).item()) for each in visited[-1:]]
-            last = values[0] <= max(ends, default=-math.inf)
-            rows: Rows = self.trajectory.rows(self.experts, rung, experts[0], values[0], drawn, last)
-        elif experts.count(experts[0]) == len(experts):
+            rows: Rows = followed().rows(module, self.experts, rung, experts[0])
+        elif alike:
             rows = self.rows_E[experts[0]]
         else:
             sample = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim())
@@ -238,7 +235,6 @@ class _Chooser:
     @torch.compiler.disable
     def end(self, *_: Any) -> None:
         self.simulator.set(None)
-        self.trajectory.end()
 
     def check(self, rung: Rung) -> None:
         """Raises InputError if this backbone cannot run the rung, on the ladder or not."""
@@ -266,26 +262,18 @@ class _Chooser:
             return max(map(self._training, value))
         return self.family.training(value, self.count)
 
-    @property
-    def _scheduler(self) -> Any:
-        pipeline = self.pipeline or vars(self.simulator.backbone).get("_alter_drawn_by")  # of validation images
-        return getattr(pipeline() if pipeline else None, "scheduler", None)
-
-    def _scheduled(self) -> tuple[Any, list[float]]:
-        """The timesteps of the pipeline's scheduler, made anew by every call, and on the host; without one, none."""
-        timesteps = getattr(self._scheduler, "timesteps", None)
-        if not isinstance(timesteps, Tensor):
-            return None, []
-        if self._visited[0] is not timesteps:
-            self._visited = timesteps, timesteps.tolist()
-        return self._visited
-
     def _unrounded(self, values: list[float], dtype: torch.dtype) -> list[float]:
         """The scheduler's present timestep, if `values` are what it is rounded to: before the backbone's units, or
         after."""
-        _, visited = self._scheduled()
-        step = getattr(self._scheduler, "step_index", None)
-        step = (getattr(self._scheduler, "begin_index", None) or 0) if step is None else step
+        pipeline = self.pipeline or vars(self.simulator.backbone).get("_alter_drawn_by")  # of validation images
+        scheduler: Any = getattr(pipeline() if pipeline else None, "scheduler", None)
+        timesteps, step = getattr(scheduler, "timesteps", None), getattr(scheduler, "step_index", None)
+        if not isinstance(timesteps, Tensor):
+            return values
+        if self._visited[0] is not timesteps:
+            self._visited = timesteps, timesteps.tolist()
+        visited = self._visited[1]
+        step = (getattr(scheduler, "begin_index", None) or 0) if step is None else step
         if step >= len(visited):
             return values
         exact = torch.tensor(visited[step])

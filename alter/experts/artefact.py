@@ -21,6 +21,7 @@ from .ladder import Experts, Rung
 from .plan import Plan, Planner
 from .prompts import usual_call
 from .stored import from_text, to_text
+from .trajectory import following
 from .trim import trim_layers
 
 FILE_NAME = "experts.json"
@@ -157,6 +158,14 @@ class TemporalExperts(Experts):
         rung = self.pick(keep_ratio)
         with asking(self, keep_ratio):
             yield rung
+
+    def following(self, pipe: Any) -> AbstractContextManager[None]:
+        """Inside the block, calls of `pipe` by this thread or task may use cached rungs, of these experts and others.
+
+        Such rungs go on from step to step of one call: the block tells them which steps these are, by the pipeline's
+        scheduler, and keeps what layers added until the last one.
+        """
+        return following(pipe.scheduler)
 
     def plan(self, pipe: Any, call: Mapping[str, Any] | None = None, macs: float | None = None,
              seconds: float | None = None, quality: int | None = None, **measuring: Any) -> Plan:

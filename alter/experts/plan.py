@@ -1,9 +1,8 @@
 """The planner: how many denoising steps, and which layers at each of them, for a sampler and a budget."""
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from ..method.planning import Front, Option, between, choose_steps, routes, step
 from .apply import Applied, asking, backbone_of, check_same
 from .ladder import Experts, Rung
 from .samples import Samples
+from .trajectory import following
 
 SPACE = "latents"  # in which displacements are predicted and measured
 _PERIODS = (2, 3, 4)  # of cached rungs, in steps
@@ -58,7 +58,7 @@ class Plan:
 
     def stepping(self, pipe: Any) -> AbstractContextManager[None]:
         """For calls of `pipe` in a `with` block: its scheduler takes the plan's steps."""
-        return only_steps(pipe.scheduler, self.chosen, self.asked)
+        return _stepping(pipe.scheduler, self)
 
 
 class Planner:
@@ -194,9 +194,9 @@ class Planner:
                              f"{self.macs_M[self.full] + self.macs_M.min():g}")
         nearest = min(plans, key=self.check)
         moved = self.check(nearest)
-        nearest = dataclasses.replace(nearest, error=moved, rung=dataclasses.replace(nearest.rung, error=moved))
-        self._checked[nearest.rung, False] = moved
-        return nearest
+        told = dataclasses.replace(nearest, error=moved, rung=dataclasses.replace(nearest.rung, error=moved))
+        self._checked[told.rung, False] = moved
+        return told
 
     def check(self, plan: Plan) -> float:
         """The displacement that `plan.error` predicts, measured on the planner's own images."""
@@ -271,12 +271,18 @@ class Planner:
 
     @contextmanager
     def _serving(self, rung: Rung) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             if not hasattr(self.backbone, "_alter_applied"):  # else other threads keep the rung that is in force
                 stack.enter_context(Applied(self.pipe, self.backbone, self.experts, rung))
             check_same(self.backbone._alter_applied, self.experts)
             stack.enter_context(asking(self.experts, rung))
             yield
+
+
+@contextmanager
+def _stepping(scheduler: Any, plan: Plan) -> Iterator[None]:
+    with only_steps(scheduler, plan.chosen, plan.asked), following(scheduler) if plan.rung.cached else nullcontext():
+        yield
 
 
 def displacement(latents: Tensor, reference: Tensor) -> float:

@@ -15,6 +15,7 @@ from ..backbones.schedules import as_rows
 from ..backbones.stepping import only_steps, outputs_given
 from ..common.errors import InputError
 from .apply import backbone_of
+from .trajectory import following
 
 
 class Samples:
@@ -79,7 +80,7 @@ class Samples:
         try:
             for part in parts:
                 arguments = self._arguments(of if chosen else steps, part)
-                with (torch.random.fork_rng(), only_steps(pipe.scheduler, chosen, of),
+                with (torch.random.fork_rng(), only_steps(pipe.scheduler, chosen, of), following(pipe.scheduler),
                       final_latents(pipe.scheduler) as stepped, watching(pipe.scheduler) as outputs):
                     torch.manual_seed(self.seed)
                     output = pipe(**arguments, output_type="latent")

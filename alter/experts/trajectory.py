@@ -1,69 +1,121 @@
-"""What layers added at former denoising steps, kept for rungs that are `cached` while a trajectory is drawn."""
+"""What layers added at former denoising steps, for rungs that are `cached`, while a pipeline draws."""
 
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import numpy as np
 
 from ..backbones.gates import Added, CachedRows
+from ..backbones.stepping import restored
 from ..common.errors import InputError
 from .ladder import Experts, Rung
 
+_FOLLOWED: ContextVar["Trajectory | None"] = ContextVar("alter_followed", default=None)  # of this thread or task
 
-class Trajectory(threading.local):
-    """Of the thread that draws it, with one backbone.
 
-    A trajectory is a sequence of steps of falling timesteps, with as many forwards of the backbone at each (guidance
-    may take two, in the same order): the first forward of a step goes on from the first of the step before. Another
-    rung, a larger timestep and another call of the pipeline begin a new one.
+@dataclass
+class _Layers:
+    """Of one backbone. forward: how many have run in the present step. forwards: in every step; 0: not known yet.
+    added: of each forward of a step; the first goes on from the first of the step before."""
+
+    rung: Rung
+    forward: int = 0
+    forwards: int = 0
+    added: list[dict[int, Added]] = field(default_factory=list)
+
+
+class Trajectory:
+    """The steps of one call of a pipeline after another, as its scheduler takes them.
+
+    Attributes:
+        of: what is kept of each backbone, by its identity.
     """
 
     def __init__(self) -> None:
-        self.rung: Rung | None = None
-        self.drawn: Any = None
-        self.timestep, self.last = 0.0, False
-        self.forward = self.forwards = 0  # this one's place in its step; how many a step has, 0: not known
-        self.added: list[dict[int, Added]] = []
+        self.of: dict[int, _Layers] = {}
 
-    def __reduce__(self) -> Any:
-        """A copy, in another process perhaps, draws something else."""
-        return Trajectory, ()
+    def begin(self) -> None:
+        """The scheduler prepares for another call."""
+        self.of.clear()
 
-    def rows(self, experts: Experts, rung: Rung, expert: int, timestep: float, drawn: Any, last: bool) -> CachedRows:
+    def rows(self, backbone: Any, experts: Experts, rung: Rung, expert: int) -> CachedRows:
         """Of the next forward, in which layers that have not run yet run, if any expert of the rung runs them.
 
-        Args:
-            drawn: an object that every call of the pipeline has of its own; None: not known. last: whether it is known
-                that no step follows.
-
         Raises:
-            InputError: if the backbone is called more or less often than in the step before.
+            InputError: if the backbone is called more often than in the step before, or by another rung.
         """
-        if rung is not self.rung or drawn is not self.drawn or timestep > self.timestep:
-            self.rung, self.drawn, self.added, self.forward, self.forwards = rung, drawn, [], 0, 0
-        elif timestep < self.timestep:
-            self._check(self.forward + 1)
-            self.forward, self.forwards = 0, len(self.added)
-        else:
-            self.forward += 1
-            if self.forward >= self.forwards:
-                self._check(self.forward + 1)
-        self.timestep, self.last = timestep, last
-        if self.forward == len(self.added):
-            self.added.append({})
-        added, mask_UL = self.added[self.forward], experts.mask_EL[rung.used]
+        layers = self.of.setdefault(id(backbone), _Layers(rung))
+        if layers.rung is not rung:
+            raise InputError("experts: the rung changed within a trajectory, and what a cached rung adds is its own: "
+                             "change it between calls of the pipeline")
+        if layers.forwards and layers.forward == layers.forwards:
+            raise self._uneven(layers.forward + 1, layers.forwards)
+        if layers.forward == len(layers.added):
+            layers.added.append({})
+        added, mask_UL = layers.added[layers.forward], experts.mask_EL[rung.used]
+        layers.forward += 1
         ran_L = np.isin(np.arange(mask_UL.shape[1]), list(added))
         kept_L = experts.mask_EL[expert] | (np.any(mask_UL, axis=0) & ~ran_L)
-        noted_L = ~np.all(mask_UL, axis=0) & (not last)
-        return CachedRows(kept_L.tolist(), added, noted_L.tolist())
+        return CachedRows(kept_L.tolist(), added, (~np.all(mask_UL, axis=0)).tolist())
 
-    def end(self) -> None:
-        """After a forward: free what no other needs."""
-        if self.last and self.added:
-            self.added[self.forward].clear()
+    def step(self, last: bool) -> None:
+        """The scheduler takes a step, of all that have run since the one before.
 
-    def _check(self, forwards: int) -> None:
-        if self.forwards not in (0, forwards):
-            raise InputError(f"experts: the backbone was called {forwards} times at timestep {self.timestep:g} and "
-                             f"{self.forwards} times at the step before; a cached rung needs as many calls at every "
-                             "step: leave out intervals of guidance, or draw again from the first step")
+        Raises:
+            InputError: if they are fewer than in the step before.
+        """
+        for backbone, layers in list(self.of.items()):
+            if layers.forward and layers.forwards not in (0, layers.forward):
+                raise self._uneven(layers.forward, layers.forwards)
+            if last or not layers.forward:  # a pipeline of two backbones has gone on to the other
+                del self.of[backbone]
+            layers.forwards, layers.forward = layers.forward, 0
+
+    @staticmethod
+    def _uneven(forwards: int, before: int) -> InputError:
+        return InputError(f"experts: the backbone was called {forwards} times in a step and {before} times in the one "
+                          "before; a cached rung needs as many calls in every step: leave out intervals of guidance")
+
+
+def followed() -> Trajectory:
+    """That of this thread or task.
+
+    Raises:
+        InputError: outside `following`.
+    """
+    trajectory = _FOLLOWED.get()
+    if trajectory is None:
+        raise InputError("experts: a cached rung goes on from step to step, and whose steps these are is not known: "
+                         "call the pipeline inside `experts.following(pipe)`, or inside `stepping` of a plan")
+    return trajectory
+
+
+@contextmanager
+def following(scheduler: Any) -> Iterator[None]:
+    """Inside the block, calls of pipelines with this scheduler may use cached rungs, in this thread or task."""
+    trajectory = Trajectory()
+    prepare, step = scheduler.set_timesteps, scheduler.step
+
+    @wraps(prepare)
+    def preparing(*arguments: Any, **options: Any) -> Any:
+        trajectory.begin()
+        return prepare(*arguments, **options)
+
+    @wraps(step)
+    def stepping(*arguments: Any, **options: Any) -> Any:
+        if trajectory.of:
+            timestep = options["timestep"] if "timestep" in options else arguments[1]
+            trajectory.step(last=float(timestep) == float(scheduler.timesteps[-1]))
+        return step(*arguments, **options)
+
+    before = _FOLLOWED.set(trajectory)
+    try:
+        with restored(scheduler, "set_timesteps", "step"):
+            scheduler.set_timesteps, scheduler.step = preparing, stepping
+            yield
+    finally:
+        _FOLLOWED.reset(before)

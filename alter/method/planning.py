@@ -145,7 +145,7 @@ class Front:
         for steps in sorted(self.losses, reverse=True):
             others = np.arange(steps) % period > 0
             left = cost * (1 + 1e-9) - self.cost_M[self.full] * (~others).sum()
-            fitting = np.flatnonzero(self.cost_M * others.sum() <= left)
+            fitting = np.flatnonzero((self.cost_M * others.sum() <= left) & (np.arange(len(self.cost_M)) != self.full))
             if others.any() and len(fitting):
                 lost_M = self.losses[steps][:, others].sum(axis=1)
                 mask = int(fitting[lost_M[fitting].argmin()])

@@ -111,7 +111,8 @@ def run_rows(rating: Rating, run: Path, variant: str, steps: int) -> Iterator[di
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     tuned = [rung for rung in experts.ladder if rung.tuned]
     for rung in (rung for rung in tuned if len(tuned) == 1 or rung.keep_ratio_target in _SHARES):
-        row = {"variant": variant, "steps": steps, **_cost(experts.choose(rung), parts, steps)}
+        row = {"variant": variant, "steps": steps, **_cost(experts.choose(rung), parts, steps),
+               "switches": int((np.diff(rung.expert_T) != 0).sum())}
         if rung == experts.rung and summary["output_error"] is not None:
             errors = np.array(summary["output_error_by_timestep"])
             row |= {"output_error": summary["output_error"], "weighted_error": rating.weighted(errors)}

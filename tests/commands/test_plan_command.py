@@ -98,7 +98,8 @@ def test_a_cached_plan_is_drawn_by_its_folder(folder, tmp_path, capsys):
 
 def _planned(pipe, experts, chosen):
     """The first image, by the experts that the plan's folder holds."""
-    with experts.apply(pipe), only_steps(pipe.scheduler, chosen["taken"], chosen["asked"]):
+    with (experts.apply(pipe), only_steps(pipe.scheduler, chosen["taken"], chosen["asked"]),
+          experts.following(pipe)):
         return pipe(["a red circle", "a blue square"], guidance_scale=2.0, num_inference_steps=chosen["asked"],
                     generator=[torch.Generator().manual_seed(i) for i in range(2)]).images[0].tobytes()
 

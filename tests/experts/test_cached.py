@@ -1,5 +1,6 @@
 """Cached rungs: a skipped layer adds what it added when it last ran. Against layers whose `forward` does so by hand."""
 
+import contextlib
 import copy
 import dataclasses
 import threading
@@ -10,11 +11,13 @@ import pytest
 import torch
 from by_hand import Skip, counting, make_experts
 from conftest import make_dit
-from diffusers import FirstBlockCacheConfig
+from diffusers import DPMSolverMultistepScheduler, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
+from diffusers.hooks import apply_first_block_cache
 from pipelines import PIPELINES, PROMPTS, backbones, draw, make_pipeline
 
 from alter import ClassConditionalPipeline, InputError, TemporalExperts
 from alter.experts.ladder import Rung
+from alter.experts.trajectory import followed
 from alter.method.planning import routes
 
 STEPS = 5
@@ -80,20 +83,23 @@ def drawn_by_hand(pipe, component, experts, at, forwards, **arguments):
     return images
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan22"])
+def draw_cached(pipe, experts, **arguments):
+    with experts.following(pipe):
+        return draw(pipe, num_inference_steps=STEPS, **arguments)
+
+
+@pytest.mark.parametrize(("name", "guided"), [
+    *((name, False) for name in PIPELINES if name != "wan22"), *((name, True) for name in GUIDED)])
 def test_images_of_every_family(name, guided):
-    if guided and name not in GUIDED:
-        return
     arguments = {"prompts": PROMPTS, **GUIDED[name]} if guided else {}
     pipe = make_pipeline(name)
     (component, backbone), = backbones(pipe).items()
     at = visited(pipe)
     experts = cached(make_experts(backbone), at)
     with experts.apply(pipe), counting(backbone, ["", *experts.sites]) as counts:
-        drawn = draw(pipe, num_inference_steps=STEPS, **arguments)
+        drawn = draw_cached(pipe, experts, **arguments)
     forwards, left = divmod(counts[""], STEPS)
-    assert left == 0 and forwards == (2 if guided and name in ("flux", "wan", "qwen") else forwards)
+    assert left == 0 and (not guided or forwards == (2 if name in ("flux", "wan", "qwen") else 1))
     whole = 3 * forwards  # steps 0, 2 and 4
     assert all(counts[site] == (STEPS * forwards if runs else whole)
                for site, runs in zip(experts.sites, experts.mask_EL[1], strict=True))
@@ -123,39 +129,46 @@ def test_the_file_holds_it(sd, tmp_path):
 
 
 def test_a_call_that_was_stopped_leaves_nothing_to_the_next(sd):
+    """Not even to one that begins at a lower timestep, as image to image does."""
     pipe, experts = sd
-    expected = drawn_with(pipe, experts)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    other = StableDiffusionImg2ImgPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
 
-    class Stop(Exception):
-        pass
+    def edited():
+        return draw_cached(other, experts, image=picture, strength=0.6)
 
-    def stop(*_):
-        raise Stop
+    def stop(pipe, step, *_):
+        raise _Stop
 
     experts.apply(pipe)
-    for steps in (0, 2):
-        with pytest.raises(Stop):
-            draw(pipe, num_inference_steps=STEPS, prompts="another",
-                 callback_on_step_end=lambda pipe, step, *_, last=steps: stop() if step == last else {})
-        assert np.array_equal(draw(pipe, num_inference_steps=STEPS), expected)
+    with experts.following(pipe):
+        expected = [draw(pipe, num_inference_steps=STEPS), edited()]
+        for again in range(2):
+            with pytest.raises(_Stop):
+                draw(pipe, num_inference_steps=STEPS, prompts="another", callback_on_step_end=stop)
+            assert np.array_equal(draw(pipe, num_inference_steps=STEPS) if again else edited(), expected[1 - again])
 
 
-def drawn_with(pipe, experts):
-    with experts.apply(pipe):
-        return draw(pipe, num_inference_steps=STEPS)
+class _Stop(Exception):
+    pass
 
 
 def test_threads_share_a_backbone_and_no_cache(sd):
+    """Each draws a step when the other has."""
     pipe, experts = sd
-    prompts, found = ["a red circle", "another"], {}
+    prompts, found, turn = ["a red circle", "another"], {}, threading.Barrier(2, timeout=60)
     experts.apply(pipe)
-    expected = [draw(pipe, prompts=prompt, num_inference_steps=STEPS) for prompt in prompts]
+    expected = [draw_cached(pipe, experts, prompts=prompt) for prompt in prompts]
+
+    def wait(pipe, step, timestep, kept):
+        turn.wait()
+        return kept
 
     def work(which):
-        own = type(pipe)(**{name: copy.deepcopy(part) if name == "scheduler" else part
-                            for name, part in pipe.components.items()})
+        own = pipe if which else type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
         own.set_progress_bar_config(disable=True)
-        found[which] = draw(own, prompts=prompts[which], num_inference_steps=STEPS)
+        found[which] = draw_cached(own, experts, prompts=prompts[which], callback_on_step_end=wait)
 
     threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
     [thread.start() for thread in threads]
@@ -166,10 +179,11 @@ def test_threads_share_a_backbone_and_no_cache(sd):
 def test_nothing_is_kept_after_the_last_step(sd):
     pipe, experts = sd
     experts.apply(pipe)
-    chooser = pipe.unet._alter_applied.chooser
-    draw(pipe, num_inference_steps=STEPS, callback_on_step_end=lambda pipe, step, *_: (
-        {} if bool(chooser.trajectory.added[0]) == (step < STEPS - 1) else 1 / 0))
-    assert chooser.trajectory.added == [{}]
+    seen = []
+    with experts.following(pipe):
+        draw(pipe, num_inference_steps=STEPS, callback_on_step_end=lambda pipe, step, timestep, kept: (
+            seen.append(len(followed().of)), kept)[1])
+    assert seen == [1] * (STEPS - 1) + [0]
 
 
 def test_layers_that_are_skipped_at_the_first_step_run_there_and_those_of_no_expert_never(sd):
@@ -177,21 +191,62 @@ def test_layers_that_are_skipped_at_the_first_step_run_there_and_those_of_no_exp
     turned = dataclasses.replace(experts, mask_EL=experts.mask_EL[::-1].copy())
     turned.mask_EL[:, 0] = False
     with turned.apply(pipe), counting(pipe.unet, turned.sites) as counts:
-        draw(pipe, num_inference_steps=STEPS)
-    for number, site in enumerate(turned.sites):  # 0, 2 and 4 have the small expert, but for its first step
+        draw_cached(pipe, turned)
+    for number, site in enumerate(turned.sites):  # steps 0, 2 and 4 have the small expert, but for what none has run
         assert counts[site] == (0 if number == 0 else STEPS if turned.mask_EL[0, number] else 3)
 
 
 def test_a_compiled_pipeline_draws_the_same(sd):
     pipe, experts = sd
-    expected = drawn_with(pipe, experts)
+    with experts.apply(pipe):
+        expected = draw_cached(pipe, experts)
     experts.compile(pipe, backend="eager")
-    assert np.abs(draw(pipe, num_inference_steps=STEPS) - expected).max() < 1e-6
+    assert np.abs(draw_cached(pipe, experts) - expected).max() < 1e-6
+
+
+def test_two_backbones_in_turn():
+    """The second one's layers run at its own first step."""
+    pipe = make_pipeline("wan22")
+    at = visited(pipe)
+    both = [cached(make_experts(backbone, None if name == "transformer" else name), at)
+            for name, backbone in backbones(pipe).items()]
+    for experts in both:
+        experts.apply(pipe)
+    with counting(pipe.transformer, both[0].sites) as first, counting(pipe.transformer_2, both[1].sites) as second:
+        draw_cached(pipe, both[0])
+    whole = both[0].sites[0], both[1].sites[0]
+    steps = [first[whole[0]], second[whole[1]]]
+    assert min(steps) > 0 and sum(steps) % STEPS == 0
+    forwards = sum(steps) // STEPS
+    begun = steps[0] // forwards  # the step at which the second one begins
+    full = {step for step in range(STEPS) if step % 2 == 0 or step == begun}
+    assert first[both[0].sites[1]] == forwards * len(full & {*range(begun)})
+    assert second[both[1].sites[1]] == forwards * len(full & {*range(begun, STEPS)})
 
 
 def test_what_cannot_be_served_is_refused(sd):
     pipe, experts = sd
-    pipe = ClassConditionalPipeline(make_dit(4).eval(), pipe.scheduler)
+    experts.apply(pipe)
+    with pytest.raises(InputError, match="whose steps these are is not known: call the pipeline inside"):
+        draw(pipe)
+
+    def end_guidance(pipe, step, timestep, kept):
+        if step < 2:
+            return kept
+        pipe._guidance_scale = 1.0
+        return {**kept, "prompt_embeds": kept["prompt_embeds"][-1:]}
+
+    with pytest.raises(InputError, match="a cached rung needs the same samples at every step"):
+        draw_cached(pipe, experts, guidance_scale=2.0, callback_on_step_end=end_guidance,
+                    callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    full = dataclasses.replace(experts.rung, cached=True, expert_T=0 * experts.expert_T)
+    with experts.following(pipe), pytest.raises(InputError, match="the rung changed within a trajectory"):
+        with contextlib.ExitStack() as stack:
+            draw(pipe, num_inference_steps=STEPS, callback_on_step_end=lambda pipe, step, timestep, kept: (
+                stack.enter_context(experts.at(full)), kept)[1])
+
+    scheduler = DPMSolverMultistepScheduler()
+    pipe = ClassConditionalPipeline(make_dit(4).eval(), scheduler)
     experts = cached(make_experts(pipe.transformer), np.array([999, 500, 100]))
     experts.apply(pipe)
     latents, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 1])
@@ -201,19 +256,30 @@ def test_what_cannot_be_served_is_refused(sd):
         with torch.no_grad():
             return pipe.transformer(latents[:count], torch.tensor(timestep), labels[:count]).sample
 
-    with pytest.raises(InputError, match="one timestep at a time"):
-        forward(999, 500)
-    with pytest.raises(InputError, match="called 2 times at timestep 500 and 1 times at the step before"):
-        [forward(timestep) for timestep in (999, 500, 500)]
-    first = forward(999)
-    with pytest.raises(InputError, match="called 1 times at timestep 500 and 2 times at the step before"):
-        [forward(timestep) for timestep in (999, 500, 100)]  # the second call of 999 after `first`
-    assert torch.equal(forward(999), first)
+    def steps(*forwards):
+        """So many forwards at each of the first timesteps."""
+        scheduler.set_timesteps(4)
+        for timestep, many in zip(scheduler.timesteps, forwards, strict=False):
+            answers = [forward(int(timestep)) for _ in range(many)]
+            scheduler.step(answers[0], timestep, latents[:1])
+        return answers[-1]
+
+    with experts.following(pipe):
+        with pytest.raises(InputError, match="timesteps of several"):
+            forward(999, 500)
+        with pytest.raises(InputError, match="called 2 times in a step and 1 times in the one before"):
+            steps(1, 2)
+        with pytest.raises(InputError, match="called 1 times in a step and 2 times in the one before"):
+            steps(2, 1)
+        assert torch.equal(steps(1, 1), steps(1, 1))
 
 
-def test_a_cache_of_diffusers_is_refused():
+@pytest.mark.parametrize("put_on", [
+    lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=0.5)),
+    lambda model: apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.5))])
+def test_a_cache_of_diffusers_is_refused(put_on):
     pipe = make_pipeline("flux")
     experts = cached(make_experts(pipe.transformer), visited(pipe))
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-    with pytest.raises(InputError, match="the rung is cached itself: call disable_cache"):
+    put_on(pipe.transformer)
+    with pytest.raises(InputError, match="a rung is cached, and so is the backbone by diffusers"):
         experts.apply(pipe)

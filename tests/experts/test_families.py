@@ -32,7 +32,8 @@ def test_a_saved_pipeline_loads_with_its_experts(name, tmp_path):
     experts.apply(pipe)
     loaded = load_pipeline(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert type(loaded) is type(pipe) and np.array_equal(draw(loaded), draw(pipe))
+    assert type(loaded) is type(pipe)
+    assert np.abs(draw(loaded) - draw(pipe)).max() < 1e-6  # some CPUs round by where weights lie in memory
 
 
 @pytest.mark.parametrize("name", ["qwen", "wan", "sdxl", *(

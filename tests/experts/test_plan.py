@@ -268,7 +268,7 @@ def test_a_cached_plan_is_the_nearest_of_three(kind):
         masks = plan.rung.expert_T[planner.visited[plan.steps]]
         assert plan.rung.cached and plan.macs <= share * MOST * experts.macs_total * (1 + 1e-9)
         assert masks[0] == planner.full and len(set(masks)) == 2
-        with experts.apply(pipe), experts.at(plan.rung):
+        with experts.apply(pipe), experts.at(plan.rung), plan.stepping(pipe):
             moved = distance(drawn(pipe, kind, plan.steps), planner.reference)
         assert plan.error == planner.check(plan) == pytest.approx(moved, rel=1e-3)
         others = [planner.check(planner._plan(option)) for period in (2, 3, 4) if (
