@@ -224,7 +224,7 @@ class _Chooser:
             raise InputError("experts: a cached rung serves samples of one expert at a time, and these have timesteps "
                              "of several: call the backbone with one timestep at a time")
         if rung.cached:
-            rows: Rows = followed().rows(module, self.experts, rung, experts[0])
+            rows: Rows = followed().rows(module, self.experts, rung, experts[0], values[0])
         elif alike:
             rows = self.rows_E[experts[0]]
         else:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -281,7 +281,7 @@ class Planner:
 
 @contextmanager
 def _stepping(scheduler: Any, plan: Plan) -> Iterator[None]:
-    with only_steps(scheduler, plan.chosen, plan.asked), following(scheduler) if plan.rung.cached else nullcontext():
+    with only_steps(scheduler, plan.chosen, plan.asked), following(scheduler):
         yield
 
 

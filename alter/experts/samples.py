@@ -54,7 +54,8 @@ class Samples:
 
     def told(self, pipe: Any, steps: int) -> dict[str, Any]:
         """The arguments of the backbone's first forward, for the first image alone."""
-        return stop_at_backbone(pipe, backbone_of(pipe, self.component), self._arguments(steps, range(1)), "plan")
+        with following(pipe.scheduler):  # a cached rung may be applied
+            return stop_at_backbone(pipe, backbone_of(pipe, self.component), self._arguments(steps, range(1)), "plan")
 
     def latents(self, pipe: Any, steps: int, of: int, chosen: tuple[int, ...] | None = None,
                 watched: bool = False) -> Tensor:

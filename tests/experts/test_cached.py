@@ -1,8 +1,10 @@
 """Cached rungs: a skipped layer adds what it added when it last ran. Against layers whose `forward` does so by hand."""
 
 import contextlib
+import contextvars
 import copy
 import dataclasses
+import inspect
 import threading
 from collections import defaultdict
 
@@ -11,13 +13,21 @@ import pytest
 import torch
 from by_hand import Skip, counting, make_experts
 from conftest import make_dit
-from diffusers import DPMSolverMultistepScheduler, FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    StableDiffusionImg2ImgPipeline,
+)
 from diffusers.hooks import apply_first_block_cache
 from pipelines import PIPELINES, PROMPTS, backbones, draw, make_pipeline
 
 from alter import ClassConditionalPipeline, InputError, TemporalExperts
 from alter.experts.ladder import Rung
-from alter.experts.trajectory import followed
+from alter.experts.plan import Planner
+from alter.experts.trajectory import followed, following
+from alter.method.measured import Measured
 from alter.method.planning import routes
 
 STEPS = 5
@@ -204,6 +214,33 @@ def test_a_compiled_pipeline_draws_the_same(sd):
     assert np.abs(draw_cached(pipe, experts) - expected).max() < 1e-6
 
 
+def test_schedulers_that_are_copied_or_told_the_timestep_elsewhere():
+    """CogVideoX's DPM takes it as the third argument. A copy of a scheduler that is followed steps for itself."""
+    pipe = make_pipeline("cogvideox")
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    experts = cached(make_experts(pipe.transformer), visited(pipe))
+    with experts.apply(pipe), counting(pipe.transformer, experts.sites) as counts:
+        draw_cached(pipe, experts)
+    assert counts[experts.sites[1]] * STEPS == counts[experts.sites[0]] * 3
+    with experts.following(pipe):
+        other = copy.deepcopy(pipe.scheduler)
+        other.set_timesteps(7)
+        assert len(other.timesteps) == 7 and len(pipe.scheduler.timesteps) == STEPS
+    ddim = DDIMScheduler()
+    with following(ddim):  # pipelines look for what `step` takes
+        assert inspect.signature(ddim.step) == inspect.signature(DDIMScheduler().step)
+
+
+def test_plans_are_made_where_a_cached_rung_is_applied(sd):
+    pipe, experts = sd
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    measured = Measured((0, 1000), np.array([[0.0], [0.1]]), {"latents": np.ones(1)}, "any", 3, 1.0, 1)
+    experts = dataclasses.replace(experts, measured=measured)
+    experts.apply(pipe)
+    planner = Planner(experts, pipe, {"prompt": PROMPTS, "guidance_scale": 1.0, "height": 32, "width": 32})
+    assert planner.check(planner.cached(2.9 * experts.macs_total)) > 0
+
+
 def test_two_backbones_in_turn():
     """The second one's layers run at its own first step."""
     pipe = make_pipeline("wan22")
@@ -271,7 +308,17 @@ def test_what_cannot_be_served_is_refused(sd):
             steps(1, 2)
         with pytest.raises(InputError, match="called 1 times in a step and 2 times in the one before"):
             steps(2, 1)
+        with pytest.raises(InputError, match="timestep 999, which is not its next"):  # of another part of a panorama
+            steps(1)
+            forward(999)
+            scheduler.step(latents[:1], torch.tensor(999), latents[:1])
+        scheduler.set_timesteps(4)
+        with pytest.raises(InputError, match="at timesteps 999 and 500 without a step of the scheduler"):
+            [forward(timestep) for timestep in (999, 500)]
         assert torch.equal(steps(1, 1), steps(1, 1))
+        with pytest.raises(InputError, match="another thread or task follows this DPMSolver"):
+            contextvars.Context().run(experts.following(pipe).__enter__)
+    assert not {"step", "set_timesteps"} & vars(scheduler).keys()
 
 
 @pytest.mark.parametrize("put_on", [
