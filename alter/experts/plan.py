@@ -249,8 +249,8 @@ class Planner:
         """Of the sampler's `most` steps those that tell the others best, where samples come nearer by it."""
         visited, response_B = self.visited[self.most], measured.response[SPACE]
         weight_N = step_losses(response_B[None], measured.edges, visited)[0]
-        taken = choose_steps(self._samples.gram[self.most], weight_N)
-        chosen = {steps: tuple(taken_n.tolist()) for steps, taken_n in taken.items()}
+        best = choose_steps(self._samples.gram[self.most], weight_N)
+        chosen = {steps: tuple(taken.tolist()) for steps, taken in best.items()}
         drawn = [steps for steps in self.drift if steps < self.most]
         for steps in tqdm(drawn, unit="draw", desc="chosen timesteps", dynamic_ncols=True):
             latents = self._draw(self._everything, steps, self._dense is not None, chosen[steps])

@@ -116,7 +116,7 @@ def following(scheduler: Any) -> Iterator[None]:
     """Inside the block, calls of pipelines with this scheduler may use cached rungs, in this thread or task.
 
     Raises:
-        InputError: if another thread or task follows it.
+        InputError: if another thread or task follows it; in the block, as `Trajectory`.
     """
     trajectory, cls = Trajectory(), type(scheduler)
     prepare, step, told = scheduler.set_timesteps, scheduler.step, list(signature(cls.step).parameters)[1:]

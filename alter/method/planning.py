@@ -140,8 +140,8 @@ class Front:
         return min(fitting, key=lambda option: option.error) if fitting else None
 
     def cached(self, cost: float, period: int) -> Option | None:
-        """Every layer at the first of every `period` steps, and at the others one mask whose skipped layers are cached:
-        as many steps as cost at most `cost`, and the mask that loses least. None: there is none."""
+        """Every layer at the first of every `period` steps, and at the others one other mask, whose skipped layers are
+        cached: as many steps as cost at most `cost`, and the mask that loses least. None: there is none."""
         for steps in sorted(self.losses, reverse=True):
             others = np.arange(steps) % period > 0
             left = cost * (1 + 1e-9) - self.cost_M[self.full] * (~others).sum()
