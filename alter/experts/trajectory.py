@@ -8,6 +8,7 @@ from functools import wraps
 from inspect import signature
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ..common.errors import InputError
 from .ladder import Experts, Rung
 
 _FOLLOWED: ContextVar["Trajectory | None"] = ContextVar("alter_followed", default=None)  # of this thread or task
+_FOLLOWERS = WeakKeyDictionary[Any, "Trajectory"]()  # of each scheduler that is followed
 
 
 @dataclass
@@ -41,11 +43,12 @@ class Trajectory:
     def __init__(self) -> None:
         self.of: dict[int, _Layers] = {}
         self._place: int | None = None  # of the last step taken, among the scheduler's timesteps
+        self._timesteps: list[float] = []  # of the present call, read from the device once
 
     def begin(self) -> None:
         """The scheduler prepares for another call."""
         self.of.clear()
-        self._place = None
+        self._place, self._timesteps = None, []
 
     def rows(self, backbone: Any, experts: Experts, rung: Rung, expert: int, timestep: float) -> CachedRows:
         """Of the next forward, in which layers that have not run yet run, if any expert of the rung runs them.
@@ -72,12 +75,13 @@ class Trajectory:
         kept_L = experts.mask_EL[expert] | (np.any(mask_UL, axis=0) & ~ran_L)
         return CachedRows(kept_L.tolist(), added, (~np.all(mask_UL, axis=0)).tolist())
 
-    def step(self, timestep: float, timesteps: list[float]) -> None:
-        """The scheduler takes a step of its `timesteps`, by all forwards since the one before.
+    def step(self, timestep: float, scheduler: Any) -> None:
+        """The scheduler takes a step, by all forwards since the one before.
 
         Raises:
             InputError: if they are fewer than in the step before, or it is not the next step.
         """
+        timesteps = self._timesteps = self._timesteps or scheduler.timesteps.tolist()
         if self._place is None and timestep in timesteps:
             self._place = timesteps.index(timestep) - 1
         place = len(timesteps) if self._place is None else self._place + 1
@@ -120,7 +124,8 @@ def following(scheduler: Any) -> Iterator[None]:
     """
     trajectory, cls = Trajectory(), type(scheduler)
     prepare, step, told = scheduler.set_timesteps, scheduler.step, list(signature(cls.step).parameters)[1:]
-    if getattr(step, "trajectory", _FOLLOWED.get()) is not _FOLLOWED.get():
+    held = _FOLLOWERS.get(scheduler)
+    if held is not None and held is not _FOLLOWED.get():
         raise InputError(f"experts: another thread or task follows this {cls.__name__}: give each pipeline a scheduler "
                          "of its own")
 
@@ -137,14 +142,17 @@ def following(scheduler: Any) -> Iterator[None]:
             return cls.step(self, *arguments, **options)
         if trajectory.of:
             timestep = {**dict(zip(told, arguments, strict=False)), **options}["timestep"]
-            trajectory.step(float(timestep), scheduler.timesteps.tolist())
+            trajectory.step(float(timestep), scheduler)
         return step(*arguments, **options)
 
-    stepping.trajectory = trajectory  # type: ignore[attr-defined]
     before = _FOLLOWED.set(trajectory)
+    _FOLLOWERS[scheduler] = trajectory
     try:
         with restored(scheduler, "set_timesteps", "step"):
             scheduler.set_timesteps, scheduler.step = MethodType(preparing, scheduler), MethodType(stepping, scheduler)
             yield
     finally:
         _FOLLOWED.reset(before)
+        _FOLLOWERS.pop(scheduler)
+        if held is not None:
+            _FOLLOWERS[scheduler] = held

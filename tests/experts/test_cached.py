@@ -175,10 +175,12 @@ def test_threads_share_a_backbone_and_no_cache(sd):
         turn.wait()
         return kept
 
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("scheduler", "tokenizer")}  # neither knows threads
+    other = type(pipe)(**{**pipe.components, **own})
+    other.set_progress_bar_config(disable=True)
+
     def work(which):
-        own = pipe if which else type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
-        own.set_progress_bar_config(disable=True)
-        found[which] = draw_cached(own, experts, prompts=prompts[which], callback_on_step_end=wait)
+        found[which] = draw_cached((other, pipe)[which], experts, prompts=prompts[which], callback_on_step_end=wait)
 
     threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
     [thread.start() for thread in threads]
